@@ -1,0 +1,327 @@
+"""Agents: records with worker processes behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypedDict
+
+from . import clis, config as configuration
+from .errors import Conflict, Invalid, Internal, TownError, Unavailable
+from .model import AT_REST, CONDUCTOR_NAMES, LIVE, STEERING, Agent, AgentPage, AgentRef, AgentState, CliName, Cursor
+from .model import Limit, NewAgentName, Nickname, RoleId, Rounds, Task, WaitSeconds, is_uuid, new_id
+from .processes import GRACE_SECS, Identity, start_detached, stop_tree, this_host
+from .store import Page, Step, text
+from .tasks import listing
+from .town import Call, Town
+
+START_SECS: Final = 10.0  # how long a worker may take to come up
+
+
+class Spawned(TypedDict):
+    agent_id: str
+    name: str
+    cli: str
+    role_id: str | None
+    nickname: str | None
+    parent_agent_id: str | None
+
+
+class Acted(TypedDict):
+    status: str
+    agent: str
+
+
+class Pruned(TypedDict):
+    removed: int
+    agents: list[str]
+
+
+class Waited(TypedDict):
+    agent: str
+    state: AgentState
+    done: bool
+
+
+class LastResult(TypedDict):
+    agent: str
+    task: Task | None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the store knows of one agent and its process."""
+
+    id: str
+    name: str
+    json: bytes
+    state: str
+    instance: str
+    process: Identity
+
+    @property
+    def mark(self) -> str:
+        """What every process of this instance carries in its environment."""
+        return mark(self.instance)
+
+
+def mark(instance: str) -> str:
+    return f'TINYTOWN_INSTANCE={instance}'
+
+
+def look_up(call: Call, ref: str) -> Step[Known]:
+    """The agent that `ref` means. Raises NotFound, and Conflict for the conductor, who has no process."""
+    if ref.lower() in CONDUCTOR_NAMES:
+        raise Conflict(f"'{ref}' is a mailbox for people and not an agent with a process", code='not-a-worker')
+    reply = yield call.store.agent(ref)
+    agent_id, name, record, state, instance, host, boot, pid, start = reply
+    process = Identity(text(host or b''), text(boot or b''), int(pid or 0), text(start or b''))
+    return Known(text(agent_id), text(name), record, text(state), text(instance or b''), process)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def list_agents(call: Call, *, open: bool = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[AgentPage]]:
+    """List the agents with their state, current task and inbox; with open, only those that are live."""
+    reply = yield call.store.agents_open() if open else call.store.agents(limit, cursor)
+    return Page(listing('agents', reply))
+
+
+def show(call: Call, *, agent: AgentRef) -> Step[Page[Agent]]:
+    """Show one agent: state, process, current task, what waits in its inbox."""
+    found = yield from look_up(call, agent)
+    return Page(found.json)
+
+
+def result(call: Call, *, agent: AgentRef) -> Step[Page[LastResult]]:
+    """Show the last task that an agent finished, with its result or error."""
+    reply = yield call.store.agent_result(agent)
+    return Page(b'{"agent":"%b","task":%b}' % (reply[0], reply[1] or b'null'))
+
+
+def wait(call: Call, *, agent: AgentRef, timeout: WaitSeconds = 25) -> Step[Waited]:
+    """Wait until an agent has stopped (state Stopped, Cold or Error), or for timeout seconds; say in which state it is."""
+    deadline = time.monotonic() + min(timeout, call.config.townhall.request_timeout_ms / 1000 - 1)
+    while True:
+        last = yield call.store.last_event()
+        found = yield from look_up(call, agent)
+        left = deadline - time.monotonic()
+        if found.state in AT_REST or left <= 0:
+            return {'agent': found.name, 'state': _state(found.state), 'done': found.state in AT_REST}
+        after = text(last[0][0]) if last else '0-0'
+        yield call.store.next_event(after, max(int(left * 1000), 1))
+
+
+def _state(state: str) -> AgentState:
+    return state  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------------- life cycle
+
+
+def spawn(
+    call: Call,
+    *,
+    name: NewAgentName,
+    cli: CliName | None = None,
+    role_id: RoleId | None = None,
+    nickname: Nickname | None = None,
+    parent_agent_id: AgentRef | None = None,
+    max_rounds: Rounds | None = None,
+) -> Step[Spawned]:
+    """Start a new agent: a worker process that runs a coding CLI once a round. It runs when this answers."""
+    return (yield from enlist(call, name, cli, role_id, nickname, parent_agent_id, max_rounds, start_worker))
+
+
+def enlist(
+    call: Call,
+    name: str,
+    cli: str | None,
+    role_id: str | None,
+    nickname: str | None,
+    parent: str | None,
+    max_rounds: int | None,
+    start: Any,
+) -> Step[Spawned]:
+    """Registers an agent and starts its process with `start(town, agent id, name, instance)`; undone if that fails."""
+    if name.lower() in CONDUCTOR_NAMES or is_uuid(name):
+        detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox or reads as an id"
+        raise Invalid(detail, errors=[{'pointer': '/name', 'detail': detail}])
+    chosen = clis.find(call.config, cli)
+    parent_id = (yield from look_up(call, parent)).id if parent else None
+    agent_id, instance = new_id(), new_id()
+    spawned: Spawned = {
+        'agent_id': agent_id,
+        'name': name,
+        'cli': chosen.name,
+        'role_id': role_id,
+        'nickname': nickname,
+        'parent_agent_id': parent_id,
+    }
+    record = {'id': agent_id, 'name': name, 'nickname': nickname, 'role_id': role_id, 'parent_agent_id': parent_id}
+    record |= {'spawn_mode': 'fresh', 'cli': chosen.name}
+    head = json.dumps(record, ensure_ascii=False, separators=(',', ':'))[:-1]
+    rounds = call.config.agent.max_rounds if max_rounds is None else max_rounds
+    yield call.store.register(agent_id, name, head, call.config.max_agents, chosen.name, rounds, instance)
+    try:
+        start(call.town, agent_id, name, instance)
+    except TownError:
+        stop_tree(None, mark(instance), 0)
+        yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'backlog')
+        yield call.store.remove(agent_id)
+        raise
+    return spawned
+
+
+def kill(call: Call, *, agent: AgentRef, force: bool = False) -> Step[Acted]:
+    """Stop an agent now: its whole process tree gets TERM, and KILL after 5 seconds (at once with force).
+
+    When this answers no process of it is left, and its unfinished task is back in the backlog with its attempt
+    counted. To let it finish its round first, close it.
+    """
+    found = yield from look_up(call, agent)
+    yield from stop_process(call, found, 'killed', 0 if force else GRACE_SECS)
+    return {'status': 'stopped', 'agent': found.name}
+
+
+def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'backlog') -> Step[None]:
+    """Ends every process of an agent and says so in its record. Its unfinished task goes `to` the backlog or inbox."""
+    if found.state in LIVE:
+        if found.process.pid and found.process.host not in ('', this_host()):
+            raise Conflict(
+                f"Agent '{found.name}' runs on host {found.process.host}; stop it from there", code='other-host'
+            )
+        yield call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
+    if found.instance:
+        left = stop_tree(found.process if found.process.pid else None, found.mark, grace)
+        if left:
+            raise Internal(f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user")
+    if found.state in LIVE:
+        yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
+
+
+def restart(call: Call, *, agent: AgentRef) -> Step[Acted]:
+    """Stop an agent if it runs, and start it again; it takes up its unfinished task and its inbox. It runs when this answers."""
+    found = yield from look_up(call, agent)
+    clis.find(call.config, json.loads(found.json)['cli'])
+    yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
+    yield from revive(call, found.id, found.name, start_worker)
+    return {'status': 'restarted', 'agent': found.name}
+
+
+def revive(call: Call, agent_id: str, name: str, start: Any) -> Step[None]:
+    """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`."""
+    instance = new_id()
+    yield call.store.restarting(agent_id, call.config.max_agents, instance)
+    try:
+        start(call.town, agent_id, name, instance)
+    except TownError:
+        stop_tree(None, mark(instance), 0)
+        yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'inbox')
+        raise
+
+
+def prune(call: Call, *, all: bool = False) -> Step[Pruned]:
+    """Forget the agents that are Stopped or in Error; with all, every agent, live ones being killed first.
+
+    Nothing of theirs is lost: queued tasks return to the backlog, messages go to the conductor's mailbox.
+    """
+    states: Iterable[str] = (*AT_REST, *LIVE) if all else ('Stopped', 'Error')
+    reply = yield call.store.evidence(states)
+    removed = []
+    for agent_id, *_ in reply[1]:
+        try:
+            found = yield from look_up(call, text(agent_id))
+            if all:
+                yield from stop_process(call, found, 'pruned', GRACE_SECS)
+            yield call.store.remove(found.id)
+        except (Conflict, TownError) as e:
+            if e.status not in (404, 409):  # gone meanwhile, or alive again: it stays out of the list
+                raise
+        else:
+            removed.append(found.name)
+    return {'removed': len(removed), 'agents': removed}
+
+
+def _steer(call: Call, agent: str, verb: str) -> Step[Acted]:
+    if agent.lower() in CONDUCTOR_NAMES:
+        raise Conflict(f"'{agent}' is a mailbox for people and can't be told to {verb}", code='not-a-worker')
+    steering = STEERING[verb]
+    reply = yield call.store.steer(agent, verb, steering['to'], steering['legal'])
+    return {'status': text(reply[1]).lower(), 'agent': text(reply[0])}
+
+
+def interrupt(call: Call, *, agent: AgentRef) -> Step[Acted]:
+    """Pause an agent: it finishes the round it is in and then takes nothing until it is resumed."""
+    return (yield from _steer(call, agent, 'interrupt'))
+
+
+def resume(call: Call, *, agent: AgentRef) -> Step[Acted]:
+    """Let a paused agent go on."""
+    return (yield from _steer(call, agent, 'resume'))
+
+
+def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
+    """Let an agent finish the round it is in, and then stop. What waits in its inbox stays there."""
+    return (yield from _steer(call, agent, 'close'))
+
+
+# ------------------------------------------------------------------------------------------------ worker processes
+
+
+def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
+    """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
+    ours, its = socket.socketpair()
+    with ours, its:
+        env = clis.environment(town.config, os.environ)
+        env |= {'TINYTOWN_INSTANCE': instance, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONUNBUFFERED': '1'}
+        argv = [sys.executable, '-m', 'tinytown.worker', name, '--fd', str(its.fileno())]
+        log = worker_log(town.root, name)
+        try:
+            start_detached(argv, town.root, env, log, keep=[its.fileno()])
+        except OSError as e:
+            raise Unavailable(f"The worker of '{name}' can't be started: {e}", code='spawn-failed', retry_after=5) from e
+        its.close()
+        ours.sendall(_charter(town, agent_id, instance))
+        ours.shutdown(socket.SHUT_WR)
+        answer = _hear(ours)
+    if answer != b'ok':
+        said = answer.decode('utf-8', 'replace') or 'it ended, or said nothing'
+        raise Unavailable(
+            f"The worker of '{name}' did not start within {START_SECS:g} s: {said} (see {log})",
+            code='spawn-failed',
+            retry_after=5,
+        )
+
+
+def worker_log(root: Path, name: str) -> Path:
+    return root / '.tt' / 'logs' / f'{name}.log'
+
+
+def _charter(town: Town, agent_id: str, instance: str) -> bytes:
+    """What a worker is told on its socket and not in argv or environment, because a Redis URL may hold a password."""
+    settings = {path: configuration.get(town.config, path) for path in configuration.settings()}
+    return json.dumps({'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}).encode()
+
+
+def _hear(ours: socket.socket) -> bytes:
+    """What the worker answers: `ok`, an error, or nothing."""
+    heard, deadline = b'', time.monotonic() + START_SECS
+    while select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]:
+        received = ours.recv(4096)
+        if not received:
+            break
+        heard += received
+        if heard == b'ok':
+            break
+    return heard
+
+

@@ -1,0 +1,131 @@
+"""The coding CLIs that an agent can run: how each is called, how it gets its prompt, and what it may see.
+
+A prompt goes to a CLI's standard input, or, where `{prompt_file}` stands in its command, into a file that is named
+there; never into argv, which every user of the machine can read.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .config import Config
+from .errors import Invalid
+
+PROMPT_FILE: Final = '{prompt_file}'
+
+
+@dataclass(frozen=True, slots=True)
+class Cli:
+    """One coding CLI. `install` says how to get it, `keys` names the environment variables that it documents."""
+
+    name: str
+    argv: tuple[str, ...]
+    install: str
+    keys: tuple[str, ...] = ()
+
+    @property
+    def takes_file(self) -> bool:
+        return any(PROMPT_FILE in part for part in self.argv)
+
+    def command(self, prompt_file: Path) -> list[str]:
+        """The argv of one run."""
+        return [part.replace(PROMPT_FILE, str(prompt_file)) for part in self.argv]
+
+
+def _cli(name: str, command: str, install: str, *keys: str) -> Cli:
+    return Cli(name, tuple(shlex.split(command)), install, keys)
+
+
+_CODEX: Final = 'codex exec --dangerously-bypass-approvals-and-sandbox --skip-git-repo-check'
+
+# As their documentation has them in November 2026.
+_BUILT_IN: Final = (
+    _cli(
+        'claude',
+        'claude --print --dangerously-skip-permissions',
+        'npm install -g @anthropic-ai/claude-code',
+        'ANTHROPIC_API_KEY',
+        'CLAUDE_CODE_OAUTH_TOKEN',
+    ),
+    _cli(
+        'auggie',
+        'auggie --print --quiet --instruction-file {prompt_file}',
+        'npm install -g @augmentcode/auggie',
+        'AUGMENT_SESSION_AUTH',
+    ),
+    _cli('codex', f'{_CODEX} -', 'npm install -g @openai/codex', 'OPENAI_API_KEY', 'CODEX_API_KEY'),
+    _cli('codex-mini', f'{_CODEX} -m gpt-5.4-mini -', 'npm install -g @openai/codex', 'OPENAI_API_KEY', 'CODEX_API_KEY'),
+    _cli(
+        'aider',
+        'aider --yes-always --no-auto-commits --no-check-update --message-file {prompt_file}',
+        'python -m pip install aider-chat',
+        'OPENAI_API_KEY',
+        'ANTHROPIC_API_KEY',
+        'GEMINI_API_KEY',
+        'DEEPSEEK_API_KEY',
+        'OPENROUTER_API_KEY',
+    ),
+    _cli(
+        'gemini',
+        'gemini --approval-mode=yolo --skip-trust',
+        'npm install -g @google/gemini-cli',
+        'GEMINI_API_KEY',
+        'GOOGLE_API_KEY',
+    ),
+    _cli(
+        'copilot',
+        'copilot --silent --allow-all-tools --no-ask-user',
+        'npm install -g @github/copilot',
+        'COPILOT_GITHUB_TOKEN',
+        'GH_TOKEN',
+        'GITHUB_TOKEN',
+    ),
+    _cli('cursor', 'cursor-agent -p --force --trust', 'see cursor.com/cli', 'CURSOR_API_KEY'),
+    Cli('demo', (sys.executable, '-I', str(Path(__file__).with_name('demo.py'))), 'it is part of Tinytown'),
+)
+
+
+def known(config: Config) -> dict[str, Cli]:
+    """The CLIs of a town by name: the built-in ones, and its own, which may replace them."""
+    own = {name: _cli(name, command, 'it is set under [agent_clis]') for name, command in config.agent_clis.items()}
+    return {cli.name: cli for cli in _BUILT_IN} | own
+
+
+def find(config: Config, name: str | None) -> Cli:
+    """The CLI of that name (or the town's default), if it can be run here. Raises Invalid, which says what to do."""
+    wanted = name or config.default_cli
+    clis = known(config)
+    said = f"'{wanted}' (default_cli of the town)" if name is None else f"'{wanted}'"
+    if wanted not in clis:
+        raise _refused(f'{said} is not a coding CLI of this town; known: {", ".join(clis)}. Add it under [agent_clis]')
+    cli = clis[wanted]
+    if shutil.which(cli.argv[0]) is None:
+        raise _refused(f"{said}: the program '{cli.argv[0]}' is not installed here. Install it: {cli.install}")
+    return cli
+
+
+def _refused(detail: str) -> Invalid:
+    return Invalid(detail, code='unknown-cli', errors=[{'pointer': '/cli', 'detail': detail}])
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+_PASSED: Final = frozenset(
+    'PATH HOME USER LOGNAME SHELL LANG TERM TMPDIR TZ SSH_AUTH_SOCK '
+    'http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY '
+    'SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE NODE_EXTRA_CA_CERTS GIT_SSL_CAINFO'.split()
+)
+_PREFIXES: Final = ('LC_', 'XDG_')
+
+
+def environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a worker and its CLI see of `environ`: an allow-list, the built-in CLIs' keys, and `agent.pass_env`."""
+    keys = {key for cli in _BUILT_IN for key in cli.keys}
+    allowed = _PASSED | keys | set(config.agent.pass_env)
+    return {name: value for name, value in environ.items() if name in allowed or name.startswith(_PREFIXES)}

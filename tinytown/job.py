@@ -1,0 +1,149 @@
+"""One run of a coding CLI: its process, its output in a bounded log, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal
+
+from .clis import Cli
+from .processes import GRACE_SECS, identify, stop_tree
+
+TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
+
+
+class Log:
+    """A file that grows to `most` bytes and is then put aside once (as NAME.1). `echo` copies it to standard output."""
+
+    def __init__(self, file: Path, most: int, echo: bool = False) -> None:
+        self._file = file
+        self._most = most
+        self._echo = echo
+        self._open()
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def write(self, data: bytes) -> None:
+        if self._size + len(data) > self._most:
+            self._rotate()
+        try:
+            os.write(self._descriptor, data)
+        except OSError:
+            pass  # a full disk must not end the work
+        self._size += len(data)
+        if self._echo:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+    def line(self, text: str) -> None:
+        self.write(text.encode('utf-8', 'replace') + b'\n')
+
+    def _rotate(self) -> None:
+        os.replace(self._file, self._file.with_name(self._file.name + '.1'))
+        before = self._descriptor
+        was_output = not self._echo and os.fstat(1).st_ino == os.fstat(before).st_ino
+        self._open()
+        os.close(before)
+        if was_output:  # a detached worker's own output goes to the same file
+            os.dup2(self._descriptor, 1)
+            os.dup2(self._descriptor, 2)
+
+
+class Job:
+    """A run of `cli` in `cwd`, with the prompt on its standard input or in `prompt_file`. Raises OSError."""
+
+    def __init__(self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: Log) -> None:
+        descriptor = os.open(prompt_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, 'w', encoding='utf-8') as out:
+            out.write(prompt)
+        with open(os.devnull if cli.takes_file else prompt_file, 'rb') as stdin:
+            self._process = subprocess.Popen(
+                cli.command(prompt_file),
+                cwd=cwd,
+                env=env,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._log = log
+        self._tails: dict[int, bytes] = {}
+        self._selector = selectors.DefaultSelector()
+        assert self._process.stdout and self._process.stderr
+        self._stdout, self._stderr = self._process.stdout.fileno(), self._process.stderr.fileno()
+        for descriptor in (self._stdout, self._stderr):
+            os.set_blocking(descriptor, False)
+            self._tails[descriptor] = b''
+            self._selector.register(descriptor, selectors.EVENT_READ)
+        self._pidfd = os.pidfd_open(self._process.pid) if hasattr(os, 'pidfd_open') else -1
+        if self._pidfd >= 0:
+            self._selector.register(self._pidfd, selectors.EVENT_READ)
+
+    def wait(self, every: Callable[[], bool], seconds: float) -> bool:
+        """Waits for the CLI to end; `every` so many seconds, and when a signal came, asks whether to give up.
+
+        Whether it ended by itself.
+        """
+        due = time.monotonic() + seconds
+        while self._process.poll() is None:
+            pause = max(due - time.monotonic(), 0)
+            if self._pidfd < 0:
+                pause = min(pause, 0.2)
+            for key, _ in self._selector.select(pause):
+                if key.fd != self._pidfd:
+                    self._drain(key.fd)
+            if time.monotonic() >= due:
+                if every():
+                    return False
+                due = time.monotonic() + seconds
+        self._close()
+        return True
+
+    def _drain(self, descriptor: int) -> None:
+        """Copies what is there to the log. Ends at the end of the output, or when no more is there now."""
+        while True:
+            try:
+                data = os.read(descriptor, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                self._selector.unregister(descriptor)
+                return
+            self._log.write(data)
+            self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
+
+    def stop(self, mark: str) -> None:
+        """Ends the CLI and whatever it started."""
+        stop_tree(identify(self._process.pid), mark, GRACE_SECS)
+        self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        for descriptor in (self._stdout, self._stderr):
+            if descriptor in self._selector.get_map():
+                self._drain(descriptor)  # a grandchild may hold it open: no wait for its end
+        self._selector.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        for stream in (self._process.stdout, self._process.stderr):
+            assert stream
+            stream.close()
+
+    def outcome(self) -> tuple[Literal['completed', 'failed'], str | None, str | None]:
+        """(outcome, result, error) by the exit status and the end of the output."""
+        status = self._process.returncode
+        said, complained = self._tail(self._stdout), self._tail(self._stderr)
+        if status == 0:
+            return 'completed', said, None
+        how = f'ended by signal {-status}' if status < 0 else f'exit status {status}'
+        return 'failed', None, f'{how}: {complained or said}'.rstrip(': ')
+
+    def _tail(self, descriptor: int) -> str:
+        return self._tails[descriptor].decode('utf-8', 'replace').replace('\0', '\ufffd').strip()

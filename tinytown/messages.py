@@ -1,0 +1,83 @@
+"""Messages: what is said to an agent, or to the people who run the town (the conductor's mailbox)."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal, NotRequired, TypedDict
+
+from .errors import Invalid
+from .model import AgentRef, Cursor, Limit, MessageIds, MessageKind, MessageText, new_id
+from .store import Page, Step, text
+from .town import Call
+
+# How a kind reads in an inbox, as published.
+TYPES = {'task': 'task', 'query': 'query', 'info': 'info', 'ack': 'confirmation'}
+
+
+class Message(TypedDict):
+    """One entry of an inbox. `from` is the sender's id; `summary` is the text, or the start of a queued task's."""
+
+    id: str
+    type: Literal['task_assign', 'task', 'query', 'info', 'confirmation']
+    summary: str
+
+
+class Inbox(TypedDict):
+    agent: str
+    total: int
+    urgent: int
+    messages: list[Message]
+    next_cursor: NotRequired[str]
+
+
+class Sent(TypedDict):
+    message_id: str
+    to_agent: str
+    urgent: bool
+
+
+class Acknowledged(TypedDict):
+    agent: str
+    removed: int
+
+
+def send(
+    call: Call,
+    *,
+    to: AgentRef,
+    message: MessageText,
+    from_: AgentRef | None = None,
+    kind: MessageKind = 'task',
+    urgent: bool = False,
+) -> Step[Sent]:
+    """Send a message to an agent, or to `conductor`, the mailbox of the people who run the town.
+
+    A task or a query becomes work in the agent's next round; info and ack alone start no round and are read in the
+    next one. Urgent messages come first. For work that is tracked to its end, assign a task instead.
+    """
+    rest = f'","type":"{TYPES[kind]}","summary":{json.dumps(message, ensure_ascii=False)}}}'
+    sender = from_ or call.by.agent_id
+    reply = yield call.store.send(to, sender, 'u' if urgent else 'n', new_id(), rest, kind)
+    return {'message_id': text(reply[0]), 'to_agent': text(reply[1]), 'urgent': urgent}
+
+
+def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[Inbox]]:
+    """Show what waits for an agent: urgent messages, messages, queued tasks. Reading changes nothing."""
+    reply = yield call.store.inbox(agent, limit, cursor)
+    name, normal, urgent, following, messages = reply
+    after = b',"next_cursor":"%b"' % following if following else b''
+    head = b'{"agent":"%b","total":%d,"urgent":%d,"messages":[' % (name, normal, urgent)
+    return Page(b'%b%b]%b}' % (head, messages, after))
+
+
+def acknowledge(
+    call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: bool = False
+) -> Step[Acknowledged]:
+    """Clear messages out of a mailbox: those with the given ids, or all of them. Queued tasks stay.
+
+    This is how a person empties the conductor's mailbox; an agent's own messages are cleared by its rounds.
+    """
+    if all == bool(ids):
+        raise Invalid('give either ids or all, not both', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}])
+    reply = yield call.store.ack(agent, ids or ())
+    return {'agent': text(reply[0]), 'removed': reply[1]}

@@ -1,0 +1,175 @@
+"""The table of operations, and its one door.
+
+Everything a remote caller may do to a town is one row here. REST, MCP, the command line, OpenAPI and metrics are made
+from the rows and hold no policy of their own. To add a capability: write a function in its concern's module (its
+signature is the schema, its docstring the help, its return annotation the shape of the answer) and add a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from . import agents, backlog, messages, recovery, tasks, town
+from .errors import Forbidden, TownError
+from .model import ADMIN, MANAGE, READ, WRITE, Principal, Scope
+from .schema import Parameter, input_schema, output_schema, signature, validate
+from .store import Command, Page, Step
+from .town import Call, Town
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row.
+
+    name      as MCP knows it, with a dot
+    function  takes a Call and keyword-only arguments, and is a Step
+    scope     what a caller must have
+    method    REST, with path; placeholders are arguments; `also` is a second method for the same
+    cli       the words after `tt`
+    status    of success
+    slow      it works on processes or waits: never on the event loop; may be more than one step
+    """
+
+    name: str
+    function: Callable[..., Step[Any]]
+    scope: Scope
+    method: str
+    path: str
+    cli: str
+    status: int = 200
+    slow: bool = False
+    also: str = ''
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        return signature(self.function)[0]
+
+    @cached_property
+    def output(self) -> dict[str, Any]:
+        """The JSON Schema of the answer."""
+        return output_schema(signature(self.function)[1])
+
+    @cached_property
+    def input(self) -> dict[str, Any]:
+        """The JSON Schema of the arguments."""
+        return input_schema(self.parameters)
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the help."""
+        return ' '.join((self.function.__doc__ or '').split('\n\n')[0].split())
+
+    @property
+    def changes(self) -> bool:
+        """Whether it may change the town."""
+        return self.scope != READ
+
+
+# fmt: off
+TABLE: Final = (
+    Op('town.get', town.info, READ, 'GET', '/v1/town', 'town'),
+    Op('town.get_status', town.status, READ, 'GET', '/v1/status', 'status'),
+    Op('town.reset', recovery.reset, ADMIN, 'POST', '/v1/town/reset', 'reset', slow=True),
+
+    Op('agent.list', agents.list_agents, READ, 'GET', '/v1/agents', 'list'),
+    Op('agent.spawn', agents.spawn, MANAGE, 'POST', '/v1/agents', 'spawn', status=201, slow=True),
+    Op('agent.prune', agents.prune, MANAGE, 'POST', '/v1/agents/prune', 'prune', slow=True),
+    Op('agent.get', agents.show, READ, 'GET', '/v1/agents/{agent}', 'show'),
+    Op('agent.get_result', agents.result, READ, 'GET', '/v1/agents/{agent}/result', 'result'),
+    Op('agent.kill', agents.kill, MANAGE, 'POST', '/v1/agents/{agent}/kill', 'kill', slow=True),
+    Op('agent.restart', agents.restart, MANAGE, 'POST', '/v1/agents/{agent}/restart', 'restart', slow=True),
+    Op('agent.interrupt', agents.interrupt, MANAGE, 'POST', '/v1/agents/{agent}/interrupt', 'interrupt'),
+    Op('agent.resume', agents.resume, MANAGE, 'POST', '/v1/agents/{agent}/resume', 'resume'),
+    Op('agent.close', agents.close, MANAGE, 'POST', '/v1/agents/{agent}/close', 'close'),
+    Op('agent.wait', agents.wait, READ, 'POST', '/v1/agents/{agent}/wait', 'wait', slow=True),
+    Op('agent.inbox', messages.inbox, READ, 'GET', '/v1/agents/{agent}/inbox', 'inbox', also='POST'),
+    Op('agent.ack', messages.acknowledge, WRITE, 'POST', '/v1/agents/{agent}/inbox/ack', 'ack'),
+
+    Op('task.assign', tasks.assign, WRITE, 'POST', '/v1/tasks/assign', 'assign', status=201),
+    Op('task.list_pending', tasks.list_pending, READ, 'GET', '/v1/tasks/pending', 'pending'),
+    Op('task.list', tasks.list_tasks, READ, 'GET', '/v1/tasks', 'task list'),
+    Op('task.get', tasks.show, READ, 'GET', '/v1/tasks/{task_id}', 'task show'),
+    Op('task.complete', tasks.complete, WRITE, 'POST', '/v1/tasks/{task_id}/complete', 'task complete'),
+    Op('task.fail', tasks.fail, WRITE, 'POST', '/v1/tasks/{task_id}/fail', 'task fail'),
+    Op('task.cancel', tasks.cancel, WRITE, 'POST', '/v1/tasks/{task_id}/cancel', 'task cancel'),
+    Op('task.retry', tasks.retry, WRITE, 'POST', '/v1/tasks/{task_id}/retry', 'task retry'),
+
+    Op('backlog.list', backlog.list_backlog, READ, 'GET', '/v1/backlog', 'backlog list'),
+    Op('backlog.add', backlog.add, WRITE, 'POST', '/v1/backlog', 'backlog add', status=201),
+    Op('backlog.assign_all', backlog.assign_all, WRITE, 'POST', '/v1/backlog/assign-all', 'backlog assign-all'),
+    Op('backlog.claim', backlog.claim, WRITE, 'POST', '/v1/backlog/{task_id}/claim', 'backlog claim'),
+    Op('backlog.remove', backlog.remove, WRITE, 'DELETE', '/v1/backlog/{task_id}', 'backlog remove'),
+
+    Op('message.send', messages.send, WRITE, 'POST', '/v1/messages/send', 'send', status=201),
+
+    Op('recovery.recover_agents', recovery.recover, MANAGE, 'POST', '/v1/recover', 'recover', slow=True),
+    Op('recovery.reclaim_tasks', recovery.reclaim, MANAGE, 'POST', '/v1/reclaim', 'reclaim', slow=True),
+    Op('recovery.orphan_tasks', recovery.orphan_tasks, MANAGE, 'POST', '/v1/reclaim/orphan-tasks', 'orphans', slow=True),
+)
+# fmt: on
+
+BY_NAME: Final = {op.name: op for op in TABLE}
+
+
+def call(town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '') -> Step[Any]:
+    """The one door: every front end comes through here, so no check can be missed by one of them.
+
+    Checks the caller's scope, validates, runs, and puts the caller's name and idempotency key on every command. Gives
+    what the operation gives: a dict of its shape, or a Page (JSON text of that shape).
+    """
+    if not by.may(op.scope):
+        has = ', '.join(sorted(by.scopes)) or 'none'
+        raise Forbidden(f"{op.name} needs the scope {op.scope}; '{by.name}' has {has}", code='insufficient-scope')
+    checked = validate(op.parameters, arguments)
+    step = op.function(Call(town, by), **checked)
+    if not (key and op.changes):
+        return (yield from _signed(step, by))
+    scoped = f'{by.name}:{op.name}:{key}'
+    fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    if op.slow:
+        return (yield from _once(town, _signed(step, by), scoped, fingerprint))
+    return (yield from _signed(step, by, scoped, fingerprint))
+
+
+def _signed(step: Step[Any], by: Principal, key: str = '', fingerprint: str = '') -> Step[Any]:
+    """Passes a step's commands on, with the caller's name and idempotency key on each."""
+    name = by.agent_name or by.name
+    try:
+        command: Command = next(step)
+        while True:
+            command.by, command.key, command.fingerprint = name, key, fingerprint
+            try:
+                reply = yield command
+            except TownError as e:
+                command = step.throw(e)
+            else:
+                command = step.send(reply)
+    except StopIteration as end:
+        return end.value
+
+
+def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
+    """Runs an operation of several steps once for its key; a repetition is given the first answer."""
+    longest = town.config.townhall.request_timeout_ms // 1000 + 60
+    reply = yield town.store.begin(key, fingerprint, longest)
+    if reply[0] == b'done':
+        return Page(reply[1])
+    try:
+        answer = encode((yield from step))
+    except TownError:
+        yield town.store.settle(key, b'')
+        raise
+    yield town.store.settle(key, answer)
+    return Page(answer)
+
+
+def encode(answer: Any) -> bytes:
+    """What an operation gave, as JSON."""
+    if isinstance(answer, bytes):
+        return answer
+    return json.dumps(answer, ensure_ascii=False, separators=(',', ':')).encode()

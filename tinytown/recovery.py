@@ -1,0 +1,133 @@
+"""Recovery: what to do when processes are gone and their work is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypedDict
+
+from .agents import GRACE_SECS, look_up, mark, prune, stop_process
+from .errors import Conflict
+from .model import AT_REST, LIVE, AgentRef
+from .processes import Identity, stop_tree, verdict
+from .store import Step, text
+from .town import Call
+
+MOST_AT_ONCE = 200
+
+
+class Recovered(TypedDict):
+    checked: int
+    recovered: int
+    agents: list[str]
+
+
+class Reclaimed(TypedDict):
+    reclaimed: int
+    destination: str
+
+
+class Orphan(TypedDict):
+    task_id: str
+    assigned_to: str
+    state: Literal['assigned', 'running']
+    reason: Literal['agent_missing', 'agent_terminal']
+
+
+class Orphans(TypedDict):
+    action: str
+    count: int
+    orphans: list[Orphan]
+
+
+class Reset(TypedDict):
+    agents: int
+    tasks: int
+
+
+def recover(call: Call) -> Step[Recovered]:
+    """Find agents whose process is proven dead, and free what they held: a running task returns to the backlog.
+
+    Dead means that the process is gone or its machine was booted since; an agent that only has not been heard of, or
+    that runs on another host, is left alone.
+    """
+    reply = yield call.store.evidence(LIVE)
+    checked, found = reply
+    recovered = []
+    for agent_id, name, _, instance, process in _evidence(found):
+        if process.pid and verdict(process) == 'dead':
+            stop_tree(None, mark(instance))  # what it left behind
+            yield call.store.depart(agent_id, instance, 'Error', 'its process died', 'backlog')
+            recovered.append(name)
+    return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}
+
+
+def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, str, str, Identity]]:
+    """(id, name, state, instance, process) of each agent."""
+    for row in found:
+        agent_id, name, state, instance, host, boot, pid, start, _ = map(text, row)
+        yield agent_id, name, state, instance, Identity(host, boot, int(pid or 0), start)
+
+
+def reclaim(
+    call: Call, *, to_backlog: bool = False, to: AgentRef | None = None, from_: AgentRef | None = None
+) -> Step[Reclaimed]:
+    """Move the tasks that wait in the inboxes of agents that do not run: to the backlog, or to an agent.
+
+    from names one such agent; without it all are searched. Messages go along to an agent, and stay where they are when
+    the tasks go to the backlog. Without a destination the tasks go to the backlog.
+    """
+    if to_backlog and to:
+        raise Conflict('give either to_backlog or to, not both', code='two-destinations')
+    if from_ is None:
+        reply = yield call.store.evidence(AT_REST)
+        sources = [text(row[0]) for row in reply[1]]
+    else:
+        sources = [(yield from look_up(call, from_)).id]
+    destination = (yield from look_up(call, to)) if to else None
+    moved = 0
+    for source in sources:
+        while True:
+            tasks, _ = yield call.store.reclaim(source, destination.id if destination else '', MOST_AT_ONCE)
+            moved += tasks
+            if tasks < MOST_AT_ONCE:
+                break
+    return {'reclaimed': moved, 'destination': destination.name if destination else 'backlog'}
+
+
+def orphan_tasks(
+    call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 'delete'] = 'list'
+) -> Step[Orphans]:
+    """Find unfinished tasks whose agent is gone or does not run; list them, return them to the backlog, cancel or delete them.
+
+    At most 200 are handled at once; call again for more.
+    """
+    reply = yield call.store.orphans(action, MOST_AT_ONCE)
+    orphans: list[Any] = [
+        {'task_id': text(task), 'assigned_to': text(agent), 'state': text(state), 'reason': text(reason)}
+        for task, agent, state, reason in reply[0]
+    ]
+    return {'action': action, 'count': len(orphans), 'orphans': orphans}
+
+
+def reset(call: Call, *, agents_only: bool = False, force: bool = False) -> Step[Reset]:
+    """Empty the town: forget its agents and, unless agents_only, its tasks, messages and events.
+
+    While agents are live it is refused, unless force is given; then they are killed first.
+    """
+    live = yield call.store.evidence(LIVE)
+    if live[1] and not force:
+        names = ', '.join(text(row[1]) for row in live[1])
+        raise Conflict(f'agents are live: {names}; kill them first, or give force', code='agents-live')
+    for row in live[1]:
+        found = yield from look_up(call, text(row[0]))
+        yield from stop_process(call, found, 'town reset', GRACE_SECS)
+    removed = yield from prune(call, all=True)
+    tasks = 0
+    if not agents_only:
+        while True:
+            deleted, left = yield call.store.purge_tasks(MOST_AT_ONCE)
+            tasks += deleted
+            if not left:
+                break
+        yield call.store.purge_rest()
+    return {'agents': removed['removed'], 'tasks': tasks}

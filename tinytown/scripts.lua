@@ -1,0 +1,792 @@
+-- The state changes of a town. Every section below becomes one Redis script: the prelude, then the body.
+-- A body takes its arguments from A, returns {1, ...} when it has done its work, or refuse(code, ...) when it
+-- has changed nothing. Whatever it writes (record, indexes, event, history, idempotency record) is one step.
+-- KEYS[1] is the town's prefix; every other key is built from it, which a Cluster accepts thanks to the hash tag.
+-- A section's first line names it: "@script NAME [oom]"; "oom" lets it run when Redis is out of memory.
+-- LIVE and ACCEPTING (sets of agent states) and CONDUCTOR are inserted above the prelude from model.py.
+
+-- @prelude
+local P = KEYS[1]
+local BY = ARGV[3]
+local A = {unpack(ARGV, 5)}
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local NOW = string.format('%.0f', now)
+
+local function refuse(code, ...) return {0, code, ...} end
+
+-- Milliseconds since the epoch as RFC 3339 in UTC (days-to-civil after Hinnant's public-domain algorithm).
+local function iso(ms)
+  local floor = math.floor
+  local seconds = floor(ms / 1000)
+  local days = floor(seconds / 86400)
+  local rest = seconds - days * 86400
+  local z = days + 719468
+  local era = floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = floor((doe - floor(doe / 1460) + floor(doe / 36524) - floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + floor(yoe / 4) - floor(yoe / 100))
+  local mp = floor((5 * doy + 2) / 153)
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03dZ', year, month, doy - floor((153 * mp + 2) / 5) + 1,
+    floor(rest / 3600), floor(rest / 60) % 60, rest % 60, ms % 1000)
+end
+
+local function json_time(ms) return (ms and ms ~= '') and '"' .. iso(tonumber(ms)) .. '"' or 'null' end
+local function json_string(s) return (s and s ~= '') and cjson.encode(s) or 'null' end
+
+-- One event, and where it concerns a task a line of that task's history. fields: ordered name, value, name, value …
+local function event(kind, task, ...)
+  local parts = {'"type":"' .. kind .. '","at":"' .. iso(now) .. '"'}
+  if task then parts[#parts + 1] = '"task_id":"' .. task .. '"' end
+  local fields = {...}
+  for i = 1, #fields, 2 do
+    local value = fields[i + 1]
+    if value and value ~= '' then parts[#parts + 1] = '"' .. fields[i] .. '":' .. cjson.encode(value) end
+  end
+  if BY ~= '' then parts[#parts + 1] = '"by":' .. cjson.encode(BY) end
+  local text = table.concat(parts, ',')
+  redis.call('XADD', P .. 'events', 'MAXLEN', '~', ARGV[4], '*', 'j', text)
+  if task then
+    redis.call('RPUSH', P .. 'task:' .. task .. ':log', '{' .. text .. '}')
+    redis.call('LTRIM', P .. 'task:' .. task .. ':log', -200, -1)
+  end
+end
+
+-- The id and name of the agent that ref (name in any case, id, or unique id prefix) means; nil and a refusal else.
+local function resolve(ref)
+  local id = redis.call('HGET', P .. 'names', string.lower(ref))
+  if not id and #ref >= 4 then
+    local found = redis.call('ZRANGEBYLEX', P .. 'ids', '[' .. ref, '[' .. ref .. '\255', 'LIMIT', 0, 2)
+    if #found > 1 then return nil, refuse('ambiguous-agent', ref) end
+    id = found[1]
+  end
+  if not id then return nil, refuse('agent-not-found', ref) end
+  return id, redis.call('HGET', P .. 'agent:' .. id, 'name')
+end
+
+-- As resolve, for an agent that is to be given work now.
+local function resolve_accepting(ref)
+  local id, name = resolve(ref)
+  if not id then return nil, name end
+  local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
+  if not ACCEPTING[state] then return nil, refuse('agent-not-accepting', name, state) end
+  return id, name
+end
+
+-- As resolve, for whatever has a mailbox: the conductor too.
+local function resolve_mailbox(ref)
+  local known = string.lower(ref)
+  if known == 'conductor' or known == 'supervisor' or known == CONDUCTOR then return CONDUCTOR, 'conductor' end
+  return resolve(ref)
+end
+
+-- Rewrites the rendered tail of an agent's record.
+local function render_agent(id)
+  local key = P .. 'agent:' .. id
+  local v = redis.call('HMGET', key, 'state', 'rounds', 'done', 'task', 'host', 'pid', 'beat', 'restarts')
+  local scope = v[4] ~= '' and redis.call('HGET', P .. 'task:' .. v[4], 'brief') or 'null'
+  redis.call('HSET', key, 'm', table.concat({
+    ',"state":"', v[1], '","rounds_completed":', v[2], ',"tasks_completed":', v[3],
+    ',"current_scope":', scope, ',"current_task":', json_string(v[4]),
+    ',"host":', json_string(v[5]), ',"pid":', (v[6] and v[6] ~= '') and v[6] or 'null',
+    ',"last_heartbeat":', json_time(v[7]), ',"restarts":', v[8]}))
+end
+
+-- Sets fields of an agent and keeps the set of live agents and the rendered tail in step with them.
+local function set_agent(id, ...)
+  redis.call('HSET', P .. 'agent:' .. id, ...)
+  local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
+  redis.call(LIVE[state] and 'SADD' or 'SREM', P .. 'live', id)
+  render_agent(id)
+end
+
+local function agent_json(id)
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'j', 'm')
+  local inbox = P .. 'inbox:' .. id
+  return v[1] .. v[2]
+    .. ',"inbox_len":' .. redis.call('XLEN', inbox .. ':n') + redis.call('XLEN', inbox .. ':t')
+    .. ',"urgent_len":' .. redis.call('XLEN', inbox .. ':u') .. '}'
+end
+
+local function render_task(id)
+  local key = P .. 'task:' .. id
+  local v = redis.call('HMGET', key, 'state', 'agent', 'name', 'attempt', 'result', 'error', 'dead', 'born', 'started', 'ended')
+  redis.call('HSET', key, 'm', table.concat({
+    ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
+    ',"attempt":', v[4], ',"result":', v[5], ',"error":', v[6], ',"dead_letter":', v[7] == '1' and 'true' or 'false',
+    ',"created_at":', json_time(v[8]), ',"started_at":', json_time(v[9]), ',"ended_at":', json_time(v[10]), '}'}))
+end
+
+local function task_json(id)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'j', 'tags', 'm')
+  return v[1] .. ',"tags":' .. v[2] .. v[3]
+end
+
+-- Sets fields of a task, and keeps every index (all, by state, by agent, by agent and state) and the rendered tail
+-- in step with them.
+local function set_task(id, ...)
+  local key = P .. 'task:' .. id
+  local was = redis.call('HMGET', key, 'state', 'agent', 'born')
+  redis.call('HSET', key, ...)
+  local is = redis.call('HMGET', key, 'state', 'agent')
+  if was[1] ~= is[1] then
+    redis.call('ZREM', P .. 'tasks:' .. was[1], id)
+    redis.call('ZADD', P .. 'tasks:' .. is[1], was[3], id)
+  end
+  if was[2] ~= '' and (was[1] ~= is[1] or was[2] ~= is[2]) then
+    redis.call('ZREM', P .. 'agent:' .. was[2] .. ':tasks:' .. was[1], id)
+    if was[2] ~= is[2] then redis.call('ZREM', P .. 'agent:' .. was[2] .. ':tasks', id) end
+  end
+  if is[2] ~= '' and (was[1] ~= is[1] or was[2] ~= is[2]) then
+    redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks', was[3], id)
+    redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks:' .. is[1], was[3], id)
+  end
+  render_task(id)
+end
+
+-- A new task in the backlog. head: JSON object of task_id and description, its brace left open; brief: the start of
+-- the description as a JSON string; from: the creator's id.
+local function new_task(id, head, brief, tags, from, max)
+  redis.call('HSET', P .. 'task:' .. id, 'j', head, 'brief', brief, 'tags', tags, 'from', from, 'state', 'pending',
+    'agent', '', 'name', '', 'entry', '', 'attempt', '0', 'max', max, 'tries', max, 'result', 'null', 'error', 'null',
+    'dead', '0', 'born', NOW, 'started', '', 'ended', '')
+  redis.call('ZADD', P .. 'tasks', NOW, id)
+  redis.call('ZADD', P .. 'tasks:pending', NOW, id)
+  render_task(id)
+  event('task.created', id)
+end
+
+-- Queues a task in an agent's inbox.
+local function queue_task(id, agent, name)
+  local entry = redis.call('XADD', P .. 'inbox:' .. agent .. ':t', '*', 't', id)
+  set_task(id, 'state', 'assigned', 'agent', agent, 'name', name, 'entry', entry)
+  event('task.assigned', id, 'agent_id', agent, 'agent_name', name)
+end
+
+-- Takes a task from whoever has it: its inbox entry, lease and place among the running ones go.
+local function detach_task(id)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'entry')
+  if v[2] ~= '' then redis.call('XDEL', P .. 'inbox:' .. v[1] .. ':t', v[2]) end
+  redis.call('ZREM', P .. 'leases', id)
+  if v[1] ~= '' then
+    redis.call('SREM', P .. 'agent:' .. v[1] .. ':running', id)
+    if redis.call('HGET', P .. 'agent:' .. v[1], 'task') == id then set_agent(v[1], 'task', '') end
+  end
+  return v[1]
+end
+
+local function task_to_backlog(id, why)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'name', 'attempt')
+  local agent = detach_task(id)
+  set_task(id, 'state', 'pending', 'agent', '', 'name', '', 'entry', '', 'started', '')
+  event('task.requeued', id, 'agent_id', agent, 'agent_name', v[1], 'attempt', tonumber(v[2]), 'why', why)
+end
+
+-- Queues again, in place, what an agent's process was running.
+local function keep_running(agent, name, why)
+  local tasks = redis.call('SMEMBERS', P .. 'agent:' .. agent .. ':running')
+  for _, id in ipairs(tasks) do
+    redis.call('SREM', P .. 'agent:' .. agent .. ':running', id)
+    redis.call('ZREM', P .. 'leases', id)
+    set_task(id, 'state', 'assigned', 'started', '')
+    event('task.requeued', id, 'agent_id', agent, 'agent_name', name,
+      'attempt', tonumber(redis.call('HGET', P .. 'task:' .. id, 'attempt')), 'why', why)
+  end
+  return tasks
+end
+
+local function delete_task(id)
+  detach_task(id)
+  set_task(id, 'agent', '')
+  redis.call('ZREM', P .. 'tasks:' .. redis.call('HGET', P .. 'task:' .. id, 'state'), id)
+  redis.call('ZREM', P .. 'tasks', id)
+  redis.call('DEL', P .. 'task:' .. id, P .. 'task:' .. id .. ':log')
+end
+
+-- Moves what waits in one lane of an inbox to another agent's. Returns how many.
+local function move_messages(from, to, lane, limit)
+  local moved = redis.call('XRANGE', P .. 'inbox:' .. from .. ':' .. lane, '-', '+', 'COUNT', limit)
+  for _, entry in ipairs(moved) do
+    redis.call('XADD', P .. 'inbox:' .. to .. ':' .. lane, '*', unpack(entry[2]))
+    redis.call('XDEL', P .. 'inbox:' .. from .. ':' .. lane, entry[1])
+  end
+  return #moved
+end
+
+-- A page of a sorted set, from a cursor "<score>_<member>" (exclusive) on. render(member) gives JSON.
+-- At most limit items or about a mebibyte. Returns {1, count, next, joined}.
+local function page(key, cursor, limit, backwards, render)
+  limit = tonumber(limit)
+  local count = redis.call('ZCARD', key)
+  local start = 0
+  local score, member = string.match(cursor, '^(%d+)_(.+)$')
+  if score then
+    local rank = redis.call(backwards and 'ZREVRANK' or 'ZRANK', key, member)
+    if rank then start = rank + 1
+    elseif backwards then
+      start = redis.call('ZCOUNT', key, '(' .. score, '+inf')
+      for _, other in ipairs(redis.call('ZRANGEBYSCORE', key, score, score)) do
+        if other > member then start = start + 1 end
+      end
+    else
+      start = redis.call('ZCOUNT', key, '-inf', '(' .. score)
+      for _, other in ipairs(redis.call('ZRANGEBYSCORE', key, score, score)) do
+        if other < member then start = start + 1 end
+      end
+    end
+  end
+  local bytes, out, last = 0, {}, nil
+  local found = redis.call(backwards and 'ZREVRANGE' or 'ZRANGE', key, start, start + limit - 1, 'WITHSCORES')
+  for i = 1, #found, 2 do
+    if bytes > 1048576 then break end
+    local item = render(found[i])
+    out[#out + 1] = item
+    bytes = bytes + #item
+    last = i
+  end
+  local following = ''
+  if last and start + (last + 1) / 2 < count then
+    following = string.format('%.0f', tonumber(found[last + 1])) .. '_' .. found[last]
+  end
+  return {1, count, following, table.concat(out, ',')}
+end
+
+-- @script open oom
+-- Binds the name of a town to one town. A: town id. Refuses town-name-taken with the id that has it.
+local owner = redis.call('HGET', P .. 'town', 'id')
+if not owner then
+  redis.call('HSET', P .. 'town', 'id', A[1], 'born', NOW)
+  owner = A[1]
+end
+if owner ~= A[1] then return refuse('town-name-taken', owner) end
+return {1, owner}
+
+-- @script register
+-- A new agent, state Starting. A: id, name, json head, most live agents, cli, most rounds, instance that will run it.
+-- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
+local id, name, head, max, cli, rounds, instance = unpack(A)
+if redis.call('HEXISTS', P .. 'names', string.lower(name)) == 1 then return refuse('name-taken', name) end
+if redis.call('SCARD', P .. 'live') >= tonumber(max) then return refuse('max-agents', max) end
+redis.call('HSET', P .. 'names', string.lower(name), id)
+redis.call('ZADD', P .. 'ids', 0, id)
+redis.call('ZADD', P .. 'agents', NOW, id)
+redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
+  'done', '0', 'restarts', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', NOW)
+set_agent(id, 'state', 'Starting')
+event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
+return {1, id}
+
+-- @script restarting
+-- A stopped agent is to run again. A: agent, most live agents, instance that will run it. Refuses what is still live.
+local id, name = resolve(A[1])
+if not id then return name end
+local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
+if LIVE[state] then return refuse('agent-live', name, state) end
+if redis.call('SCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
+redis.call('HINCRBY', P .. 'agent:' .. id, 'restarts', 1)
+set_agent(id, 'state', 'Starting', 'instance', A[3])
+event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
+return {1, id, name}
+
+-- @script hello oom
+-- The worker process for which an agent was registered or restarted takes it over; any other instance is fenced.
+-- A task that an earlier one was running is queued again in the same inbox, its attempt counted.
+-- A: agent id, instance, host, boot id, pid, process start. Returns {1, name, cli, max rounds, rounds, head}.
+local id, instance, host, boot, pid, start = unpack(A)
+local key = P .. 'agent:' .. id
+if redis.call('EXISTS', key) == 0 then return refuse('agent-not-found', id) end
+local v = redis.call('HMGET', key, 'name', 'cli', 'max_rounds', 'rounds', 'j', 'state', 'instance')
+if not LIVE[v[6]] or v[7] ~= instance then return refuse('stale-instance', v[1], instance) end
+keep_running(id, v[1], 'a new worker process took over')
+local state = v[6] == 'Paused' and 'Paused' or v[6] == 'Draining' and 'Draining' or 'Idle'
+set_agent(id, 'host', host, 'boot', boot, 'pid', pid, 'start', start, 'beat', NOW, 'task', '',
+  'idle', NOW, 'state', state)
+event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
+return {1, v[1], v[2], v[3], v[4], v[5]}
+
+-- @script pickup oom
+-- What an agent does next. A: agent id, instance, lease in ms, most messages.
+-- Taking a task counts its attempt and starts its lease; asking again while this instance holds one gives the same
+-- attempt (the reply may have been lost). Every entry that is looked at is started or dropped, so the caller always
+-- makes progress. Information and confirmations alone start no round: they wait for the next one.
+-- Returns {1, 'rest', state, last urgent and normal entry seen}, or {1, 'work', task or false, messages, backlog}:
+-- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest.
+local id, instance, lease, most = unpack(A)
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'state', 'name')
+if v[1] ~= instance or not LIVE[v[2]] then return refuse('stale-instance', v[3] or id, instance) end
+redis.call('DEL', P .. 'inbox:' .. id .. ':c')
+local running = redis.call('SMEMBERS', key .. ':running')[1]
+if not running and (v[2] == 'Paused' or v[2] == 'Draining') then return {1, 'rest', v[2], '0-0', '0-0'} end
+local task = false
+if running then
+  local t = redis.call('HMGET', P .. 'task:' .. running, 'attempt', 'j', 'tags')
+  task = {running, tonumber(t[1]), t[2], t[3]}
+else
+  while true do
+    local entry = redis.call('XRANGE', P .. 'inbox:' .. id .. ':t', '-', '+', 'COUNT', 1)[1]
+    if not entry then break end
+    local tid = entry[2][2]
+    local t = redis.call('HMGET', P .. 'task:' .. tid, 'state', 'agent', 'entry', 'j', 'tags')
+    if t[1] == 'assigned' and t[2] == id and t[3] == entry[1] then
+      local attempt = redis.call('HINCRBY', P .. 'task:' .. tid, 'attempt', 1)
+      redis.call('SADD', key .. ':running', tid)
+      redis.call('ZADD', P .. 'leases', now + tonumber(lease), tid)
+      set_task(tid, 'state', 'running', 'started', NOW)
+      event('task.started', tid, 'agent_id', id, 'agent_name', v[3], 'attempt', attempt)
+      task = {tid, attempt, t[4], t[5]}
+      break
+    end
+    redis.call('XDEL', P .. 'inbox:' .. id .. ':t', entry[1])
+  end
+end
+local messages, actionable = {}, task
+local seen = {u = '0-0', n = '0-0'}
+for _, lane in ipairs({'u', 'n'}) do
+  for _, entry in ipairs(redis.call('XRANGE', P .. 'inbox:' .. id .. ':' .. lane, '-', '+', 'COUNT', most - #messages) or {}) do
+    local kind = entry[2][4]
+    messages[#messages + 1] = {lane, entry[1], kind, entry[2][2]}
+    seen[lane] = entry[1]
+    actionable = actionable or kind == 'task' or kind == 'query'
+  end
+end
+if not actionable and #messages < tonumber(most) then
+  if v[2] ~= 'Idle' then set_agent(id, 'state', 'Idle', 'idle', NOW) end
+  return {1, 'rest', 'Idle', seen.u, seen.n}
+end
+local state = v[2] == 'Idle' and 'Working' or v[2]
+set_agent(id, 'state', state, 'task', task and task[1] or '', 'beat', NOW)
+local backlog = {}
+for _, tid in ipairs(redis.call('ZRANGE', P .. 'tasks:pending', 0, 49)) do
+  local t = redis.call('HMGET', P .. 'task:' .. tid, 'j', 'tags')
+  backlog[#backlog + 1] = t[1] .. ',"tags":' .. t[2] .. '}'
+end
+return {1, 'work', task, messages, '[' .. table.concat(backlog, ',') .. ']'}
+
+-- @script beat oom
+-- A worker is alive and holds these tasks. A: agent id, instance, lease in ms, then task, attempt, …
+-- Extends the leases of those it still holds. Returns {1, state, the tasks that are no longer its own}: one that was
+-- finished under the same attempt is not lost, one that was cancelled or taken over is.
+local id, instance, lease = A[1], A[2], A[3]
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'state', 'name')
+if v[1] ~= instance then return refuse('stale-instance', v[3] or id, instance) end
+set_agent(id, 'beat', NOW)
+local lost = {}
+for i = 4, #A, 2 do
+  local t = redis.call('HMGET', P .. 'task:' .. A[i], 'state', 'attempt', 'agent')
+  if t[2] ~= A[i + 1] or t[3] ~= id or t[1] == 'cancelled' or t[1] == 'assigned' or t[1] == 'pending' then
+    lost[#lost + 1] = A[i]
+  elseif t[1] == 'running' then
+    redis.call('ZADD', P .. 'leases', now + tonumber(lease), A[i])
+  end
+end
+return {1, v[2], lost}
+
+-- @script finish oom
+-- The end of a task. A: task, attempt ('' for an operator's override), completed or failed, result JSON, error JSON.
+-- The attempt decides: another one is refused (stale-attempt), the same outcome of the same attempt again is 'already'.
+-- Returns {1, 'done' or 'already', state}.
+local id, attempt, outcome, result, err = unpack(A)
+local key = P .. 'task:' .. id
+local v = redis.call('HMGET', key, 'state', 'attempt', 'agent', 'name')
+if not v[1] then return refuse('task-not-found', id) end
+if attempt ~= '' and attempt ~= v[2] then return refuse('stale-attempt', id, attempt, v[2]) end
+if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then
+  if attempt ~= '' and v[1] ~= 'cancelled' then return {1, 'already', v[1]} end
+  return refuse('task-finished', id, v[1])
+end
+if attempt ~= '' and v[1] ~= 'running' then return refuse('stale-attempt', id, attempt, v[2]) end
+detach_task(id)
+set_task(id, 'state', outcome, 'result', result, 'error', err, 'ended', NOW, 'entry', '')
+if v[3] ~= '' then
+  redis.call('HSET', P .. 'agent:' .. v[3], 'last', id)
+  if outcome == 'completed' then
+    redis.call('HINCRBY', P .. 'agent:' .. v[3], 'done', 1)
+    render_agent(v[3])
+  end
+end
+redis.call('HINCRBY', P .. 'totals', outcome, 1)
+event('task.' .. outcome, id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', tonumber(v[2]),
+  'why', attempt == '' and 'operator override' or nil)
+return {1, 'done', outcome}
+
+-- @script round_done oom
+-- The end of a worker's round: its messages are acknowledged. A: agent id, instance, then lane, entry, …
+-- Returns {1, state, rounds completed}.
+local id, instance = A[1], A[2]
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'state', 'name')
+if v[1] ~= instance then return refuse('stale-instance', v[3] or id, instance) end
+for i = 3, #A, 2 do redis.call('XDEL', P .. 'inbox:' .. id .. ':' .. A[i], A[i + 1]) end
+local rounds = redis.call('HINCRBY', key, 'rounds', 1)
+local state = v[2] == 'Working' and 'Idle' or v[2]
+set_agent(id, 'state', state, 'task', '', 'idle', NOW)
+return {1, state, rounds}
+
+-- @script depart oom
+-- An agent's process is gone for good. A: agent id, instance ('' for any), state it ends in, why, where its unfinished
+-- task goes: 'backlog', or 'inbox' to be queued again for the same agent. Its attempt stays counted.
+-- Returns {1, requeued task ids}.
+local id, instance, state, why, to = unpack(A)
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'name', 'state')
+if not v[2] then return refuse('agent-not-found', id) end
+if instance ~= '' and v[1] ~= instance then return refuse('stale-instance', v[2], instance) end
+local tasks
+if to == 'inbox' then tasks = keep_running(id, v[2], why)
+else
+  tasks = redis.call('SMEMBERS', key .. ':running')
+  for _, task in ipairs(tasks) do task_to_backlog(task, why) end
+end
+redis.call('DEL', P .. 'inbox:' .. id .. ':c')
+set_agent(id, 'instance', '', 'pid', '', 'task', '', 'state', state)
+if v[3] ~= state then event('agent.' .. string.lower(state), nil, 'agent_id', id, 'agent_name', v[2], 'why', why) end
+return {1, tasks}
+
+-- @script steer
+-- A person pauses, resumes or closes an agent; its worker is rung. A: agent, verb, target state, then the states from
+-- which that is legal. Resuming an agent that holds a task makes it Working. Returns {1, name, state}.
+local id, name = resolve(A[1])
+if not id then return name end
+local key = P .. 'agent:' .. id
+local state, target, legal = redis.call('HGET', key, 'state'), A[3], false
+if state == target then return {1, name, state} end
+for i = 4, #A do legal = legal or A[i] == state end
+if not legal then return refuse('bad-transition', name, state, A[2]) end
+if target == 'Idle' and redis.call('SCARD', key .. ':running') > 0 then target = 'Working' end
+set_agent(id, 'state', target)
+redis.call('XADD', P .. 'inbox:' .. id .. ':c', '*', 'v', A[2])
+event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
+return {1, name, target}
+
+-- @script remove
+-- Forgets an agent that has no process. A: agent id. What waits in its inbox is not lost: tasks return to the backlog,
+-- messages go to the conductor's mailbox. Returns {1, name}.
+local id = A[1]
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'name', 'state')
+if not v[1] then return refuse('agent-not-found', id) end
+if LIVE[v[2]] then return refuse('agent-live', v[1], v[2]) end
+for _, task in ipairs(redis.call('SMEMBERS', key .. ':running')) do task_to_backlog(task, 'its agent was removed') end
+for _, entry in ipairs(redis.call('XRANGE', P .. 'inbox:' .. id .. ':t', '-', '+')) do
+  task_to_backlog(entry[2][2], 'its agent was removed')
+end
+for _, lane in ipairs({'u', 'n'}) do
+  move_messages(id, CONDUCTOR, lane, 100000)
+end
+local inbox = P .. 'inbox:' .. id
+redis.call('DEL', key, key .. ':running', inbox .. ':u', inbox .. ':n', inbox .. ':t', inbox .. ':c')
+redis.call('HDEL', P .. 'names', string.lower(v[1]))
+redis.call('ZREM', P .. 'ids', id)
+redis.call('ZREM', P .. 'agents', id)
+redis.call('SREM', P .. 'live', id)
+event('agent.removed', nil, 'agent_id', id, 'agent_name', v[1])
+return {1, v[1]}
+
+-- @script assign
+-- A new task, straight into an agent's inbox. A: agent, then what new_task takes.
+-- Returns {1, task id, agent id, agent name}.
+local agent, name = resolve_accepting(A[1])
+if not agent then return name end
+new_task(unpack(A, 2))
+queue_task(A[2], agent, name)
+return {1, A[2], agent, name}
+
+-- @script backlog_add
+-- A new task for whoever claims it. A: what new_task takes. Returns {1, task id}.
+new_task(unpack(A))
+return {1, A[1]}
+
+-- @script claim
+-- Gives a task of the backlog to an agent. A: task, agent. Both are checked before anything moves, so a claim by an
+-- unknown agent leaves the task where it is, and of many claimers exactly one wins. Returns {1, task, agent id, name}.
+local agent, name = resolve_accepting(A[2])
+if not agent then return name end
+local state = redis.call('HGET', P .. 'task:' .. A[1], 'state')
+if not state then return refuse('task-not-found', A[1]) end
+if state ~= 'pending' then return refuse('task-not-pending', A[1], state) end
+queue_task(A[1], agent, name)
+return {1, A[1], agent, name}
+
+-- @script assign_all
+-- Gives the oldest tasks of the backlog to one agent. A: agent, most tasks (bounded: a script blocks the server).
+-- Returns {1, task ids}.
+local agent, name = resolve_accepting(A[1])
+if not agent then return name end
+local tasks = redis.call('ZRANGE', P .. 'tasks:pending', 0, tonumber(A[2]) - 1)
+for _, task in ipairs(tasks) do queue_task(task, agent, name) end
+return {1, tasks}
+
+-- @script backlog_remove
+-- Forgets a task that nobody has. A: task. Returns {1, task}.
+local state = redis.call('HGET', P .. 'task:' .. A[1], 'state')
+if not state then return refuse('task-not-found', A[1]) end
+if state ~= 'pending' then return refuse('task-not-pending', A[1], state) end
+delete_task(A[1])
+event('backlog.removed', nil, 'task_id', A[1])
+return {1, A[1]}
+
+-- @script cancel oom
+-- Ends a task that is not finished; a worker that runs it learns so from its next heartbeat. A: task. Returns {1, task}.
+local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'agent', 'name', 'attempt')
+if not v[1] then return refuse('task-not-found', A[1]) end
+if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then return refuse('task-finished', A[1], v[1]) end
+detach_task(A[1])
+set_task(A[1], 'state', 'cancelled', 'ended', NOW, 'entry', '')
+redis.call('HINCRBY', P .. 'totals', 'cancelled', 1)
+event('task.cancelled', A[1], 'agent_id', v[2], 'agent_name', v[3], 'attempt', tonumber(v[4]))
+return {1, A[1]}
+
+-- @script retry
+-- Puts a failed or cancelled task back into the backlog, with a full set of attempts. A: task. Returns {1, task}.
+-- The attempt number goes on rising, so a report of an old attempt stays stale.
+local key = P .. 'task:' .. A[1]
+local v = redis.call('HMGET', key, 'state', 'attempt', 'tries')
+if not v[1] then return refuse('task-not-found', A[1]) end
+if v[1] ~= 'failed' and v[1] ~= 'cancelled' then return refuse('task-not-failed', A[1], v[1]) end
+set_task(A[1], 'state', 'pending', 'agent', '', 'name', '', 'entry', '', 'started', '', 'ended', '', 'result', 'null',
+  'error', 'null', 'dead', '0', 'max', string.format('%.0f', tonumber(v[2]) + tonumber(v[3])))
+event('task.retried', A[1], 'attempt', tonumber(v[2]))
+return {1, A[1]}
+
+-- @script send
+-- A message. A: agent, sender ('' for the conductor), lane (u or n), message id, the rest of its JSON, kind.
+-- Returns {1, message id, agent name}.
+local id, name = resolve_mailbox(A[1])
+if not id then return name end
+local from, why = CONDUCTOR, nil
+if A[2] ~= '' then
+  from, why = resolve_mailbox(A[2])
+  if not from then return why end
+end
+redis.call('XADD', P .. 'inbox:' .. id .. ':' .. A[3], '*', 'j', '{"id":"' .. A[4] .. '","from":"' .. from .. A[5], 'k', A[6])
+event('message.sent', nil, 'agent_id', id, 'agent_name', name, 'message_id', A[4])
+return {1, A[4], name}
+
+-- @script ack
+-- Clears messages out of a mailbox. A: agent, then message ids; none: all messages (queued tasks stay).
+-- Returns {1, agent name, removed}.
+local id, name = resolve_mailbox(A[1])
+if not id then return name end
+end
+local removed = 0
+local wanted = {}
+for i = 2, #A do wanted[A[i]] = true end
+for _, lane in ipairs({'u', 'n'}) do
+  local stream = P .. 'inbox:' .. id .. ':' .. lane
+  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+', 'COUNT', 10000)) do
+    if #A == 1 or wanted[cjson.decode(entry[2][2]).id] then removed = removed + redis.call('XDEL', stream, entry[1]) end
+  end
+end
+return {1, name, removed}
+
+-- @script inbox oom
+-- What waits for an agent. A: agent, most items, cursor ("<lane>-<stream id>", exclusive, or '').
+-- Urgent messages, then messages, then queued tasks. Returns {1, agent name, normal, urgent, next, joined}.
+local id, name = resolve_mailbox(A[1])
+if not id then return name end
+end
+local inbox = P .. 'inbox:' .. id .. ':'
+local limit = tonumber(A[2])
+local lane, after = string.match(A[3], '^([unt])%-(%d+%-%d+)$')
+local out, bytes, following, seen, last = {}, 0, '', not lane, ''
+for _, each in ipairs({'u', 'n', 't'}) do
+  if each == lane then seen = true end
+  if seen and following == '' then
+    local from = each == lane and '(' .. after or '-'
+    for _, entry in ipairs(redis.call('XRANGE', inbox .. each, from, '+', 'COUNT', limit - #out + 1)) do
+      if #out >= limit or bytes > 1048576 then following = last; break end
+      local item = entry[2][2]
+      if each == 't' then
+        local t = redis.call('HMGET', P .. 'task:' .. item, 'from', 'brief')
+        item = '{"id":"' .. item .. '","from":"' .. t[1] .. '","type":"task_assign","summary":' .. t[2] .. '}'
+      end
+      out[#out + 1] = item
+      bytes = bytes + #item
+      last = each .. '-' .. entry[1]
+    end
+  end
+end
+return {1, name, redis.call('XLEN', inbox .. 'n') + redis.call('XLEN', inbox .. 't'), redis.call('XLEN', inbox .. 'u'),
+  following, table.concat(out, ',')}
+
+-- @script agents oom
+-- A page of agents, by birth. A: most, cursor.
+return page(P .. 'agents', A[2], A[1], false, agent_json)
+
+-- @script agents_open oom
+-- The live agents (few: max_agents bounds them), by birth. Returns {1, count, '', joined}.
+local live = {}
+for _, id in ipairs(redis.call('SMEMBERS', P .. 'live')) do
+  live[#live + 1] = {tonumber(redis.call('HGET', P .. 'agent:' .. id, 'born')), id}
+end
+table.sort(live, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
+local out = {}
+for i, each in ipairs(live) do out[i] = agent_json(each[2]) end
+return {1, #out, '', table.concat(out, ',')}
+
+-- @script agent oom
+-- One agent. A: agent. Returns {1, id, name, json, state, instance, host, boot id, pid, process start}.
+local id, name = resolve(A[1])
+if not id then return name end
+local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'instance', 'host', 'boot', 'pid', 'start')
+return {1, id, name, agent_json(id), v[1], v[2], v[3], v[4], v[5], v[6]}
+
+-- @script agent_result oom
+-- The last task that an agent finished. A: agent. Returns {1, name, json or ''}.
+local id, name = resolve(A[1])
+if not id then return name end
+local last = redis.call('HGET', P .. 'agent:' .. id, 'last')
+if not last or redis.call('EXISTS', P .. 'task:' .. last) == 0 then return {1, name, ''} end
+return {1, name, task_json(last)}
+
+-- @script evidence oom
+-- What is known of the processes of the agents in some states. A: states.
+-- Returns {1, agents in all, {{id, name, state, instance, host, boot id, pid, process start, heartbeat age in ms}, …}}.
+local wanted, out = {}, {}
+for i = 1, #A do wanted[A[i]] = true end
+local all = redis.call('ZRANGE', P .. 'agents', 0, -1)
+for _, id in ipairs(all) do
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beat')
+  if wanted[v[2]] then
+    local age = (v[8] and v[8] ~= '') and string.format('%.0f', now - tonumber(v[8])) or ''
+    out[#out + 1] = {id, v[1], v[2], v[3], v[4], v[5] or '', v[6], v[7] or '', age}
+  end
+end
+return {1, #all, out}
+
+-- @script status oom
+-- A page of agents with the counts of the town. A: most, cursor, most events. Returns what page does, then the counts
+-- of tasks as a JSON object and the latest events, newest first, joined.
+local found = page(P .. 'agents', A[2], A[1], false, agent_json)
+local counts = {}
+for _, state in ipairs({'pending', 'assigned', 'running', 'completed', 'failed', 'cancelled'}) do
+  counts[#counts + 1] = '"' .. state .. '":' .. redis.call('ZCARD', P .. 'tasks:' .. state)
+end
+local recent = {}
+for i, entry in ipairs(redis.call('XREVRANGE', P .. 'events', '+', '-', 'COUNT', A[3])) do
+  recent[i] = '{"id":"' .. entry[1] .. '",' .. entry[2][2] .. '}'
+end
+found[5] = '{' .. table.concat(counts, ',') .. '}'
+found[6] = table.concat(recent, ',')
+return found
+
+-- @script tasks oom
+-- A page of tasks, newest first. A: most, cursor, state or '', agent or ''.
+local key = P .. 'tasks'
+if A[4] ~= '' then
+  local id, name = resolve(A[4])
+  if not id then return name end
+  key = P .. 'agent:' .. id .. ':tasks'
+end
+if A[3] ~= '' then key = key .. ':' .. A[3] end
+return page(key, A[2], A[1], true, task_json)
+
+-- @script task oom
+-- One task. A: task. Returns {1, json}.
+if redis.call('EXISTS', P .. 'task:' .. A[1]) == 0 then return refuse('task-not-found', A[1]) end
+return {1, task_json(A[1])}
+
+-- @script pending oom
+-- A page of the tasks that wait in inboxes, oldest first. A: most, cursor.
+return page(P .. 'tasks:assigned', A[2], A[1], false, function(id)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'j', 'agent', 'name')
+  return v[1] .. ',"agent_id":"' .. v[2] .. '","agent_name":"' .. v[3] .. '"}'
+end)
+
+-- @script backlog oom
+-- A page of the backlog, oldest first. A: most, cursor.
+return page(P .. 'tasks:pending', A[2], A[1], false, function(id)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'j', 'tags')
+  return v[1] .. ',"tags":' .. v[2] .. '}'
+end)
+
+-- @script reclaim
+-- Moves what waits in the inbox of an agent that does not run. A: agent id, agent it goes to ('' for the backlog),
+-- most tasks. Messages go along to an agent; they stay when the tasks go to the backlog. Returns {1, tasks, messages}.
+local v = redis.call('HMGET', P .. 'agent:' .. A[1], 'name', 'state')
+if not v[1] then return refuse('agent-not-found', A[1]) end
+if LIVE[v[2]] then return refuse('agent-live', v[1], v[2]) end
+local to, name
+if A[2] ~= '' then
+  to, name = resolve_accepting(A[2])
+  if not to then return name end
+end
+local tasks = redis.call('XRANGE', P .. 'inbox:' .. A[1] .. ':t', '-', '+', 'COUNT', A[3])
+for _, entry in ipairs(tasks) do
+  task_to_backlog(entry[2][2], 'reclaimed from ' .. v[1] .. ', which is ' .. v[2])
+  if to then queue_task(entry[2][2], to, name) end
+end
+local messages = 0
+if to then
+  for _, lane in ipairs({'u', 'n'}) do messages = messages + move_messages(A[1], to, lane, A[3]) end
+end
+return {1, #tasks, messages}
+
+-- @script orphans
+-- Unfinished tasks whose agent is gone or does not run. A: action (list, to_backlog, cancel, delete), most.
+-- Returns {1, {{task, agent id, state, reason}, …}}.
+local action, most, out = A[1], tonumber(A[2]), {}
+for _, state in ipairs({'assigned', 'running'}) do
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'tasks:' .. state, 0, -1)) do
+    if #out >= most then break end
+    local agent = redis.call('HGET', P .. 'task:' .. id, 'agent')
+    local its = redis.call('HGET', P .. 'agent:' .. agent, 'state')
+    if not its or not LIVE[its] then
+      out[#out + 1] = {id, agent, state, its and 'agent_terminal' or 'agent_missing'}
+    end
+  end
+end
+for _, found in ipairs(out) do
+  if action == 'to_backlog' then task_to_backlog(found[1], 'orphaned: ' .. found[4])
+  elseif action == 'delete' then
+    delete_task(found[1])
+    event('task.deleted', nil, 'task_id', found[1], 'why', found[4])
+  elseif action == 'cancel' then
+    detach_task(found[1])
+    set_task(found[1], 'state', 'cancelled', 'ended', NOW, 'entry', '')
+    redis.call('HINCRBY', P .. 'totals', 'cancelled', 1)
+    event('task.cancelled', found[1], 'why', found[4])
+  end
+end
+return {1, out}
+
+-- @script purge_tasks oom
+-- Deletes tasks, whatever their state. A: most. Returns {1, deleted, left}.
+local ids = redis.call('ZRANGE', P .. 'tasks', 0, tonumber(A[1]) - 1)
+for _, id in ipairs(ids) do delete_task(id) end
+return {1, #ids, redis.call('ZCARD', P .. 'tasks')}
+
+-- @script purge_rest oom
+-- Deletes what a town without agents and tasks still holds: the conductor's mailbox, events, totals. Returns {1}.
+local inbox = P .. 'inbox:' .. CONDUCTOR
+redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'events', P .. 'totals')
+event('town.reset', nil)
+return {1}
+
+-- @script begin oom
+-- Reserves the idempotency key of an operation that is more than one step. A: key, fingerprint, seconds it may take.
+-- Returns {1, 'new'} for the first, {1, 'done', answer JSON} for a repetition of one that has ended.
+local key = P .. 'idem:' .. A[1]
+local seen = redis.call('HMGET', key, 'f', 'r')
+if not seen[1] then
+  redis.call('HSET', key, 'f', A[2])
+  redis.call('EXPIRE', key, A[3])
+  return {1, 'new'}
+end
+if seen[1] ~= A[2] then return refuse('idempotency-mismatch', string.match(A[1], '[^:]*:[^:]*:(.*)')) end
+if not seen[2] then return refuse('in-progress', string.match(A[1], '[^:]*:[^:]*:(.*)')) end
+return {1, 'done', seen[2]}
+
+-- @script settle oom
+-- The end of what `begin` reserved. A: key, answer JSON ('' if it failed: the key is free again), seconds to keep it.
+local key = P .. 'idem:' .. A[1]
+if A[2] == '' then redis.call('DEL', key)
+else
+  redis.call('HSET', key, 'r', A[2])
+  redis.call('EXPIRE', key, A[3])
+end
+return {1}

@@ -1,0 +1,354 @@
+"""The thin Redis module: the keys of a town, its scripts, and one verb for each thing to ask or change.
+
+Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster too):
+
+    town                 hash    id, born: which town has this name
+    names                hash    lower-case name -> agent id; uniqueness is decided here
+    ids                  zset    agent ids, all of score 0, for look-up by the start of an id
+    agents               zset    agent ids by birth
+    live                 set     ids of the agents in a live state
+    agent:<id>           hash    j m name state instance host boot pid start beat idle task last cli max_rounds rounds done
+                                 restarts born; j is immutable JSON with its brace left open, m the rendered rest
+    agent:<id>:running   set     tasks that its process has taken
+    agent:<id>:tasks     zset    its tasks by birth, and agent:<id>:tasks:<state> those in one state
+    inbox:<id>:u n       stream  urgent and normal messages: j (JSON as listed), k (kind)
+    inbox:<id>:t         stream  queued tasks: t (task id); the entry stays until the task is finished
+    inbox:<id>:c         stream  control: rings the worker after a change of its state
+    task:<id>            hash    j brief tags m from state agent name entry attempt max tries result error dead born
+                                 started ended
+    task:<id>:log        list    its history, one JSON object a change
+    tasks                zset    all tasks by birth, and tasks:<state>; tasks:pending is the backlog
+    leases               zset    running tasks by the end of their lease, ms
+    events               stream  j: one JSON object an event, its braces left off
+    totals               hash    how many tasks ever ended, by outcome
+    idem:<key>           hash    f r: fingerprint and reply of a request with an idempotency key
+
+Times are Redis' own, in ms. A verb gives a `Command`; who runs it (`Store.run` at once, the event loop in batches) is
+not its concern. A function of a concern is a `Step`: it yields commands and is sent their replies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Generator, Iterable
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, Final, Generic, TypeVar
+
+from .errors import TownError, refusal
+from .model import lua_sets
+from .wire import TIMEOUT, Part, RedisError, Wire, as_town_error, pack
+
+T = TypeVar('T')
+
+IDEMPOTENCY_SECS: Final = 86400
+
+
+class Page(bytes, Generic[T]):
+    """JSON text of shape T, joined from stored pieces and not parsed on its way to the caller."""
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+_WRAP = """
+local function body()
+%s
+end
+local seen_key = P .. 'idem:' .. ARGV[1]
+if ARGV[1] ~= '' then
+  local seen = redis.call('HMGET', seen_key, 'f', 'r')
+  if seen[1] then
+    if seen[1] ~= ARGV[2] then
+      return refuse('idempotency-mismatch', string.match(ARGV[1], '[^:]*:[^:]*:(.*)'))
+    end
+    return cjson.decode(seen[2])
+  end
+end
+local reply = body()
+if ARGV[1] ~= '' and reply[1] == 1 then
+  redis.call('HSET', seen_key, 'f', ARGV[2], 'r', cjson.encode(reply))
+  redis.call('EXPIRE', seen_key, %d)
+end
+return reply
+"""
+
+
+class Script:
+    """One state change or look, as Lua text and the digest by which Redis knows it."""
+
+    __slots__ = ('digest', 'name', 'text')
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.text = text.encode()
+        self.digest = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
+
+
+@lru_cache(maxsize=1)
+def scripts() -> dict[str, Script]:
+    """The scripts of scripts.lua by name."""
+    source = files(__package__).joinpath('scripts.lua').read_text('utf-8')
+    sections = re.split(r'^-- @(?:script )?(\w+)( oom)?\n', source, flags=re.M)
+    prelude = lua_sets() + sections[3]
+    found = {}
+    for name, oom, body in zip(sections[4::3], sections[5::3], sections[6::3], strict=True):
+        flags = '#!lua flags=allow-oom\n' if oom else '#!lua\n'
+        found[name] = Script(name, flags + prelude + _WRAP % (body, IDEMPOTENCY_SECS))
+    return found
+
+
+class Command:
+    """One round trip: a script with its arguments, or a plain command. `by` and `key` are set by the door.
+
+    `by` names who asks, for the records; `key` and `fingerprint` are the idempotency key and what it stands for;
+    `block` is how many seconds Redis may take beyond its usual ones.
+    """
+
+    __slots__ = ('args', 'block', 'by', 'fingerprint', 'key', 'script')
+
+    def __init__(self, script: Script | None, args: tuple[Part, ...], block: float = 0) -> None:
+        self.script = script
+        self.args = args
+        self.block = block
+        self.by = ''
+        self.key = ''
+        self.fingerprint = ''
+
+    def pack(self, store: Store, whole: bool = False) -> bytes:
+        """The bytes for Redis; `whole` sends the text of the script and not its digest."""
+        script = self.script
+        if script is None:
+            return pack(self.args)
+        head = (b'EVAL', script.text) if whole else (b'EVALSHA', script.digest)
+        return pack((*head, 1, store.prefix, self.key, self.fingerprint, self.by, store.events, *self.args))
+
+    def result(self, reply: Any) -> Any:
+        """What a step is sent for a reply. Raises the TownError that a refusal or an error reply stands for."""
+        if isinstance(reply, RedisError):
+            raise as_town_error(reply)
+        if isinstance(reply, TownError):
+            raise reply
+        if self.script is not None:
+            if reply[0] == 0:
+                raise refusal(*(text(each) for each in reply[1:]))
+            return reply[1:]
+        return reply
+
+
+Step = Generator[Command, Any, T]
+
+
+def text(value: Any) -> str:
+    """A reply's bytes (or number) as text."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- store
+
+
+class Store:
+    """A town's state in one Redis. Threads may share it; each gets a connection of its own."""
+
+    def __init__(self, address: dict[str, Any], town: str, events: int = 100_000) -> None:
+        self.address = address
+        self.prefix = f'tt:{{{town}}}:'.encode()
+        self.events = events
+        self._local = threading.local()
+
+    def run(self, step: Step[T]) -> T:
+        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable."""
+        try:
+            command = next(step)
+            while True:
+                try:
+                    reply = self.call(command)
+                except TownError as e:
+                    command = step.throw(e)
+                else:
+                    command = step.send(reply)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def call(self, command: Command) -> Any:
+        """One round trip on this thread's connection."""
+        wire = self._wire()
+        timeout = TIMEOUT + command.block
+        reply = wire.request(command.pack(self), timeout)
+        if isinstance(reply, RedisError) and reply.kind == 'NOSCRIPT':
+            reply = wire.request(command.pack(self, whole=True), timeout)
+        return command.result(reply)
+
+    def _wire(self) -> Wire:
+        wire: Wire | None = getattr(self._local, 'wire', None)
+        if wire is None or wire.is_stale():
+            if wire is not None:
+                wire.close()
+            self._local.wire = wire = Wire(self.address)
+        return wire
+
+    def close(self) -> None:
+        """Closes this thread's connection."""
+        wire: Wire | None = getattr(self._local, 'wire', None)
+        if wire is not None:
+            wire.close()
+            self._local.wire = None
+
+    # ----------------------------------------------------------------------------------------------------- verbs
+    # One line each; what a script takes and gives stands above it in scripts.lua.
+
+    def _script(self, name: str, *args: Part) -> Command:
+        return Command(scripts()[name], args)
+
+    def ping(self) -> Command:
+        return Command(None, ('PING',))
+
+    def info(self, section: str) -> Command:
+        return Command(None, ('INFO', section))
+
+    def setting(self, name: str) -> Command:
+        return Command(None, ('CONFIG', 'GET', name))
+
+    def open(self, town_id: str) -> Command:
+        return self._script('open', town_id)
+
+    # agents
+
+    def register(self, agent: str, name: str, head: str, most: int, cli: str, rounds: int, instance: str) -> Command:
+        return self._script('register', agent, name, head, most, cli, rounds, instance)
+
+    def restarting(self, ref: str, most: int, instance: str) -> Command:
+        return self._script('restarting', ref, most, instance)
+
+    def steer(self, ref: str, verb: str, to: str, legal: Iterable[str]) -> Command:
+        return self._script('steer', ref, verb, to, *legal)
+
+    def depart(self, agent: str, instance: str, state: str, why: str, to: str) -> Command:
+        return self._script('depart', agent, instance, state, why, to)
+
+    def remove(self, agent: str) -> Command:
+        return self._script('remove', agent)
+
+    def agent(self, ref: str) -> Command:
+        return self._script('agent', ref)
+
+    def agents(self, limit: int, cursor: str) -> Command:
+        return self._script('agents', limit, cursor)
+
+    def agents_open(self) -> Command:
+        return self._script('agents_open')
+
+    def agent_result(self, ref: str) -> Command:
+        return self._script('agent_result', ref)
+
+    def evidence(self, states: Iterable[str]) -> Command:
+        return self._script('evidence', *states)
+
+    def status(self, limit: int, cursor: str, events: int) -> Command:
+        return self._script('status', limit, cursor, events)
+
+    # workers
+
+    def hello(self, agent: str, instance: str, host: str, boot: str, pid: int, start: str) -> Command:
+        return self._script('hello', agent, instance, host, boot, pid, start)
+
+    def pickup(self, agent: str, instance: str, lease_ms: int, most: int) -> Command:
+        return self._script('pickup', agent, instance, lease_ms, most)
+
+    def doorbell(self, agent: str, after: dict[str, str], block_ms: int) -> Command:
+        """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more than that."""
+        keys = [self.prefix + f'inbox:{agent}:{lane}'.encode() for lane in after]
+        parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', *keys, *after.values())
+        return Command(None, parts, block=block_ms / 1000)
+
+    def beat(self, agent: str, instance: str, lease_ms: int, held: Iterable[Part]) -> Command:
+        return self._script('beat', agent, instance, lease_ms, *held)
+
+    def round_done(self, agent: str, instance: str, entries: Iterable[str]) -> Command:
+        return self._script('round_done', agent, instance, *entries)
+
+    # tasks
+
+    def assign(self, ref: str, task: tuple[Part, ...]) -> Command:
+        return self._script('assign', ref, *task)
+
+    def tasks(self, limit: int, cursor: str, state: str, ref: str) -> Command:
+        return self._script('tasks', limit, cursor, state, ref)
+
+    def task(self, task: str) -> Command:
+        return self._script('task', task)
+
+    def pending(self, limit: int, cursor: str) -> Command:
+        return self._script('pending', limit, cursor)
+
+    def finish(self, task: str, attempt: str, outcome: str, result: str, error: str) -> Command:
+        return self._script('finish', task, attempt, outcome, result, error)
+
+    def cancel(self, task: str) -> Command:
+        return self._script('cancel', task)
+
+    def retry(self, task: str) -> Command:
+        return self._script('retry', task)
+
+    # backlog
+
+    def backlog(self, limit: int, cursor: str) -> Command:
+        return self._script('backlog', limit, cursor)
+
+    def backlog_add(self, task: tuple[Part, ...]) -> Command:
+        return self._script('backlog_add', *task)
+
+    def backlog_remove(self, task: str) -> Command:
+        return self._script('backlog_remove', task)
+
+    def claim(self, task: str, ref: str) -> Command:
+        return self._script('claim', task, ref)
+
+    def assign_all(self, ref: str, most: int) -> Command:
+        return self._script('assign_all', ref, most)
+
+    # messages
+
+    def send(self, ref: str, sender: str, lane: str, message: str, rest: str, kind: str) -> Command:
+        return self._script('send', ref, sender, lane, message, rest, kind)
+
+    def inbox(self, ref: str, limit: int, cursor: str) -> Command:
+        return self._script('inbox', ref, limit, cursor)
+
+    def ack(self, ref: str, messages: Iterable[str]) -> Command:
+        return self._script('ack', ref, *messages)
+
+    # events
+
+    def last_event(self) -> Command:
+        return Command(None, ('XREVRANGE', self.prefix + b'events', '+', '-', 'COUNT', 1))
+
+    def next_event(self, after: str, block_ms: int) -> Command:
+        """Returns when there is an event after the given id, or after `block_ms`."""
+        key = self.prefix + b'events'
+        parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', key, after)
+        return Command(None, parts, block=block_ms / 1000)
+
+    # recovery
+
+    def reclaim(self, agent: str, to: str, most: int) -> Command:
+        return self._script('reclaim', agent, to, most)
+
+    def orphans(self, action: str, most: int) -> Command:
+        return self._script('orphans', action, most)
+
+    def purge_tasks(self, most: int) -> Command:
+        return self._script('purge_tasks', most)
+
+    def purge_rest(self) -> Command:
+        return self._script('purge_rest')
+
+    # idempotency of operations that are more than one step
+
+    def begin(self, key: str, fingerprint: str, seconds: int) -> Command:
+        return self._script('begin', key, fingerprint, seconds)
+
+    def settle(self, key: str, answer: bytes) -> Command:
+        return self._script('settle', key, answer, IDEMPOTENCY_SECS)

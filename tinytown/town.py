@@ -1,0 +1,136 @@
+"""A town: its directory, its configuration, its state; and what is to be told of it as a whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+from urllib.parse import urlsplit, urlunsplit
+
+from . import config as configuration
+from . import redis_server
+from .config import Config
+from .errors import UsageError
+from .model import Agent, Cursor, Limit, Principal, new_id
+from .store import Page, Step, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Town:
+    """One town, opened."""
+
+    root: Path
+    config: Config
+    store: Store
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def redis_url(self) -> str:
+        """Where the state is, without a password."""
+        url = self.config.redis.url or f'unix://{redis_server.socket_path(self.root)}'
+        parts = urlsplit(url)
+        if parts.password is None:
+            return url
+        host = parts.netloc.rpartition('@')[2]
+        return urlunsplit(parts._replace(netloc=f'{parts.username}:***@{host}'))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What every operation is given: the town, and who asks."""
+
+    town: Town
+    by: Principal
+
+    @property
+    def store(self) -> Store:
+        return self.town.store
+
+    @property
+    def config(self) -> Config:
+        return self.town.config
+
+
+def find(start: Path, given: str | None) -> Path:
+    """The root of the town in `given`, or in the nearest directory from `start` upwards. Raises UsageError."""
+    if given is not None:
+        root = Path(given).expanduser()
+        if not (root / configuration.FILE).is_file():
+            raise UsageError(f'{given} holds no town ({configuration.FILE} is missing); make one:  tt init --town {given}')
+        return root.resolve()
+    root_found = configuration.find_root(start)
+    if root_found is None:
+        raise UsageError(f'not in a town: no {configuration.FILE} in {start} or above it; make one:  tt init')
+    return root_found
+
+
+def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
+    """Opens the town in `root`, starting its managed Redis if that is not running. Raises UsageError, TownError."""
+    config = configuration.load(root, flags)
+    redis_server.ensure(root, config)
+    town = Town(root, config, Store(redis_server.address(root, config), config.name, config.retention.events))
+    town.store.call(town.store.open(_identity(root)))
+    return town
+
+
+def _identity(root: Path) -> str:
+    """The id of the town in `root`, made when it is opened for the first time."""
+    file = redis_server.private_directory(root) / 'town-id'
+    if not file.exists():
+        configuration.write_atomically(file, new_id() + '\n', 0o600)
+    return file.read_text().strip()
+
+
+# -------------------------------------------------------------------------------------------------------- operations
+
+
+class TownInfo(TypedDict):
+    name: str
+    root: str
+    redis_url: str
+
+
+class TownEvent(TypedDict):
+    """One change. Beside these, what it concerns: agent_id, agent_name, task_id, attempt, message_id, by, why."""
+
+    id: str
+    type: str
+    at: str
+
+
+class TownStatus(TypedDict):
+    name: str
+    root: str
+    redis_url: str
+    agent_count: int
+    agents: list[Agent]
+    tasks: NotRequired[dict[str, int]]
+    recent_events: NotRequired[list[TownEvent]]
+    next_cursor: NotRequired[str]
+
+
+def info(call: Call) -> Step[TownInfo]:
+    """Say which town this is: its name, its directory, and where its state is kept."""
+    yield from ()
+    return _info_of(call.town)
+
+
+def status(call: Call, *, deep: bool = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[TownStatus]]:
+    """Show the town and its agents; with deep, also how many tasks are in each state and the latest events.
+
+    Begin here: it tells who is working on what.
+    """
+    reply = yield call.store.status(limit, cursor, 20 if deep else 1)
+    count, following, agents, tasks, events = reply
+    head = json.dumps(_info_of(call.town), ensure_ascii=False)[:-1].encode()
+    more = b',"tasks":%b,"recent_events":[%b]' % (tasks, events) if deep else b''
+    after = b',"next_cursor":"%b"' % following if following else b''
+    return Page(b'%b,"agent_count":%d,"agents":[%b]%b%b}' % (head, count, agents, more, after))
+
+
+def _info_of(town: Town) -> TownInfo:
+    return {'name': town.name, 'root': str(town.root), 'redis_url': town.redis_url}

@@ -1,0 +1,129 @@
+"""The `townhall` command: serves a town."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import TownError, UsageError
+from .town import Town, find, open_town
+
+MODES = ('rest', 'mcp-stdio', 'mcp-http')
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f'{message} (see {self.prog} --help)')
+
+
+def parser() -> Parser:
+    """The command line of `townhall`. --town and --verbose are taken before and after the mode."""
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared.add_argument('--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)')
+    shared.add_argument('--verbose', action='store_true', help='say more')
+    served = Parser(
+        prog='townhall', parents=[shared], description='Townhall, the control plane of a town of AI coding agents.'
+    )
+    served.add_argument('--version', action='version', version=f'townhall {__version__}')
+    served.add_argument('mode', nargs='?', choices=MODES, default='rest', help='what to serve (default: rest)')
+    served.add_argument('--bind', metavar='ADDRESS', help='address to listen on (default: townhall.bind, 127.0.0.1)')
+    served.add_argument('--port', metavar='N', type=int, help='port to listen on (default: townhall.rest_port, 8787)')
+    served.add_argument('--read-only', action='store_true', default=None, help='refuse every change')
+    return served
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
+    try:
+        arguments = parser().parse_args(argv)
+        return _run(arguments)
+    except UsageError as e:
+        print(f'townhall: {e}', file=sys.stderr)
+        return 2
+    except TownError as e:
+        print(f'townhall: {e.detail}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.mode != 'rest':
+        raise UsageError(f'the mode {arguments.mode} is not there yet; this version serves rest')
+    root = find(Path.cwd(), getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN'))
+    flags: dict[str, Any] = {
+        'townhall.bind': arguments.bind,
+        'townhall.rest_port': arguments.port,
+        'townhall.read_only': arguments.read_only,
+    }
+    town = open_town(root, flags)
+    if getattr(arguments, 'verbose', False):
+        print(f'town {town.name} in {root}, Redis at {town.redis_url}', file=sys.stderr)
+    return serve(town)
+
+
+def check_bind(bind: str) -> None:
+    """Start-up rule 1: without authentication only a loopback address is served. Raises UsageError."""
+    try:
+        loopback = ipaddress.ip_address(bind).is_loopback
+    except ValueError:
+        loopback = bind == 'localhost'
+    if not loopback:
+        raise UsageError(
+            f'--bind {bind}: townhall.auth.mode is "none", so only a loopback address is served; '
+            'use --bind 127.0.0.1 and reach it through ssh -L or a proxy that authenticates'
+        )
+
+
+def serve(town: Town) -> int:
+    """Serves REST until a signal ends it. Raises UsageError when it must not or can't listen."""
+    settings = town.config.townhall
+    check_bind(settings.bind)
+    from . import redis_server
+    from .rest import Rest
+    from .web import Server
+
+    server = Server(
+        (settings.bind, settings.rest_port),
+        Rest(town, durability(town)),
+        town.store,
+        settings.limits,
+        frozenset(name.lower() for name in settings.allowed_hosts),
+        settings.request_timeout_ms / 1000,
+        settings.access_log,
+        prepare=lambda: redis_server.ensure(town.root, town.config),
+    )
+    town.store.close()
+    host, port = server.server_address[:2]
+    base = f'http://[{host!s}]:{port}' if ':' in str(host) else f'http://{host!s}:{port}'
+    print(f'townhall: {town.name} is open on {base}', file=sys.stderr)
+    print(f"townhall: try  curl -s {base}/v1/status", file=sys.stderr, flush=True)
+    server.serve()
+    return 0
+
+
+def durability(town: Town) -> str:
+    """How safe an acknowledged write is: always, everysec, or none (no append-only file, or an evicting policy)."""
+    try:
+        store = town.store
+        persistence = store.call(store.info('persistence')).decode()
+        memory = store.call(store.info('memory')).decode()
+        safe = 'aof_enabled:1' in persistence and 'maxmemory_policy:noeviction' in memory
+        found = store.call(store.setting('appendfsync'))[1].decode() if safe else 'none'
+    except TownError:
+        found = 'unknown'  # we may not be allowed to ask
+    if found in ('none', 'no'):
+        print('townhall: this Redis may lose acknowledged changes; turn on appendonly and noeviction', file=sys.stderr)
+        return 'none'
+    return str(found)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""The Redis protocol (RESP2) on a socket: pack, read, and two ways to wait for replies.
+
+`redis` the package makes connections (TLS, passwords, unix sockets); what goes over them is packed and read here,
+because its client costs 45 µs of wrappers a call and its defaults repeat writes whose reply was lost (ten times, since
+version 8). Nothing here ever sends a command twice.
+
+`Wire` is one connection used synchronously, `Link` one that an event loop feeds: it pipelines the commands of all
+requests that are ready together, so that they share one write and, on the server, one fsync.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from .errors import TownError, Unavailable, UsageError
+
+TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
+_MORE: Final = object()  # the reader has no whole reply yet
+
+Part = bytes | str | int
+
+
+class RedisError(Exception):
+    """An error reply. `kind` is its first word: NOSCRIPT, OOM, LOADING, WRONGTYPE, …"""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.kind = text.split(' ', 1)[0]
+
+
+# Error replies that say "not now" and not "wrong": nothing was done.
+_NOT_NOW: Final = {
+    'LOADING': 'Redis is loading its data',
+    'OOM': 'Redis is out of memory; raise maxmemory or free some',
+    'MISCONF': "Redis can't write to its disk",
+    'READONLY': 'Redis is a read-only replica',
+    'MASTERDOWN': 'Redis is a replica that lost its master',
+    'CLUSTERDOWN': 'the Redis cluster is down',
+    'BUSY': 'Redis is busy with a script',
+    'TRYAGAIN': 'Redis is moving keys',
+    'NOREPLICAS': 'Redis has too few replicas',
+}
+
+
+def as_town_error(error: RedisError) -> TownError:
+    """What a caller is told of an error reply."""
+    if error.kind in _NOT_NOW:
+        return Unavailable(f'Nothing was changed: {_NOT_NOW[error.kind]}', code='redis-unavailable', retry_after=1)
+    if error.kind in ('NOAUTH', 'WRONGPASS', 'NOPERM'):
+        return Unavailable(f'Redis refused us: {error}', code='redis-unavailable', retry_after=5)
+    return TownError(f'Redis answered: {error}', code='redis-error')
+
+
+def gone(what: str) -> Unavailable:
+    """The error for a connection that could not be made or used: the outcome of a command that was sent is unknown."""
+    return Unavailable(f'Redis {what}', code='redis-unavailable', retry_after=1)
+
+
+def pack(parts: Sequence[Part]) -> bytes:
+    """A command as an array of bulk strings."""
+    out = [b'*%d\r\n' % len(parts)]
+    for part in parts:
+        if isinstance(part, int):
+            part = b'%d' % part
+        elif isinstance(part, str):
+            part = part.encode()
+        out.append(b'$%d\r\n%b\r\n' % (len(part), part))
+    return b''.join(out)
+
+
+class Reader:
+    """Takes bytes as they arrive and gives whole replies: int, bytes, None, list, RedisError."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._at = 0
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next(self) -> Any:
+        """The next whole reply, or `_MORE`."""
+        start = self._at
+        reply = self._read()
+        if reply is _MORE:
+            self._at = start
+        elif self._at == len(self._buffer):
+            self._buffer.clear()
+            self._at = 0
+        elif self._at > 1 << 16:
+            del self._buffer[: self._at]
+            self._at = 0
+        return reply
+
+    def _read(self) -> Any:
+        buffer, at = self._buffer, self._at
+        end = buffer.find(b'\r\n', at)
+        if end < 0:
+            return _MORE
+        kind, line = buffer[at], bytes(buffer[at + 1 : end])
+        self._at = end + 2
+        if kind == 0x24:  # $
+            return self._bulk(int(line))
+        if kind == 0x3A:  # :
+            return int(line)
+        if kind == 0x2A:  # *
+            return self._array(int(line))
+        if kind == 0x2B:  # +
+            return line
+        if kind == 0x2D:  # -
+            return RedisError(line.decode('utf-8', 'replace'))
+        raise gone(f'spoke something else than its protocol ({line[:40]!r})')
+
+    def _bulk(self, length: int) -> Any:
+        if length < 0:
+            return None
+        start, end = self._at, self._at + length
+        if len(self._buffer) < end + 2:
+            return _MORE
+        self._at = end + 2
+        return bytes(self._buffer[start:end])
+
+    def _array(self, length: int) -> Any:
+        if length < 0:
+            return None
+        items = []
+        for _ in range(length):
+            item = self._read()
+            if item is _MORE:
+                return _MORE
+            items.append(item)
+        return items
+
+
+def parse_address(url: str) -> dict[str, Any]:
+    """The `redis` package's connection arguments for a URL. Raises UsageError for one that it can't use."""
+    import redis
+
+    try:
+        return dict(redis.connection.parse_url(url))
+    except ValueError as e:
+        raise UsageError(f'redis.url: {e}') from None
+
+
+class Wire:
+    """One connection. Not for two threads at once."""
+
+    def __init__(self, address: dict[str, Any], timeout: float = TIMEOUT) -> None:
+        """Connects. Raises Unavailable."""
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        arguments = dict(address)
+        kind = arguments.pop('connection_class', redis.Connection)
+        self._connection = kind(
+            **arguments,
+            protocol=2,
+            driver_info=None,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+        )
+        try:
+            self._connection.connect()
+        except (redis.RedisError, OSError) as e:
+            raise gone(f'is not there: {e}') from None
+        self.sock: socket.socket = self._connection._sock
+        self.reader = Reader()
+
+    def request(self, data: bytes, timeout: float = TIMEOUT) -> Any:
+        """Sends a packed command and gives its reply, within `timeout` seconds. Raises Unavailable: outcome unknown."""
+        deadline = time.monotonic() + timeout
+        try:
+            self.sock.settimeout(timeout)
+            self.sock.sendall(data)
+            while (reply := self.reader.next()) is _MORE:
+                self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                received = self.sock.recv(65536)
+                if not received:
+                    raise ConnectionResetError('connection closed')
+                self.reader.feed(received)
+        except TimeoutError:
+            self.close()
+            raise gone(f'did not answer within {timeout:g} s; whether the change was made is not known') from None
+        except OSError as e:
+            self.close()
+            raise gone(f'went away: {e}; whether the change was made is not known') from None
+        except BaseException:
+            self.close()
+            raise
+        return reply
+
+    def is_stale(self) -> bool:
+        """Whether the server has closed an idle connection (it was restarted, say)."""
+        return self.sock.fileno() < 0 or bool(select.select([self.sock], [], [], 0)[0])
+
+    def close(self) -> None:
+        self._connection.disconnect()
+        self.sock.close()
+
+
+class Request:
+    """A packed command on its way, and who waits for its reply. `fallback` is what to send after NOSCRIPT."""
+
+    __slots__ = ('data', 'done', 'fallback', 'sent_at')
+
+    def __init__(self, data: bytes, fallback: Callable[[], bytes] | None, done: Callable[[Any], None]) -> None:
+        self.data = data
+        self.fallback = fallback
+        self.done = done
+        self.sent_at = 0.0
+
+
+class Link:
+    """A connection that an event loop owns. Every method but `close` is called on the loop's thread.
+
+    After one timeout everything is answered at once with Unavailable until `reconnect`, on a thread of its own, has
+    made a connection that answers PING. `call_soon(f)` runs f on the loop's thread; `watch(sock or None, want_write)`
+    tells the loop what to poll; `prepare` may start a server that has died.
+    """
+
+    def __init__(
+        self,
+        address: dict[str, Any],
+        call_soon: Callable[[Callable[[], None]], None],
+        watch: Callable[[socket.socket | None, bool], None],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._address = address
+        self._call_soon = call_soon
+        self._watch = watch
+        self._prepare = prepare
+        self._wire: Wire | None = None
+        self._pending: deque[Request] = deque()
+        self._unsent: list[bytes] = []
+        self._blocked = b''
+        self._closed = threading.Event()
+
+    @property
+    def is_up(self) -> bool:
+        return self._wire is not None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a reply is due."""
+        return bool(self._pending)
+
+    def submit(self, request: Request) -> None:
+        """Queues a command; `flush` sends. The reply, a RedisError or an Unavailable goes to its `done`."""
+        if self._wire is None:
+            request.done(gone('is away; nothing was changed'))
+            return
+        request.sent_at = time.monotonic()
+        self._pending.append(request)
+        self._unsent.append(request.data)
+
+    def flush(self) -> None:
+        """Sends what was queued, in one write."""
+        if self._wire is None or not (self._unsent or self._blocked):
+            return
+        data = self._blocked + b''.join(self._unsent)
+        self._unsent.clear()
+        was_blocked = bool(self._blocked)
+        try:
+            sent = self._wire.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as e:
+            self.drop(f'went away: {e}')
+            return
+        self._blocked = data[sent:]
+        if bool(self._blocked) != was_blocked:
+            self._watch(self._wire.sock, bool(self._blocked))
+
+    def on_readable(self) -> None:
+        """Hands replies to those who wait."""
+        wire = self._wire
+        if wire is None:
+            return
+        try:
+            data = wire.sock.recv(1 << 18)
+            if not data:
+                raise ConnectionResetError('connection closed')
+            wire.reader.feed(data)
+            while self._pending and (reply := wire.reader.next()) is not _MORE:
+                self._answer(self._pending.popleft(), reply)
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, Unavailable) as e:
+            self.drop(f'went away: {e}')
+
+    def _answer(self, request: Request, reply: Any) -> None:
+        if isinstance(reply, RedisError) and reply.kind == 'NOSCRIPT' and request.fallback:
+            request.data, request.fallback = request.fallback(), None
+            self.submit(request)
+            return
+        request.done(reply)
+
+    def expire(self, now: float) -> None:
+        """Gives up when the oldest command has waited for TIMEOUT."""
+        if self._pending and now - self._pending[0].sent_at > TIMEOUT:
+            self.drop(f'did not answer within {TIMEOUT:g} s')
+
+    def drop(self, why: str) -> None:
+        """Ends the connection, tells all who wait that their outcome is unknown, and begins to reconnect."""
+        if self._wire is None:
+            return
+        self._watch(None, False)
+        self._wire.close()
+        self._wire = None
+        self._blocked = b''
+        self._unsent.clear()
+        waiting, self._pending = self._pending, deque()
+        for request in waiting:
+            request.done(gone(f'{why}; whether the change was made is not known'))
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Tries, on a thread of its own, until there is a connection."""
+        threading.Thread(target=self._connect, name='redis-connect', daemon=True).start()
+
+    def _connect(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._prepare()
+                wire = Wire(self._address)
+                if wire.request(pack(['PING'])) == b'PONG':
+                    self._call_soon(lambda: self._attach(wire))
+                    return
+                wire.close()
+            except (TownError, UsageError, OSError):
+                pass
+            self._closed.wait(0.2)
+
+    def _attach(self, wire: Wire) -> None:
+        if self._closed.is_set():
+            wire.close()
+            return
+        wire.sock.setblocking(False)
+        self._wire = wire
+        self._watch(wire.sock, False)
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._wire is not None:
+            self._wire.close()

@@ -1,0 +1,316 @@
+"""The worker: the process of one agent. Takes what its inbox holds, runs the coding CLI on it, reports, goes on.
+
+The order is what makes it safe to be killed anywhere: replay reports that were not delivered; hello; then pick up, beat,
+run, keep the report on disk, deliver it, forget it, acknowledge the messages. It never polls: between rounds it blocks
+on its inbox, during one it waits for its CLI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from . import clis, redis_server
+from .agents import mark, worker_log
+from .briefing import Letter, Work, compose
+from .clis import Cli
+from .config import from_values, write_atomically
+from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
+from .job import Job, Log
+from .model import rfc3339
+from .processes import become_subreaper, identify, reap_orphans, stop_tree
+from .store import Command, Store, text
+from .town import Town
+
+BEAT_SECS: Final = 5.0
+MOST_MESSAGES: Final = 100
+_END_GRACE: Final = 2.0  # for what a CLI leaves running when it ends
+
+
+class Terminated(BaseException):
+    """SIGTERM came while nothing was under way."""
+
+
+class Worker:
+    """One process of one agent, from hello to goodbye. `instance` tells it from every other process of that agent."""
+
+    def __init__(self, town: Town, agent_id: str, instance: str, log: Log) -> None:
+        self.town = town
+        self.id = agent_id
+        self.instance = instance
+        self.log = log
+        self.name = ''
+        self.role: str | None = None
+        self.cli: Cli
+        self._most_rounds = 0
+        self._rounds = 0
+        self._seen = {'u': '0-0', 'n': '0-0'}
+        self._terminated = False
+        self._may_raise = False
+        self._lease_ms = town.config.agent.lease_secs * 1000
+
+    # ------------------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
+        self._replay()
+        me = identify(os.getpid())
+        hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
+        name, cli, most, _, head = self.town.store.call(hello)
+        self.name, self._most_rounds = text(name), int(most)
+        self.role = json.loads(head + b'}')['role_id']
+        self.cli = clis.find(self.town.config, text(cli))
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self.note(f'worker {self.instance} of {self.name} is up (pid {me.pid}, cli {self.cli.name})')
+
+    def run(self) -> int:
+        """Works until it is told to stop, is fenced, or has done its rounds. The exit status of the process."""
+        try:
+            while True:
+                found = self._ask(self.town.store.pickup(self.id, self.instance, self._lease_ms, MOST_MESSAGES))
+                if self._terminated:
+                    raise Terminated
+                if found[0] == b'work':
+                    self._round(found[1], found[2], json.loads(found[3]))
+                elif found[1] == b'Draining':
+                    return self._leave('Stopped', 'closed')
+                else:
+                    self._rest(text(found[1]), text(found[2]), text(found[3]))
+                if self._most_rounds and self._rounds >= self._most_rounds:
+                    return self._leave('Stopped', f'did its {self._rounds} rounds')
+        except Terminated:
+            return self._leave('Stopped', 'terminated by a signal')
+        except (Conflict, NotFound) as e:
+            self.note(f'ending: {e.detail}')
+            return 0
+
+    def _rest(self, state: str, urgent: str, normal: str) -> None:
+        """Blocks until something has come in since the last look, or it is time for a heartbeat."""
+        after = {'c': '0-0'}
+        if state != 'Paused':
+            after |= {'t': '0-0', 'u': urgent, 'n': normal}
+        with self._may_be_terminated():
+            self._ask(self.town.store.doorbell(self.id, after, int(BEAT_SECS * 1000)))
+        self._ask(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))
+
+    def _leave(self, state: str, why: str) -> int:
+        self.note(f'stopping: {why}')
+        stop_tree(None, mark(self.instance), _END_GRACE)
+        try:
+            self.town.store.call(self.town.store.depart(self.id, self.instance, state, why, 'backlog'))
+        except TownError as e:
+            self.note(f'could not say so: {e.detail}')
+        return 0
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._terminated = True
+        if self._may_raise:
+            self._may_raise = False
+            raise Terminated
+
+    @contextmanager
+    def _may_be_terminated(self) -> Iterator[None]:
+        """Within, a signal ends the wait at once; elsewhere it is looked at when what is under way is done."""
+        self._may_raise = True
+        try:
+            if self._terminated:
+                raise Terminated
+            yield
+        finally:
+            self._may_raise = False
+
+    def _ask(self, command: Command) -> Any:
+        """A round trip, repeated while Redis is away: every script that a worker calls may be repeated."""
+        pause = 0.1
+        while True:
+            try:
+                return self.town.store.call(command)
+            except Unavailable as e:
+                self.note(f'waiting for Redis: {e.detail}')
+                with self._may_be_terminated():
+                    time.sleep(pause)
+                pause = min(pause * 2, 2.0)
+
+    # ------------------------------------------------------------------------------------------------- rounds
+
+    def _round(self, task: Any, messages: list[Any], backlog: list[dict[str, Any]]) -> None:
+        """One run of the CLI: at most one task, and the messages that wait."""
+        work = None
+        if task:
+            task_id, attempt, head, tags = task
+            work = Work(text(task_id), attempt, json.loads(head + b'}')['description'], json.loads(tags))
+        held = (work.id, str(work.attempt)) if work else ()
+        if work and self._beat(held):
+            return  # it was taken away before it began
+        self._rounds += 1
+        self.note(f'round {self._rounds}: ' + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages'))
+        letters = [_letter(each) for each in messages]
+        prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
+        try:
+            job = Job(self.cli, prompt, self._prompt_file(), self.town.root, self._environment(work), self.log)
+        except OSError as e:
+            self._cannot_run(e)
+        ended = job.wait(lambda: self._terminated or self._beat(held), BEAT_SECS)
+        if not ended:
+            job.stop(mark(self.instance))
+            if self._terminated:
+                raise Terminated
+            self.note('the round was ended: its task is no longer ours')
+        elif work:
+            self._report(work, job)
+        self._clean_up()
+        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if ended else []
+        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged))
+
+    def _beat(self, held: tuple[str, ...]) -> bool:
+        """Says that the worker lives and holds its task. Whether it has lost it."""
+        try:
+            reply = self.town.store.call(self.town.store.beat(self.id, self.instance, self._lease_ms, held))
+        except Conflict:
+            return True
+        except Unavailable:
+            return False  # can't tell: the lease goes on, and what we report is checked
+        return bool(reply[1])
+
+    def _cannot_run(self, error: OSError) -> None:
+        why = f'{self.cli.argv[0]} can not be run: {error}'
+        self.note(why)
+        self._ask(self.town.store.depart(self.id, self.instance, 'Error', why, 'inbox'))
+        raise Conflict(why)
+
+    def _clean_up(self) -> None:
+        """Ends what the CLI left running, so that no round leaves orphans."""
+        if reap_orphans():
+            left = stop_tree(None, mark(self.instance), _END_GRACE)
+            self.note(f'ended processes that the CLI had left{f"; {left} could not be" if left else ""}')
+            reap_orphans()
+
+    def _environment(self, work: Work | None) -> dict[str, str]:
+        """What the CLI sees: the allow-list, who it is, and our `tt` first on its PATH."""
+        env = clis.environment(self.town.config, os.environ)
+        env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
+        env |= {
+            'TINYTOWN_INSTANCE': self.instance,
+            'TINYTOWN_TOWN': str(self.town.root),
+            'TINYTOWN_AGENT_ID': self.id,
+            'TINYTOWN_AGENT_NAME': self.name,
+        }
+        if work:
+            env |= {'TINYTOWN_TASK_ID': work.id, 'TINYTOWN_ATTEMPT': str(work.attempt)}
+        return env
+
+    def _prompt_file(self) -> Path:
+        return self.town.root / '.tt' / 'agents' / f'{self.id}.prompt'
+
+    # ------------------------------------------------------------------------------------------------- reports
+
+    def _report(self, work: Work, job: Job) -> None:
+        """Tells the end of a task. It is on disk before it is sent, and stays there until it was received."""
+        outcome, result, error = job.outcome()
+        report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
+        self._spool().mkdir(mode=0o700, exist_ok=True)
+        file = self._spool() / f'{work.id}-{work.attempt}.json'
+        write_atomically(file, json.dumps(report), 0o600)
+        self._deliver(file, report)
+
+    def _deliver(self, file: Path, report: dict[str, Any]) -> None:
+        result, error = json.dumps(report['result'], ensure_ascii=False), json.dumps(report['error'], ensure_ascii=False)
+        finish = self.town.store.finish(report['task'], report['attempt'], report['outcome'], result, error)
+        finish.by = self.name or self.id
+        try:
+            reply = self._ask(finish)
+        except (Conflict, NotFound) as e:
+            self.note(f'task {report["task"]}: report refused: {e.detail}')
+        else:
+            self.note(f'task {report["task"]}: {text(reply[1])}' + (' already' if reply[0] == b'already' else ''))
+        file.unlink(missing_ok=True)
+
+    def _replay(self) -> None:
+        """Delivers the reports that an earlier process of this agent left."""
+        for file in sorted(self._spool().glob('*.json')):
+            try:
+                report = json.loads(file.read_text())
+            except ValueError:
+                file.rename(file.with_suffix('.unreadable'))
+                continue
+            self._deliver(file, report)
+
+    def _spool(self) -> Path:
+        return self.town.root / '.tt' / 'agents' / f'{self.id}.spool'
+
+    def note(self, what: str) -> None:
+        self.log.line(f'{rfc3339(time.time())} tinytown: {what}')
+
+
+def _letter(message: list[bytes]) -> Letter:
+    lane, _, kind, record = message
+    found = json.loads(record)
+    return Letter(text(kind), found['from'], found['summary'], lane == b'u')
+
+
+def install_tt(root: Path) -> Path:
+    """A directory that holds a `tt` of this very installation."""
+    directory = root / '.tt' / 'bin'
+    directory.mkdir(mode=0o700, exist_ok=True)
+    package = shlex.quote(str(Path(__file__).parents[1]))
+    script = f'#!/bin/sh\nPYTHONPATH={package} exec {shlex.quote(sys.executable)} -m tinytown.cli "$@"\n'
+    file = directory / 'tt'
+    if not file.exists() or file.read_text() != script:
+        write_atomically(file, script, 0o700)
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------------------- process
+
+
+def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = False) -> Worker:
+    """A worker in this process, started. Raises TownError."""
+    become_subreaper()
+    os.environ['TINYTOWN_INSTANCE'] = instance
+    log = Log(worker_log(town.root, name), town.config.retention.log_bytes, echo)
+    worker = Worker(town, agent_id, instance, log)
+    worker.start()
+    return worker
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m tinytown.worker NAME --fd N`, as townhall and tt start it: the rest is told over descriptor N."""
+    parser = argparse.ArgumentParser(prog='tinytown.worker', description=main.__doc__)
+    parser.add_argument('name')
+    parser.add_argument('--fd', type=int, required=True)
+    arguments = parser.parse_args(argv)
+    with socket.socket(fileno=arguments.fd) as starter:
+        try:
+            told = json.loads(_read_all(starter))
+            root = Path(told['root'])
+            config = from_values(told['settings'], root)
+            store = Store(redis_server.address(root, config), config.name, config.retention.events)
+            worker = open_here(Town(root, config, store), told['agent_id'], arguments.name, told['instance'])
+        except (TownError, UsageError) as e:
+            starter.sendall(str(e).encode())
+            return 1
+        starter.sendall(b'ok')
+    return worker.run()
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b''.join(parts)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
