@@ -11,12 +11,32 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, TypedDict
 
-from . import clis, config as configuration
-from .errors import Conflict, Invalid, Internal, TownError, Unavailable
-from .model import AT_REST, CONDUCTOR_NAMES, LIVE, STEERING, Agent, AgentPage, AgentRef, AgentState, CliName, Cursor
-from .model import Limit, NewAgentName, Nickname, RoleId, Rounds, Task, WaitSeconds, is_uuid, new_id
+from . import clis
+from . import config as configuration
+from .errors import Conflict, Internal, Invalid, TownError, Unavailable
+from .model import (
+    AT_REST,
+    CONDUCTOR_NAMES,
+    LIVE,
+    STEERING,
+    Agent,
+    AgentPage,
+    AgentRef,
+    AgentState,
+    CliName,
+    Cursor,
+    Limit,
+    NewAgentName,
+    Nickname,
+    RoleId,
+    Rounds,
+    Task,
+    WaitSeconds,
+    is_uuid,
+    new_id,
+)
 from .processes import GRACE_SECS, Identity, start_detached, stop_tree, this_host
 from .store import Page, Step, text
 from .tasks import listing
@@ -108,7 +128,7 @@ def result(call: Call, *, agent: AgentRef) -> Step[Page[LastResult]]:
 
 
 def wait(call: Call, *, agent: AgentRef, timeout: WaitSeconds = 25) -> Step[Waited]:
-    """Wait until an agent has stopped (state Stopped, Cold or Error), or for timeout seconds; say in which state it is."""
+    """Wait until an agent has stopped (Stopped, Cold or Error), or for timeout seconds; say in which state it is."""
     deadline = time.monotonic() + min(timeout, call.config.townhall.request_timeout_ms / 1000 - 1)
     while True:
         last = yield call.store.last_event()
@@ -203,13 +223,18 @@ def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'ba
     if found.instance:
         left = stop_tree(found.process if found.process.pid else None, found.mark, grace)
         if left:
-            raise Internal(f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user")
+            raise Internal(
+                f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user"
+            )
     if found.state in LIVE:
         yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
 
 
 def restart(call: Call, *, agent: AgentRef) -> Step[Acted]:
-    """Stop an agent if it runs, and start it again; it takes up its unfinished task and its inbox. It runs when this answers."""
+    """Stop an agent if it runs, and start it again. It runs when this answers.
+
+    It takes up its unfinished task and its inbox.
+    """
     found = yield from look_up(call, agent)
     clis.find(call.config, json.loads(found.json)['cli'])
     yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
@@ -288,7 +313,9 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
         try:
             start_detached(argv, town.root, env, log, keep=[its.fileno()])
         except OSError as e:
-            raise Unavailable(f"The worker of '{name}' can't be started: {e}", code='spawn-failed', retry_after=5) from e
+            raise Unavailable(
+                f"The worker of '{name}' can't be started: {e}", code='spawn-failed', retry_after=5
+            ) from e
         its.close()
         ours.sendall(_charter(town, agent_id, instance))
         ours.shutdown(socket.SHUT_WR)
@@ -309,7 +336,9 @@ def worker_log(root: Path, name: str) -> Path:
 def _charter(town: Town, agent_id: str, instance: str) -> bytes:
     """What a worker is told on its socket and not in argv or environment, because a Redis URL may hold a password."""
     settings = {path: configuration.get(town.config, path) for path in configuration.settings()}
-    return json.dumps({'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}).encode()
+    return json.dumps(
+        {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}
+    ).encode()
 
 
 def _hear(ours: socket.socket) -> bytes:
@@ -323,5 +352,3 @@ def _hear(ours: socket.socket) -> bytes:
         if heard == b'ok':
             break
     return heard
-
-

@@ -11,8 +11,8 @@ MOST_INFORMATION: Final = 20
 
 _ROLES: Final = {
     'worker': 'You carry tasks out: change the code, run the tests, report what you did.',
-    'reviewer': 'You review: read the change, run it, name what is wrong and how to mend it. You change nothing yourself.',
-    'researcher': 'You find things out: read, compare, and report with your sources. You change nothing yourself.',
+    'reviewer': 'You review: read the change, run it, say what is wrong and how to mend it. You change nothing.',
+    'researcher': 'You find things out: read, compare, and report with your sources. You change nothing.',
     'runner': 'You run things: builds, tests, scripts; report what happened, with the output that matters.',
 }
 
@@ -38,7 +38,12 @@ class Work:
 
 
 def compose(
-    town: str, name: str, role: str | None, work: Work | None, letters: Sequence[Letter], backlog: Sequence[dict[str, Any]]
+    town: str,
+    name: str,
+    role: str | None,
+    work: Work | None,
+    letters: Sequence[Letter],
+    backlog: Sequence[dict[str, Any]],
 ) -> str:
     """The prompt of one round: the task, the messages, what waits in the backlog, and how to report."""
     parts = [f'You are {name}, an agent of the town {town}.' + (f' {_ROLES[role]}' if role in _ROLES else '')]

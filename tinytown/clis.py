@@ -60,7 +60,9 @@ _BUILT_IN: Final = (
         'AUGMENT_SESSION_AUTH',
     ),
     _cli('codex', f'{_CODEX} -', 'npm install -g @openai/codex', 'OPENAI_API_KEY', 'CODEX_API_KEY'),
-    _cli('codex-mini', f'{_CODEX} -m gpt-5.4-mini -', 'npm install -g @openai/codex', 'OPENAI_API_KEY', 'CODEX_API_KEY'),
+    _cli(
+        'codex-mini', f'{_CODEX} -m gpt-5.4-mini -', 'npm install -g @openai/codex', 'OPENAI_API_KEY', 'CODEX_API_KEY'
+    ),
     _cli(
         'aider',
         'aider --yes-always --no-auto-commits --no-check-update --message-file {prompt_file}',
@@ -117,9 +119,9 @@ def _refused(detail: str) -> Invalid:
 # ---------------------------------------------------------------------------------------------------- environment
 
 _PASSED: Final = frozenset(
-    'PATH HOME USER LOGNAME SHELL LANG TERM TMPDIR TZ SSH_AUTH_SOCK '
-    'http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY '
-    'SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE NODE_EXTRA_CA_CERTS GIT_SSL_CAINFO'.split()
+    {'PATH', 'HOME', 'USER', 'LOGNAME', 'SHELL', 'LANG', 'TERM', 'TMPDIR', 'TZ', 'SSH_AUTH_SOCK'}
+    | {'http_proxy', 'https_proxy', 'no_proxy', 'all_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'NO_PROXY', 'ALL_PROXY'}
+    | {'SSL_CERT_FILE', 'SSL_CERT_DIR', 'REQUESTS_CA_BUNDLE', 'CURL_CA_BUNDLE', 'NODE_EXTRA_CA_CERTS', 'GIT_SSL_CAINFO'}
 )
 _PREFIXES: Final = ('LC_', 'XDG_')
 

@@ -59,7 +59,9 @@ class Auth:
 class Townhall:
     bind: str = _set('127.0.0.1', 'address to listen on')
     rest_port: int = _set(8787, 'port of the REST API', 0, 65535)
-    request_timeout_ms: int = _set(30_000, 'time after which an operation is answered 503, outcome unknown', 100, 3_600_000)
+    request_timeout_ms: int = _set(
+        30_000, 'time after which an operation is answered 503, outcome unknown', 100, 3_600_000
+    )
     allowed_hosts: list[str] = _set([], 'names, beside localhost and addresses, under which clients may call')
     access_log: Literal['text', 'json', 'off'] = _set('text', 'one line a request on stderr')
     read_only: bool = _set(False, 'refuse every change')
@@ -70,7 +72,7 @@ class Townhall:
 @dataclass(frozen=True)
 class Retention:
     events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
-    log_bytes: int = _set(10_485_760, "largest log of an agent; then it is rotated once", 65536, 1 << 40)
+    log_bytes: int = _set(10_485_760, 'largest log of an agent; then it is rotated once', 65536, 1 << 40)
 
 
 @dataclass(frozen=True)
@@ -376,5 +378,3 @@ def write_atomically(file: Path, text: str, mode: int = 0o644) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(draft, file)
-
-

@@ -1,4 +1,4 @@
-"""The built-in CLI `demo`: reads a prompt on standard input and says that it did the work, so that anyone can try a town.
+"""The built-in CLI `demo`: reads a prompt and says that it did the work, so that anyone can try a town.
 
 Words in a task steer it: `sleep N` takes N seconds, `fail` ends with exit status 1. It imports nothing of Tinytown.
 """

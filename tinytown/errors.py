@@ -161,5 +161,3 @@ def refusal(code: str, *details: str) -> TownError:
     """The error that stands for a script's refusal."""
     kind, text = REFUSALS[code]
     return kind(text.format(*details), code=code, retry_after=1 if code == 'in-progress' else None)
-
-

@@ -76,7 +76,8 @@ class Job:
         self._log = log
         self._tails: dict[int, bytes] = {}
         self._selector = selectors.DefaultSelector()
-        assert self._process.stdout and self._process.stderr
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
         self._stdout, self._stderr = self._process.stdout.fileno(), self._process.stderr.fileno()
         for descriptor in (self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
@@ -87,10 +88,7 @@ class Job:
             self._selector.register(self._pidfd, selectors.EVENT_READ)
 
     def wait(self, every: Callable[[], bool], seconds: float) -> bool:
-        """Waits for the CLI to end; `every` so many seconds, and when a signal came, asks whether to give up.
-
-        Whether it ended by itself.
-        """
+        """Waits for the CLI to end; asks `every` so many seconds whether to give up. Whether it ended by itself."""
         due = time.monotonic() + seconds
         while self._process.poll() is None:
             pause = max(due - time.monotonic(), 0)

@@ -70,14 +70,14 @@ def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: Cursor = '
     return Page(b'%b%b]%b}' % (head, messages, after))
 
 
-def acknowledge(
-    call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: bool = False
-) -> Step[Acknowledged]:
+def acknowledge(call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: bool = False) -> Step[Acknowledged]:
     """Clear messages out of a mailbox: those with the given ids, or all of them. Queued tasks stay.
 
     This is how a person empties the conductor's mailbox; an agent's own messages are cleared by its rounds.
     """
     if all == bool(ids):
-        raise Invalid('give either ids or all, not both', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}])
+        raise Invalid(
+            'give either ids or all, not both', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}]
+        )
     reply = yield call.store.ack(agent, ids or ())
     return {'agent': text(reply[0]), 'removed': reply[1]}

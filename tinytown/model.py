@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 # ---------------------------------------------------------------------------------------------------------- states
@@ -52,7 +52,7 @@ def is_uuid(text: str) -> bool:
 
 def rfc3339(epoch_seconds: float) -> str:
     """A moment as RFC 3339 in UTC with milliseconds."""
-    moment = datetime.fromtimestamp(epoch_seconds, timezone.utc)
+    moment = datetime.fromtimestamp(epoch_seconds, UTC)
     return moment.strftime('%Y-%m-%dT%H:%M:%S.') + f'{moment.microsecond // 1000:03d}Z'
 
 
@@ -110,21 +110,41 @@ NewAgentName = Annotated[
 ]
 AgentRef = Annotated[
     str,
-    Field('An agent: its name, its id, or a unique start of the id (4 characters or more)', AGENT_NAME_PATTERN, NAME_HINT),
+    Field(
+        'An agent: its name, its id, or a unique start of the id (4 characters or more)', AGENT_NAME_PATTERN, NAME_HINT
+    ),
 ]
 TaskId = Annotated[str, Field('Id of a task', UUID_PATTERN, 'a UUID in lower case')]
 CliName = Annotated[
-    str, Field('Which coding CLI the agent runs; absent: default_cli of the town', r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}', NAME_HINT)
+    str,
+    Field(
+        'Which coding CLI the agent runs; absent: default_cli of the town',
+        r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}',
+        NAME_HINT,
+    ),
 ]
 RoleId = Annotated[
     str,
-    Field('What the agent is for: default, worker, reviewer, researcher, runner, or a word of yours', r'[a-z0-9][a-z0-9_-]{0,62}', 'lower-case letters, digits, - or _, at most 63'),
+    Field(
+        'What the agent is for: default, worker, reviewer, researcher, runner, or a word of yours',
+        r'[a-z0-9][a-z0-9_-]{0,62}',
+        'lower-case letters, digits, - or _, at most 63',
+    ),
 ]
-Nickname = Annotated[str, Field('A name for people to see', r'[^\x00-\x1f\x7f]{1,63}', '1 to 63 characters without control characters')]
+Nickname = Annotated[
+    str, Field('A name for people to see', r'[^\x00-\x1f\x7f]{1,63}', '1 to 63 characters without control characters')
+]
 TaskText = Annotated[str, Field('What is to be done, in plain words', min_length=1, max_length=65536)]
 MessageText = Annotated[str, Field('What the message says', min_length=1, max_length=65536)]
 Outcome = Annotated[str, Field('What came of it, for people to read', max_length=65536)]
-Tag = Annotated[str, Field('A word for finding and routing', r'[^\x00-\x1f\x7f,]{1,63}', '1 to 63 characters without commas or control characters')]
+Tag = Annotated[
+    str,
+    Field(
+        'A word for finding and routing',
+        r'[^\x00-\x1f\x7f,]{1,63}',
+        '1 to 63 characters without commas or control characters',
+    ),
+]
 Tags = Annotated[list[Tag], Field('Words for finding and routing', max_items=32)]
 MessageId = Annotated[str, Field('Id of a message', UUID_PATTERN, 'a UUID in lower case')]
 MessageIds = Annotated[list[MessageId], Field('Which messages to clear', max_items=500)]
@@ -132,7 +152,9 @@ MessageKind = Literal['task', 'query', 'info', 'ack']
 Attempt = Annotated[int, Field('The attempt that the caller holds; without it, an override by an operator', minimum=1)]
 Rounds = Annotated[int, Field('Rounds after which the worker stops; 0: no limit', minimum=0, maximum=1_000_000)]
 Limit = Annotated[int, Field('Most items to return', minimum=1, maximum=500)]
-Cursor = Annotated[str, Field('Where to go on: next_cursor of the page before', r'[A-Za-z0-9_-]{1,128}', 'what next_cursor gave')]
+Cursor = Annotated[
+    str, Field('Where to go on: next_cursor of the page before', r'[A-Za-z0-9_-]{1,128}', 'what next_cursor gave')
+]
 WaitSeconds = Annotated[int, Field('How long to wait, in seconds', minimum=0, maximum=25)]
 
 # ------------------------------------------------------------------------------------------------ shapes of answers

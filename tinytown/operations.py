@@ -60,6 +60,11 @@ class Op:
         return input_schema(self.parameters)
 
     @property
+    def placeholders(self) -> list[str]:
+        """The arguments that stand in the path."""
+        return [part[1:-1] for part in self.path.split('/') if part.startswith('{')]
+
+    @property
     def summary(self) -> str:
         """The first sentence of the help."""
         return ' '.join((self.function.__doc__ or '').split('\n\n')[0].split())
@@ -109,7 +114,7 @@ TABLE: Final = (
 
     Op('recovery.recover_agents', recovery.recover, MANAGE, 'POST', '/v1/recover', 'recover', slow=True),
     Op('recovery.reclaim_tasks', recovery.reclaim, MANAGE, 'POST', '/v1/reclaim', 'reclaim', slow=True),
-    Op('recovery.orphan_tasks', recovery.orphan_tasks, MANAGE, 'POST', '/v1/reclaim/orphan-tasks', 'orphans', slow=True),
+    Op('recovery.orphan_tasks', recovery.orphan_tasks, MANAGE, 'POST', '/v1/reclaim/orphan-tasks', 'orphans'),
 )
 # fmt: on
 

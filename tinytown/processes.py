@@ -26,7 +26,7 @@ GRACE_SECS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One process on one host in one boot. `start` is its start time in the kernel's ticks, '' where that is unknown."""
+    """One process on one host in one boot. `start` is its start time in the kernel's ticks, '' if unknown."""
 
     host: str
     boot: str
@@ -93,7 +93,14 @@ def start_detached(argv: list[str], cwd: Path, env: dict[str, str], log: Path, k
     reap()
     with open(log, 'ab') as out:
         child = subprocess.Popen(
-            argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=tuple(keep)
+            argv,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            pass_fds=tuple(keep),
         )
     _children.append(child)
     return child.pid

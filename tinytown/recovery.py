@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
-from .agents import GRACE_SECS, look_up, mark, prune, stop_process
+from .agents import look_up, mark, prune, stop_process
 from .errors import Conflict
 from .model import AT_REST, LIVE, AgentRef
-from .processes import Identity, stop_tree, verdict
+from .processes import GRACE_SECS, Identity, stop_tree, verdict
 from .store import Step, text
 from .town import Call
 
@@ -94,10 +94,8 @@ def reclaim(
     return {'reclaimed': moved, 'destination': destination.name if destination else 'backlog'}
 
 
-def orphan_tasks(
-    call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 'delete'] = 'list'
-) -> Step[Orphans]:
-    """Find unfinished tasks whose agent is gone or does not run; list them, return them to the backlog, cancel or delete them.
+def orphan_tasks(call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 'delete'] = 'list') -> Step[Orphans]:
+    """List unfinished tasks whose agent is gone or does not run; or return them to the backlog, cancel or delete them.
 
     At most 200 are handled at once; call again for more.
     """

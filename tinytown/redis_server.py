@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .config import Config
-from .errors import UsageError, TownError
+from .errors import TownError, UsageError
 from .processes import start_detached
 from .wire import Wire, pack, parse_address
 
@@ -43,7 +43,7 @@ def socket_path(root: Path) -> Path:
     note = root / '.tt' / 'redis.addr'
     if not note.exists():
         private_directory(root)
-        with _lock(root):
+        with _Lock(root):
             if not note.exists():
                 directory = tempfile.mkdtemp(prefix='tinytown-', dir='/tmp')  # 0700, and ours
                 note.write_text(f'{directory}/redis.sock')
@@ -74,7 +74,7 @@ def ensure(root: Path, config: Config) -> None:
     where = address(root, config)
     if _answers(where):
         return
-    with _lock(root):
+    with _Lock(root):
         if not _answers(where):
             _start(root, config, where)
 
@@ -98,7 +98,7 @@ def stop(root: Path, config: Config) -> bool:
     return True
 
 
-class _lock:
+class _Lock:
     """The lock of those who would start a server for one town; it goes with its process."""
 
     def __init__(self, root: Path) -> None:

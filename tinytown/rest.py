@@ -10,12 +10,14 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
+from .http1 import Request, Response
 from .model import ALL_SCOPES, READ, Principal
 from .operations import TABLE, Op, call, encode
+from .router import Router
 from .schema import Parameter
 from .store import Command
 from .town import Town
-from .web import Answer, Request, Response, Router
+from .web import Answer
 
 MOST_DEPTH: Final = 32
 _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')
@@ -180,7 +182,9 @@ def parse_json(data: bytes) -> Any:
     try:
         return _decoder.decode(text)
     except json.JSONDecodeError as e:
-        raise BadRequest(f'the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})', code='malformed-json') from None
+        raise BadRequest(
+            f'the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})', code='malformed-json'
+        ) from None
     except ValueError as e:
         raise BadRequest(f'the body is not JSON that can be taken: {e}', code='malformed-json') from None
 

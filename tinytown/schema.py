@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import Invalid
@@ -185,7 +185,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def signature(function: Callable[..., Any]) -> tuple[dict[str, Parameter], Any]:
     """The keyword-only parameters of a function, by name, and the annotation of what it gives."""
     hints = get_type_hints(function, include_extras=True)

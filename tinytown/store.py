@@ -7,8 +7,8 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     ids                  zset    agent ids, all of score 0, for look-up by the start of an id
     agents               zset    agent ids by birth
     live                 set     ids of the agents in a live state
-    agent:<id>           hash    j m name state instance host boot pid start beat idle task last cli max_rounds rounds done
-                                 restarts born; j is immutable JSON with its brace left open, m the rendered rest
+    agent:<id>           hash    j m name state instance host boot pid start beat idle task last cli max_rounds rounds
+                                 done restarts born; j is immutable JSON with its brace left open, m the rendered rest
     agent:<id>:running   set     tasks that its process has taken
     agent:<id>:tasks     zset    its tasks by birth, and agent:<id>:tasks:<state> those in one state
     inbox:<id>:u n       stream  urgent and normal messages: j (JSON as listed), k (kind)
@@ -258,7 +258,7 @@ class Store:
         return self._script('pickup', agent, instance, lease_ms, most)
 
     def doorbell(self, agent: str, after: dict[str, str], block_ms: int) -> Command:
-        """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more than that."""
+        """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more."""
         keys = [self.prefix + f'inbox:{agent}:{lane}'.encode() for lane in after]
         parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', *keys, *after.values())
         return Command(None, parts, block=block_ms / 1000)

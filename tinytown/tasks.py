@@ -5,8 +5,22 @@ from __future__ import annotations
 import json
 from typing import Literal, NotRequired, TypedDict
 
-from .model import CONDUCTOR_ID, AgentRef, Assigned, Attempt, Cursor, Limit, Outcome, Task, TaskId, TaskPage, TaskState
-from .model import TaskText, brief, new_id
+from .model import (
+    CONDUCTOR_ID,
+    AgentRef,
+    Assigned,
+    Attempt,
+    Cursor,
+    Limit,
+    Outcome,
+    Task,
+    TaskId,
+    TaskPage,
+    TaskState,
+    TaskText,
+    brief,
+    new_id,
+)
 from .store import Page, Step, text
 from .town import Call
 from .wire import Part
@@ -60,8 +74,9 @@ def assigned(reply: list[bytes]) -> Assigned:
 def listing(key: str, reply: list[bytes]) -> bytes:
     """A page as JSON: its items, the total, and where to go on."""
     count, following, items = reply
+    total = int(count)
     after = b',"next_cursor":"%b"' % following if following else b''
-    return b'{"%b":[%b],"count":%d%b}' % (key.encode(), items, count, after)
+    return b'{"%b":[%b],"count":%d%b}' % (key.encode(), items, total, after)
 
 
 def assign(call: Call, *, agent: AgentRef, task: TaskText) -> Step[Assigned]:
@@ -80,7 +95,12 @@ def list_pending(call: Call, *, limit: Limit = 500, cursor: Cursor = '') -> Step
 
 
 def list_tasks(
-    call: Call, *, state: TaskState | None = None, agent: AgentRef | None = None, limit: Limit = 500, cursor: Cursor = ''
+    call: Call,
+    *,
+    state: TaskState | None = None,
+    agent: AgentRef | None = None,
+    limit: Limit = 500,
+    cursor: Cursor = '',
 ) -> Step[Page[TaskPage]]:
     """List tasks, newest first: all, those in one state, those of one agent, or both."""
     reply = yield call.store.tasks(limit, cursor, state or '', agent or '')

@@ -60,7 +60,9 @@ def find(start: Path, given: str | None) -> Path:
     if given is not None:
         root = Path(given).expanduser()
         if not (root / configuration.FILE).is_file():
-            raise UsageError(f'{given} holds no town ({configuration.FILE} is missing); make one:  tt init --town {given}')
+            raise UsageError(
+                f'{given} holds no town ({configuration.FILE} is missing); make one:  tt init --town {given}'
+            )
         return root.resolve()
     root_found = configuration.find_root(start)
     if root_found is None:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from . import __version__
 from .errors import TownError, UsageError
-from .town import Town, find, open_town
+from .town import Town, open_town
+from .usage import Parser, town_root
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line, and exits with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message} (see {self.prog} --help)')
 
 
 def parser() -> Parser:
     """The command line of `townhall`. --town and --verbose are taken before and after the mode."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    shared.add_argument('--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)')
+    shared.add_argument(
+        '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
+    )
     shared.add_argument('--verbose', action='store_true', help='say more')
     served = Parser(
         prog='townhall', parents=[shared], description='Townhall, the control plane of a town of AI coding agents.'
@@ -57,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.mode != 'rest':
         raise UsageError(f'the mode {arguments.mode} is not there yet; this version serves rest')
-    root = find(Path.cwd(), getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN'))
+    root = town_root(arguments)
     flags: dict[str, Any] = {
         'townhall.bind': arguments.bind,
         'townhall.rest_port': arguments.port,
@@ -87,6 +81,7 @@ def serve(town: Town) -> int:
     settings = town.config.townhall
     check_bind(settings.bind)
     from . import redis_server
+    from .local import note_townhall
     from .rest import Rest
     from .web import Server
 
@@ -104,8 +99,12 @@ def serve(town: Town) -> int:
     host, port = server.server_address[:2]
     base = f'http://[{host!s}]:{port}' if ':' in str(host) else f'http://{host!s}:{port}'
     print(f'townhall: {town.name} is open on {base}', file=sys.stderr)
-    print(f"townhall: try  curl -s {base}/v1/status", file=sys.stderr, flush=True)
-    server.serve()
+    print(f'townhall: try  curl -s {base}/v1/status', file=sys.stderr, flush=True)
+    note = note_townhall(town.root, base)
+    try:
+        server.serve()
+    finally:
+        note.unlink(missing_ok=True)
     return 0
 
 

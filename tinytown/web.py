@@ -1,4 +1,4 @@
-"""The HTTP server core: strict parsing, limits, routing, problem documents, drain.
+"""The HTTP server core: connections, limits, deadlines, drain.
 
 `http.server` gives the socket and the names of things; its parser, its threads and its lack of limits are replaced.
 One thread owns every connection and an event loop (epoll; poll elsewhere). It parses what has arrived whole, starts
@@ -11,7 +11,6 @@ Nothing is dispatched that was not received whole; every request gets one answer
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -24,69 +23,41 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from email.utils import formatdate
-from http import HTTPStatus
+from dataclasses import dataclass
 from http.server import HTTPServer
-from typing import Any, Final, Generic, Protocol, TypeVar
-from urllib.parse import unquote_to_bytes
+from typing import Any, Final, Protocol
 
+from . import wire
 from .config import Limits
-from .errors import BadRequest, ExpectationFailed, Forbidden, HeadTooLarge, Internal, LengthRequired, MethodNotAllowed
-from .errors import Misdirected, NotFound, NotImplemented501, RequestTimeout, TooLarge, TownError, Unavailable, UriTooLong
-from .errors import UsageError, VersionNotSupported
+from .errors import (
+    ExpectationFailed,
+    HeadTooLarge,
+    Internal,
+    RequestTimeout,
+    TownError,
+    Unavailable,
+    UriTooLong,
+    UsageError,
+)
+from .http1 import (
+    MOST_HEAD,
+    MOST_LINE,
+    Request,
+    Response,
+    body_length,
+    check_host,
+    judge_line,
+    parse_head,
+    problem,
+    render,
+)
 from .model import rfc3339
 from .store import Command, Store
-from .wire import Link, Request as RedisRequest
 
-MOST_LINE: Final = 8192  # bytes of a request or field line
-MOST_HEAD: Final = 16384
-MOST_FIELDS: Final = 64
 LINGER_SECS: Final = 2.0
 MOST_SLOW: Final = 128  # slow operations at once
+_REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
 _IN, _OUT, _GONE = select.POLLIN, select.POLLOUT, select.POLLERR | select.POLLHUP
-T = TypeVar('T')
-
-# ---------------------------------------------------------------------------------------------- requests and answers
-
-
-@dataclass(slots=True)
-class Request:
-    """One request, received whole. `fields` has lower-case names; `target` is what the route matched."""
-
-    method: str
-    path: str
-    query: str
-    minor: int  # of HTTP/1.x
-    fields: dict[bytes, bytes]
-    body: bytes = b''
-    id: str = ''
-    target: Any = None
-    values: dict[str, str] = field(default_factory=dict)  # what stood in the placeholders of the path
-    caller: str = ''
-    began: float = 0.0
-    answered: bool = False
-    deadline: float = 0.0
-
-    def field(self, name: bytes) -> str:
-        """A header field as text; '' if it was not sent."""
-        return self.fields.get(name, b'').decode('latin-1')
-
-    @property
-    def keeps_alive(self) -> bool:
-        said = self.fields.get(b'connection', b'').lower()
-        return b'close' not in said if self.minor else b'keep-alive' in said
-
-
-@dataclass(slots=True)
-class Response:
-    """One answer. Header names and values are checked when it is sent."""
-
-    status: int = 200
-    body: bytes = b''
-    content_type: str = 'application/json'
-    headers: tuple[tuple[str, str], ...] = ()
-
 
 Answer = Response | Generator[Command, Any, Response]
 
@@ -97,224 +68,6 @@ class Application(Protocol):
     def begin(self, request: Request) -> None: ...
     def handle(self, request: Request) -> Answer: ...
     def is_slow(self, request: Request) -> bool: ...
-
-
-def problem(error: TownError, request_id: str) -> Response:
-    """An error as a problem document (RFC 9457)."""
-    headers = []
-    if error.retry_after is not None:
-        headers.append(('Retry-After', str(error.retry_after)))
-    if error.allow:
-        headers.append(('Allow', error.allow))
-    body = json.dumps(error.problem(request_id), ensure_ascii=False).encode('utf-8', 'replace')
-    return Response(error.status, body, 'application/problem+json', tuple(headers))
-
-
-_STATUS_LINES: Final = {each.value: f'HTTP/1.1 {each.value} {each.phrase}\r\n'.encode() for each in HTTPStatus}
-_FIELD_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_FIELD_VALUE: Final = re.compile(r'[\t\x20-\x7e]*')
-_date: tuple[int, bytes] = (0, b'')
-
-
-def _date_field() -> bytes:
-    global _date
-    now = int(time.time())
-    if _date[0] != now:
-        _date = (now, f'Date: {formatdate(now, usegmt=True)}\r\n'.encode())
-    return _date[1]
-
-
-def render(response: Response, request_id: str, head_only: bool, close: bool) -> bytes:
-    """The bytes of an answer. Raises ValueError for a header that would break out of its line."""
-    parts = [_STATUS_LINES[response.status], _date_field()]
-    if response.status != 204:
-        parts.append(b'Content-Type: %b\r\n' % response.content_type.encode())
-        parts.append(b'Content-Length: %d\r\n' % len(response.body))
-    parts.append(b'X-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n' % request_id.encode())
-    for name, value in response.headers:
-        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f'{name!r}: {value!r} is not a header field')
-        parts.append(f'{name}: {value}\r\n'.encode())
-    parts.append(b'Connection: close\r\n\r\n' if close else b'\r\n')
-    if not head_only and response.status != 204:
-        parts.append(response.body)
-    return b''.join(parts)
-
-
-# --------------------------------------------------------------------------------------------------------- parsing
-
-_REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[\x21-\x7e]*) HTTP/1\.([01])")
-_OTHER_VERSION: Final = re.compile(rb'\S+ \S+ HTTP/([0-9])\.[0-9]')
-_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-_LENGTH: Final = re.compile(rb'[0-9]{1,15}')
-_ONCE: Final = frozenset({b'host', b'content-length', b'content-type', b'transfer-encoding', b'authorization', b'origin',
-                          b'x-api-key', b'idempotency-key', b'x-request-id', b'expect'})  # fmt: skip
-_REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
-
-
-def judge_line(line: bytes, first: bool) -> re.Match[bytes]:
-    """The parts of a request or field line (its CRLF left off). Raises the TownError that it deserves."""
-    if len(line) > MOST_LINE:
-        raise UriTooLong(f'the request line is over {MOST_LINE} bytes') if first else _long_field()
-    match = (_REQUEST_LINE if first else _FIELD).fullmatch(line)
-    if match:
-        return match
-    if not first:
-        raise BadRequest(f'{line[:60]!r} is not a header field (name, colon, printable value, CRLF)')
-    version = _OTHER_VERSION.fullmatch(line)
-    if version and version[1] not in (b'0', b'1'):
-        raise VersionNotSupported('this server speaks HTTP/1.1')
-    raise BadRequest(f'{line[:60]!r} is not a request line (METHOD /path HTTP/1.1)')
-
-
-def _long_field() -> HeadTooLarge:
-    return HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
-
-
-def parse_head(head: bytes) -> Request:
-    """A request from its head (the blank line left off). Raises the TownError that it deserves."""
-    lines = head.split(b'\r\n')
-    match = judge_line(lines[0], True)
-    if len(lines) - 1 > MOST_FIELDS:
-        raise HeadTooLarge(f'more than {MOST_FIELDS} header fields')
-    fields: dict[bytes, bytes] = {}
-    for line in lines[1:]:
-        found = judge_line(line, False)
-        name, value = found[1].lower(), found[2].strip(b' \t')
-        if name in fields:
-            if name in _ONCE:
-                raise BadRequest(f'{name.decode()} is sent more than once')
-            value = fields[name] + b', ' + value
-        fields[name] = value
-    path, _, query = match[2].partition(b'?')
-    return Request(match[1].decode(), _decode_path(path), query.decode(), int(match[3]), fields)
-
-
-def _decode_path(raw: bytes) -> str:
-    """A path, percent-decoded. Raises BadRequest for one that could be read in two ways."""
-    decoded = raw
-    if b'%' in raw:
-        if re.search(rb'%(?![0-9A-Fa-f]{2})|%00|%2[fF]', raw):
-            raise BadRequest('the path holds a broken escape, %00 or %2F')
-        decoded = unquote_to_bytes(raw)
-    if b'//' in decoded or b'\\' in decoded or b'/./' in decoded + b'/' or b'/../' in decoded + b'/':
-        raise BadRequest('the path holds an empty or a dot segment')
-    try:
-        path = decoded.decode()
-    except UnicodeDecodeError:
-        raise BadRequest('the path is not UTF-8') from None
-    if any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise BadRequest('the path holds a control character')
-    return path
-
-
-def body_length(request: Request, most: int) -> int:
-    """How many bytes of body follow the head. Raises what an unclear or too large one deserves."""
-    length = request.fields.get(b'content-length')
-    coding = request.fields.get(b'transfer-encoding')
-    if coding is not None:
-        if length is not None:
-            raise BadRequest('Content-Length and Transfer-Encoding exclude each other')
-        if coding.lower() == b'chunked':
-            raise LengthRequired('a body needs a Content-Length; chunked is not taken')
-        raise NotImplemented501(f'transfer coding {coding[:40]!r} is not known here')
-    if length is None:
-        return 0
-    if not _LENGTH.fullmatch(length):
-        raise BadRequest(f'Content-Length {length[:40]!r} is not a number of bytes')
-    if int(length) > most:
-        raise TooLarge(f'the body has {int(length)} bytes; at most {most} are taken')
-    return int(length)
-
-
-def check_host(request: Request, allowed: frozenset[str]) -> None:
-    """Refuses a Host that is no address, localhost or allowed name: rebinding needs a name. And a foreign Origin."""
-    host = request.field(b'host')
-    if b'host' not in request.fields:
-        if request.minor:
-            raise BadRequest('Host is missing')
-    elif not _host_is_ours(host, allowed):
-        raise Misdirected(f'{host[:100]!r} is not a name of this server; add it to townhall.allowed_hosts')
-    origin = request.field(b'origin')
-    if b'origin' in request.fields and origin not in (f'http://{host}', f'https://{host}'):
-        raise Forbidden(f'requests from {origin[:100]!r} are not allowed', code='foreign-origin')
-
-
-_known_hosts: dict[tuple[str, frozenset[str]], bool] = {}
-
-
-def _host_is_ours(host: str, allowed: frozenset[str]) -> bool:
-    key = (host, allowed)
-    if key not in _known_hosts:
-        if len(_known_hosts) > 1024:
-            _known_hosts.clear()
-        _known_hosts[key] = _judge_host(host, allowed)
-    return _known_hosts[key]
-
-
-def _judge_host(host: str, allowed: frozenset[str]) -> bool:
-    match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?', host)
-    if not match:
-        return False
-    name = match[1].lower().rstrip('.')
-    if name == 'localhost' or name in allowed:
-        return True
-    try:
-        ipaddress.ip_address(name.strip('[]'))
-    except ValueError:
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------- routing
-
-
-class Router(Generic[T]):
-    """Finds the target of a method and path. `match` gives (target, values of the placeholders) or raises."""
-
-    def __init__(self) -> None:
-        self._exact: dict[str, dict[str, T]] = {}
-        self._patterns: dict[int, list[tuple[list[str], dict[str, T]]]] = {}
-
-    def add(self, method: str, path: str, target: T) -> None:
-        """A route; a segment {name} matches any one segment. Exact paths come before patterns."""
-        if '{' not in path:
-            self._exact.setdefault(path, {})[method] = target
-            return
-        parts = path.split('/')
-        same_length = self._patterns.setdefault(len(parts), [])
-        for known, methods in same_length:
-            if known == parts:
-                methods[method] = target
-                return
-        same_length.append((parts, {method: target}))
-
-    def match(self, method: str, path: str) -> tuple[T, dict[str, str]]:
-        """Raises NotFound, or MethodNotAllowed with the methods that there are."""
-        methods, values = self._find(path)
-        target = methods.get('GET' if method == 'HEAD' else method)
-        if target is None:
-            raise MethodNotAllowed(f'{path} takes {self.allowed(methods)}, not {method}', allow=self.allowed(methods))
-        return target, values
-
-    def _find(self, path: str) -> tuple[dict[str, T], dict[str, str]]:
-        exact = self._exact.get(path)
-        if exact is not None:
-            return exact, {}
-        parts = path.split('/')
-        for pattern, methods in self._patterns.get(len(parts), ()):
-            if all(p == part or (p[:1] == '{' and part) for p, part in zip(pattern, parts, strict=True)):
-                return methods, {p[1:-1]: part for p, part in zip(pattern, parts, strict=True) if p[:1] == '{'}
-        raise NotFound(f'{path[:200]} is not a path of this server', code='no-such-path')
-
-    @staticmethod
-    def allowed(methods: dict[str, T]) -> str:
-        names = set(methods) | {'OPTIONS'} | ({'HEAD'} if 'GET' in methods else set())
-        return ', '.join(sorted(names))
-
-    def allow(self, path: str) -> str:
-        """The methods of a path, for OPTIONS. Raises NotFound."""
-        return self.allowed(self._find(path)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ connections
@@ -432,7 +185,11 @@ class Connection:
                 judge_line(line[:-1] if line.endswith(b'\r') else line + b'\n', self._judged == 0)
             self._judged = end + 1
         if len(buffer) - self._judged > MOST_LINE + 2:
-            raise UriTooLong(f'the request line is over {MOST_LINE} bytes') if not self._judged else _long_field()
+            raise (
+                UriTooLong(f'the request line is over {MOST_LINE} bytes')
+                if not self._judged
+                else HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
+            )
         if len(buffer) > MOST_HEAD:
             raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
 
@@ -495,7 +252,9 @@ class Connection:
             data = render(response, request.id, request.method == 'HEAD', self._closing)
         except ValueError:
             traceback.print_exc()
-            data = render(problem(Internal('the answer could not be sent'), request.id), request.id, False, self._closing)
+            data = render(
+                problem(Internal('the answer could not be sent'), request.id), request.id, False, self._closing
+            )
         self._send(data)
         if not self._closing and not self._out and not self._mask & _IN and not self._peer_done:
             self._set_mask(self._mask | _IN)
@@ -526,7 +285,7 @@ class Connection:
             self.process()
 
     def _linger(self) -> None:
-        """Closes without a reset: our side first, then, for a short while, whatever the client still sends is dropped."""
+        """Closes without a reset: our side first; what the client still sends is dropped for a short while."""
         if self._peer_done:
             self.close()
             return
@@ -621,7 +380,7 @@ class Server(HTTPServer):
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self.link = Link(store.address, self.call_soon, self._watch_redis, prepare)
+        self.link = wire.Link(store.address, self.call_soon, self._watch_redis, prepare)
         super().__init__(address, Connection, bind_and_activate=False)  # type: ignore[arg-type]
         try:
             self.server_bind()
@@ -655,7 +414,7 @@ class Server(HTTPServer):
             self._end()
 
     def _turn(self) -> None:
-        busy = self._slow or self.link.is_up and self.link.is_waiting
+        busy = self._slow or (self.link.is_up and self.link.is_waiting)
         timeout = 0.1 if busy or self.draining or self._paused_until else 1.0
         events = self._poll.poll(timeout if isinstance(self._poll, select.epoll) else timeout * 1000)
         for descriptor, mask in events:
@@ -789,7 +548,11 @@ class Server(HTTPServer):
             self._advance(connection, request, answer, lambda: next(answer))
 
     def _advance(
-        self, connection: Connection, request: Request, step: Generator[Command, Any, Response], go: Callable[[], Command]
+        self,
+        connection: Connection,
+        request: Request,
+        step: Generator[Command, Any, Response],
+        go: Callable[[], Command],
     ) -> None:
         """Runs a step to its next command, or to its end."""
         try:
@@ -811,7 +574,7 @@ class Server(HTTPServer):
                 self._advance(connection, request, step, lambda: step.send(value))
 
         whole = (lambda: command.pack(self._store, whole=True)) if command.script else None
-        self.link.submit(RedisRequest(command.pack(self._store), whole, resume))
+        self.link.submit(wire.Request(command.pack(self._store), whole, resume))
 
     def _finish(self, connection: Connection, request: Request, response: Response) -> None:
         connection.answer(request, response)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from .errors import TownError, Unavailable, UsageError
@@ -143,7 +144,7 @@ def parse_address(url: str) -> dict[str, Any]:
     import redis
 
     try:
-        return dict(redis.connection.parse_url(url))
+        return dict(redis.connection.parse_url(url))  # type: ignore[no-untyped-call]
     except ValueError as e:
         raise UsageError(f'redis.url: {e}') from None
 
@@ -332,7 +333,7 @@ class Link:
                 self._prepare()
                 wire = Wire(self._address)
                 if wire.request(pack(['PING'])) == b'PONG':
-                    self._call_soon(lambda: self._attach(wire))
+                    self._call_soon(partial(self._attach, wire))
                     return
                 wire.close()
             except (TownError, UsageError, OSError):

@@ -1,8 +1,8 @@
 """The worker: the process of one agent. Takes what its inbox holds, runs the coding CLI on it, reports, goes on.
 
-The order is what makes it safe to be killed anywhere: replay reports that were not delivered; hello; then pick up, beat,
-run, keep the report on disk, deliver it, forget it, acknowledge the messages. It never polls: between rounds it blocks
-on its inbox, during one it waits for its CLI.
+The order is what makes it safe to be killed anywhere: replay reports that were not delivered; hello; then pick up,
+beat, run, keep the report on disk, deliver it, forget it, acknowledge the messages. It never polls: between rounds it
+blocks on its inbox, during one it waits for its CLI.
 """
 
 from __future__ import annotations
@@ -155,18 +155,24 @@ class Worker:
         if work and self._beat(held):
             return  # it was taken away before it began
         self._rounds += 1
-        self.note(f'round {self._rounds}: ' + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages'))
+        self.note(
+            f'round {self._rounds}: '
+            + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
+        )
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
             job = Job(self.cli, prompt, self._prompt_file(), self.town.root, self._environment(work), self.log)
         except OSError as e:
             self._cannot_run(e)
-        ended = job.wait(lambda: self._terminated or self._beat(held), BEAT_SECS)
+        try:
+            with self._may_be_terminated():
+                ended = job.wait(lambda: self._beat(held), BEAT_SECS)
+        except Terminated:
+            job.stop(mark(self.instance))
+            raise
         if not ended:
             job.stop(mark(self.instance))
-            if self._terminated:
-                raise Terminated
             self.note('the round was ended: its task is no longer ours')
         elif work:
             self._report(work, job)
@@ -226,7 +232,10 @@ class Worker:
         self._deliver(file, report)
 
     def _deliver(self, file: Path, report: dict[str, Any]) -> None:
-        result, error = json.dumps(report['result'], ensure_ascii=False), json.dumps(report['error'], ensure_ascii=False)
+        result, error = (
+            json.dumps(report['result'], ensure_ascii=False),
+            json.dumps(report['error'], ensure_ascii=False),
+        )
         finish = self.town.store.finish(report['task'], report['attempt'], report['outcome'], result, error)
         finish.by = self.name or self.id
         try:

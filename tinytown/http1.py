@@ -1,0 +1,244 @@
+"""HTTP/1.1 on the wire: a request from the bytes of its head, an answer to bytes, errors as problem documents.
+
+Strict where leniency lets two readers disagree (RFC 9112): what is not exactly one request is refused, and the
+connection closed. Every refusal is a TownError with the status that it deserves.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from .errors import (
+    BadRequest,
+    Forbidden,
+    HeadTooLarge,
+    LengthRequired,
+    Misdirected,
+    NotImplemented501,
+    TooLarge,
+    TownError,
+    UriTooLong,
+    VersionNotSupported,
+)
+
+MOST_LINE: Final = 8192  # bytes of a request or field line
+MOST_HEAD: Final = 16384
+MOST_FIELDS: Final = 64
+
+# ---------------------------------------------------------------------------------------------- requests and answers
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, received whole. `fields` has lower-case names; `target` is what the route matched."""
+
+    method: str
+    path: str
+    query: str
+    minor: int  # of HTTP/1.x
+    fields: dict[bytes, bytes]
+    body: bytes = b''
+    id: str = ''
+    target: Any = None
+    values: dict[str, str] = field(default_factory=dict)  # what stood in the placeholders of the path
+    caller: str = ''
+    began: float = 0.0
+    answered: bool = False
+    deadline: float = 0.0
+
+    def field(self, name: bytes) -> str:
+        """A header field as text; '' if it was not sent."""
+        return self.fields.get(name, b'').decode('latin-1')
+
+    @property
+    def keeps_alive(self) -> bool:
+        said = self.fields.get(b'connection', b'').lower()
+        return b'close' not in said if self.minor else b'keep-alive' in said
+
+
+@dataclass(slots=True)
+class Response:
+    """One answer. Header names and values are checked when it is sent."""
+
+    status: int = 200
+    body: bytes = b''
+    content_type: str = 'application/json'
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def problem(error: TownError, request_id: str) -> Response:
+    """An error as a problem document (RFC 9457)."""
+    headers = []
+    if error.retry_after is not None:
+        headers.append(('Retry-After', str(error.retry_after)))
+    if error.allow:
+        headers.append(('Allow', error.allow))
+    body = json.dumps(error.problem(request_id), ensure_ascii=False).encode('utf-8', 'replace')
+    return Response(error.status, body, 'application/problem+json', tuple(headers))
+
+
+_STATUS_LINES: Final = {each.value: f'HTTP/1.1 {each.value} {each.phrase}\r\n'.encode() for each in HTTPStatus}
+_FIELD_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FIELD_VALUE: Final = re.compile(r'[\t\x20-\x7e]*')
+_date: tuple[int, bytes] = (0, b'')
+
+
+def _date_field() -> bytes:
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, f'Date: {formatdate(now, usegmt=True)}\r\n'.encode())
+    return _date[1]
+
+
+def render(response: Response, request_id: str, head_only: bool, close: bool) -> bytes:
+    """The bytes of an answer. Raises ValueError for a header that would break out of its line."""
+    parts = [_STATUS_LINES[response.status], _date_field()]
+    if response.status != 204:
+        parts.append(b'Content-Type: %b\r\n' % response.content_type.encode())
+        parts.append(b'Content-Length: %d\r\n' % len(response.body))
+    parts.append(
+        b'X-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n' % request_id.encode()
+    )
+    for name, value in response.headers:
+        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            raise ValueError(f'{name!r}: {value!r} is not a header field')
+        parts.append(f'{name}: {value}\r\n'.encode())
+    parts.append(b'Connection: close\r\n\r\n' if close else b'\r\n')
+    if not head_only and response.status != 204:
+        parts.append(response.body)
+    return b''.join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------- parsing
+
+_REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[\x21-\x7e]*) HTTP/1\.([01])")
+_OTHER_VERSION: Final = re.compile(rb'\S+ \S+ HTTP/([0-9])\.[0-9]')
+_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+_LENGTH: Final = re.compile(rb'[0-9]{1,15}')
+_ONCE: Final = frozenset(
+    {b'host', b'content-length', b'content-type', b'transfer-encoding', b'expect', b'origin'}
+    | {b'authorization', b'x-api-key', b'idempotency-key', b'x-request-id'}
+)
+
+
+def judge_line(line: bytes, first: bool) -> re.Match[bytes]:
+    """The parts of a request or field line (its CRLF left off). Raises the TownError that it deserves."""
+    if len(line) > MOST_LINE:
+        raise UriTooLong(f'the request line is over {MOST_LINE} bytes') if first else _long_field()
+    match = (_REQUEST_LINE if first else _FIELD).fullmatch(line)
+    if match:
+        return match
+    if not first:
+        raise BadRequest(f'{line[:60]!r} is not a header field (name, colon, printable value, CRLF)')
+    version = _OTHER_VERSION.fullmatch(line)
+    if version and version[1] not in (b'0', b'1'):
+        raise VersionNotSupported('this server speaks HTTP/1.1')
+    raise BadRequest(f'{line[:60]!r} is not a request line (METHOD /path HTTP/1.1)')
+
+
+def _long_field() -> HeadTooLarge:
+    return HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
+
+
+def parse_head(head: bytes) -> Request:
+    """A request from its head (the blank line left off). Raises the TownError that it deserves."""
+    lines = head.split(b'\r\n')
+    match = judge_line(lines[0], True)
+    if len(lines) - 1 > MOST_FIELDS:
+        raise HeadTooLarge(f'more than {MOST_FIELDS} header fields')
+    fields: dict[bytes, bytes] = {}
+    for line in lines[1:]:
+        found = judge_line(line, False)
+        name, value = found[1].lower(), found[2].strip(b' \t')
+        if name in fields:
+            if name in _ONCE:
+                raise BadRequest(f'{name.decode()} is sent more than once')
+            value = fields[name] + b', ' + value
+        fields[name] = value
+    path, _, query = match[2].partition(b'?')
+    return Request(match[1].decode(), _decode_path(path), query.decode(), int(match[3]), fields)
+
+
+def _decode_path(raw: bytes) -> str:
+    """A path, percent-decoded. Raises BadRequest for one that could be read in two ways."""
+    decoded = raw
+    if b'%' in raw:
+        if re.search(rb'%(?![0-9A-Fa-f]{2})|%00|%2[fF]', raw):
+            raise BadRequest('the path holds a broken escape, %00 or %2F')
+        decoded = unquote_to_bytes(raw)
+    if b'//' in decoded or b'\\' in decoded or b'/./' in decoded + b'/' or b'/../' in decoded + b'/':
+        raise BadRequest('the path holds an empty or a dot segment')
+    try:
+        path = decoded.decode()
+    except UnicodeDecodeError:
+        raise BadRequest('the path is not UTF-8') from None
+    if any(ord(c) < 32 or ord(c) == 127 for c in path):
+        raise BadRequest('the path holds a control character')
+    return path
+
+
+def body_length(request: Request, most: int) -> int:
+    """How many bytes of body follow the head. Raises what an unclear or too large one deserves."""
+    length = request.fields.get(b'content-length')
+    coding = request.fields.get(b'transfer-encoding')
+    if coding is not None:
+        if length is not None:
+            raise BadRequest('Content-Length and Transfer-Encoding exclude each other')
+        if coding.lower() == b'chunked':
+            raise LengthRequired('a body needs a Content-Length; chunked is not taken')
+        raise NotImplemented501(f'transfer coding {coding[:40]!r} is not known here')
+    if length is None:
+        return 0
+    if not _LENGTH.fullmatch(length):
+        raise BadRequest(f'Content-Length {length[:40]!r} is not a number of bytes')
+    if int(length) > most:
+        raise TooLarge(f'the body has {int(length)} bytes; at most {most} are taken')
+    return int(length)
+
+
+def check_host(request: Request, allowed: frozenset[str]) -> None:
+    """Refuses a Host that is no address, localhost or allowed name: rebinding needs a name. And a foreign Origin."""
+    host = request.field(b'host')
+    if b'host' not in request.fields:
+        if request.minor:
+            raise BadRequest('Host is missing')
+    elif not _host_is_ours(host, allowed):
+        raise Misdirected(f'{host[:100]!r} is not a name of this server; add it to townhall.allowed_hosts')
+    origin = request.field(b'origin')
+    if b'origin' in request.fields and origin not in (f'http://{host}', f'https://{host}'):
+        raise Forbidden(f'requests from {origin[:100]!r} are not allowed', code='foreign-origin')
+
+
+_known_hosts: dict[tuple[str, frozenset[str]], bool] = {}
+
+
+def _host_is_ours(host: str, allowed: frozenset[str]) -> bool:
+    key = (host, allowed)
+    if key not in _known_hosts:
+        if len(_known_hosts) > 1024:
+            _known_hosts.clear()
+        _known_hosts[key] = _judge_host(host, allowed)
+    return _known_hosts[key]
+
+
+def _judge_host(host: str, allowed: frozenset[str]) -> bool:
+    match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?', host)
+    if not match:
+        return False
+    name = match[1].lower().rstrip('.')
+    if name == 'localhost' or name in allowed:
+        return True
+    try:
+        ipaddress.ip_address(name.strip('[]'))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,247 @@
+"""The commands of `tt` that act on this machine: making a town, its configuration, its processes, keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from . import agents, auth, clis, redis_server
+from . import config as configuration
+from .errors import TownError, UsageError
+from .model import ALL_SCOPES, LIVE, Principal
+from .processes import GRACE_SECS, Identity, identify, reap, start_detached, stop_tree, verdict
+from .store import Step, text
+from .town import Call, Town, open_town
+from .usage import Parser, town_root
+
+START_SECS: Final = 10.0
+Add = Callable[[str, str, Callable[[argparse.Namespace], int]], Parser]
+
+
+def add_commands(add: Add) -> None:
+    """Adds the commands of this module to a command line."""
+    init = add('init', 'Make a town in this directory', _init)
+    init.add_argument('--name', help='its name (default: that of the directory)')
+    init.add_argument('--cli', metavar='NAME', help='default_cli: what agents run that name none')
+    add('start', 'Start Redis and townhall, detached', _start)
+    stop = add('stop', 'Stop townhall and the workers', _stop)
+    stop.add_argument('--redis', action='store_true', help='the managed Redis too')
+    config = add('config', 'Show the configuration, one setting of it, or change one line', _config)
+    config.add_argument('key', nargs='?', help='a setting, as townhall.rest_port')
+    config.add_argument('value', nargs='?', help='its new value')
+    worker = add('worker', 'Run the worker of an agent here, in the foreground', _worker)
+    worker.add_argument('name', metavar='NAME', help='an agent that has no process')
+    add('generate-api-key', 'Make an API key; it is shown once', _generate_key)
+    add('auth gen-key', 'The same as generate-api-key', _generate_key)
+
+
+def wants_json(arguments: argparse.Namespace) -> bool:
+    return bool(getattr(arguments, 'json', False))
+
+
+def say(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) -> int:
+    """Prints the answer of a command: JSON if that was asked for, else a sentence."""
+    print(json.dumps(answer, ensure_ascii=False) if wants_json(arguments) else sentence)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- town
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    root = Path(getattr(arguments, 'town', None) or Path.cwd()).expanduser().resolve()
+    file = root / configuration.FILE
+    if file.exists():
+        raise UsageError(f'{root} holds a town already; see  tt status --town {root}')
+    name = arguments.name or configuration.derive_name(root)
+    configuration.find_setting('name', '--name').check(name, '--name')
+    given = {'default_cli': arguments.cli} if arguments.cli else {}
+    root.mkdir(parents=True, exist_ok=True)
+    configuration.write_atomically(file, configuration.template(name, given))
+    private = redis_server.private_directory(root)
+    (private / '.gitignore').write_text('*\n')
+    return say(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  tt start')
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    root = town_root(arguments)
+    town = open_town(root)
+    for _, process, url in running_townhalls(root):
+        if verdict(process) == 'alive':
+            return say(arguments, {'url': url, 'started': False}, f'{town.name} is open already on {url}')
+    log = root / '.tt' / 'logs' / 'townhall.log'
+    began = log.stat().st_size if log.exists() else 0
+    env = dict(os.environ) | {'PYTHONPATH': str(Path(__file__).parents[1])}
+    argv = [sys.executable, '-m', 'tinytown.townhall', 'rest', '--town', str(root)]
+    pid = start_detached(argv, root, env, log)
+    url = _await_townhall(root, pid, log, began)
+    return say(arguments, {'url': url, 'started': True, 'pid': pid}, f'{town.name} is open on {url}. Try:  tt status')
+
+
+def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
+    """The URL of the townhall that was started as `pid`, once it listens. Raises TownError with what it said."""
+    deadline = time.monotonic() + START_SECS
+    while time.monotonic() < deadline:
+        for _, process, url in running_townhalls(root):
+            if process.pid == pid:
+                return url
+        reap()
+        if verdict(identify(pid)) != 'alive' or not identify(pid).start:
+            break
+        select.select([], [], [], 0.02)
+    with open(log, encoding='utf-8', errors='replace') as lines:
+        lines.seek(began)
+        said = lines.read().strip().splitlines()
+    raise TownError(said[-1] if said else f'townhall did not start; see {log}')
+
+
+def _run_directory(root: Path) -> Path:
+    directory = root / '.tt' / 'run'
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
+
+
+def note_townhall(root: Path, url: str) -> Path:
+    """Writes down that this process serves the town at `url`. The file, to be removed when it ends."""
+    me = identify(os.getpid())
+    file = _run_directory(root) / f'townhall-{me.pid}.json'
+    record = {'host': me.host, 'boot': me.boot, 'pid': me.pid, 'start': me.start, 'url': url}
+    configuration.write_atomically(file, json.dumps(record), 0o600)
+    return file
+
+
+def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
+    """(file, process, URL) of the townhalls that have written themselves down and may still run."""
+    found = []
+    for file in sorted(_run_directory(root).glob('townhall-*.json')):
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        url = record.pop('url')
+        process = Identity(**record)
+        if verdict(process) == 'dead':
+            file.unlink(missing_ok=True)
+        else:
+            found.append((file, process, url))
+    return found
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    root = town_root(arguments)
+    config = configuration.load(root)
+    halls = running_townhalls(root)
+    for file, process, _ in halls:
+        stop_tree(process, '', config.townhall.limits.drain_secs + 2)
+        file.unlink(missing_ok=True)
+    stopped = _stop_workers(root, config)
+    redis = arguments.redis and redis_server.stop(root, config)
+    answer = {'townhalls': len(halls), 'agents': stopped, 'redis': redis}
+    sentence = f'Stopped {len(halls)} townhall, {len(stopped)} workers' + (' and Redis.' if redis else '.')
+    return say(arguments, answer, sentence)
+
+
+def _stop_workers(root: Path, config: configuration.Config) -> list[str]:
+    """Stops the workers of this town, if its Redis is there to tell of them; their names."""
+    if not config.redis.url and not redis_server.socket_path(root).exists():
+        return []
+    town = open_town(root)
+    call = Call(town, Principal('tt', ALL_SCOPES))
+
+    def stop_all() -> Step[list[str]]:
+        names = []
+        for row in (yield town.store.evidence(LIVE))[1]:
+            found = yield from agents.look_up(call, text(row[0]))
+            yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
+            names.append(found.name)
+        return names
+
+    return town.store.run(stop_all())
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    root = town_root(arguments)
+    if arguments.key is None:
+        config = configuration.load(root)
+        values = {path: configuration.get(config, path) for path in configuration.settings()}
+        width = max(map(len, values))
+        return say(arguments, values, '\n'.join(f'{path.ljust(width)}  {value!r}' for path, value in values.items()))
+    setting, key = _setting(arguments.key)
+    if arguments.value is None:
+        value = configuration.get(configuration.load(root), setting.path)
+        value = value.get(key) if key else value
+        return say(arguments, {arguments.key: value}, '' if value is None else str(value))
+    new: Any = arguments.value
+    if key:
+        setting.check({key: new}, 'tt config')
+    else:
+        new = setting.read(new, 'tt config')
+    file = root / configuration.FILE
+    configuration.read_file(file)
+    changed = configuration.change_line(file.read_bytes().decode(), arguments.key, new)
+    _check_text(root, changed)
+    configuration.write_atomically(file, changed)
+    return say(arguments, {arguments.key: new}, f'{arguments.key} = {configuration.to_toml(new)}  ({file})')
+
+
+def _setting(path: str) -> tuple[configuration.Setting, str]:
+    """A setting by its path; and the key within it, if it is a table."""
+    table, _, key = path.partition('.')
+    if table == 'agent_clis' and key:
+        return configuration.find_setting('agent_clis', 'tt config'), key
+    return configuration.find_setting(path, 'tt config'), ''
+
+
+def _check_text(root: Path, changed: str) -> None:
+    """Refuses a configuration that could not be loaded again."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / configuration.FILE).write_bytes(changed.encode())
+        try:
+            configuration.load(Path(directory), environ={})
+        except UsageError as e:
+            raise UsageError(f'{root / configuration.FILE} is left as it is: {e}') from None
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
+    """Runs a worker in this process: `step(start)` is what readies its agent, and starts it with `start`."""
+    from .worker import Worker, open_here
+
+    opened: list[Worker] = []
+
+    def start(town: Town, agent_id: str, name: str, instance: str) -> None:
+        opened.append(open_here(town, agent_id, name, instance, echo=True))
+
+    town.store.run(step(start))
+    return opened[0].run()
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    town = open_town(town_root(arguments))
+    call = Call(town, Principal('tt', ALL_SCOPES))
+
+    def ready(start: Any) -> Step[None]:
+        found = yield from agents.look_up(call, arguments.name)
+        clis.find(town.config, json.loads(found.json)['cli'])
+        yield from agents.revive(call, found.id, found.name, start)
+
+    return run_here(town, ready)
+
+
+# ------------------------------------------------------------------------------------------------------------- keys
+
+
+def _generate_key(arguments: argparse.Namespace) -> int:
+    made = auth.generate_key()
+    lines = [f'id    {made.id}', f'key   {made.key}', f'hash  {made.hash}', '', 'The key is shown this once.']
+    return say(arguments, {'id': made.id, 'key': made.key, 'hash': made.hash}, '\n'.join(lines))
