@@ -37,7 +37,7 @@ from .model import (
     is_uuid,
     new_id,
 )
-from .processes import GRACE_SECS, Identity, start_detached, stop_tree, this_host
+from .processes import GRACE_SECS, MARK, Identity, start_detached, stop_tree, this_host
 from .store import Page, Step, text
 from .tasks import listing
 from .town import Call, Town
@@ -85,15 +85,6 @@ class Known:
     state: str
     instance: str
     process: Identity
-
-    @property
-    def mark(self) -> str:
-        """What every process of this instance carries in its environment."""
-        return mark(self.instance)
-
-
-def mark(instance: str) -> str:
-    return f'TINYTOWN_INSTANCE={instance}'
 
 
 def look_up(call: Call, ref: str) -> Step[Known]:
@@ -194,7 +185,7 @@ def enlist(
     try:
         start(call.town, agent_id, name, instance)
     except TownError:
-        stop_tree(None, mark(instance), 0)
+        stop_tree(None, instance, 0)
         yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'backlog')
         yield call.store.remove(agent_id)
         raise
@@ -221,7 +212,7 @@ def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'ba
             )
         yield call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
     if found.instance:
-        left = stop_tree(found.process if found.process.pid else None, found.mark, grace)
+        left = stop_tree(found.process if found.process.pid else None, found.instance, grace)
         if left:
             raise Internal(
                 f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user"
@@ -249,7 +240,7 @@ def revive(call: Call, agent_id: str, name: str, start: Any) -> Step[None]:
     try:
         start(call.town, agent_id, name, instance)
     except TownError:
-        stop_tree(None, mark(instance), 0)
+        stop_tree(None, instance, 0)
         yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'inbox')
         raise
 
@@ -307,7 +298,7 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     ours, its = socket.socketpair()
     with ours, its:
         env = clis.environment(town.config, os.environ)
-        env |= {'TINYTOWN_INSTANCE': instance, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONUNBUFFERED': '1'}
+        env |= {MARK: instance, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONUNBUFFERED': '1'}
         argv = [sys.executable, '-m', 'tinytown.worker', name, '--fd', str(its.fileno())]
         log = worker_log(town.root, name)
         try:

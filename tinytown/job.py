@@ -117,9 +117,9 @@ class Job:
             self._log.write(data)
             self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
 
-    def stop(self, mark: str) -> None:
+    def stop(self, instance: str) -> None:
         """Ends the CLI and whatever it started."""
-        stop_tree(identify(self._process.pid), mark, GRACE_SECS)
+        stop_tree(identify(self._process.pid), instance, GRACE_SECS)
         self._process.wait()
         self._close()
 

@@ -17,7 +17,7 @@ from . import agents, auth, clis, redis_server
 from . import config as configuration
 from .errors import TownError, UsageError
 from .model import ALL_SCOPES, LIVE, Principal
-from .processes import GRACE_SECS, Identity, identify, reap, start_detached, stop_tree, verdict
+from .processes import GRACE_SECS, Identity, identify, reap, start_detached, stop_one, verdict
 from .store import Step, text
 from .town import Call, Town, open_town
 from .usage import Parser, town_root
@@ -140,7 +140,7 @@ def _stop(arguments: argparse.Namespace) -> int:
     config = configuration.load(root)
     halls = running_townhalls(root)
     for file, process, _ in halls:
-        stop_tree(process, '', config.townhall.limits.drain_secs + 2)
+        stop_one(process, config.townhall.limits.drain_secs + 2)
         file.unlink(missing_ok=True)
     stopped = _stop_workers(root, config)
     redis = arguments.redis and redis_server.stop(root, config)

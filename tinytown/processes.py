@@ -13,15 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
+from .model import is_uuid
+
 Verdict = Literal['alive', 'dead', 'unknown']
 HAS_PROC: Final = Path('/proc/self/stat').exists()
 GRACE_SECS: Final = 5.0
+MARK: Final = 'TINYTOWN_INSTANCE'  # the environment variable by which a worker's processes are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +157,14 @@ def _parents() -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in (line.split() for line in listing.splitlines())]
 
 
-def marked(mark: str) -> list[int]:
-    """The pids of processes that carry `mark` (NAME=value) in their environment (where /proc tells)."""
-    if not HAS_PROC:
+def marked(instance: str) -> list[int]:
+    """The pids of processes that carry the mark of a worker's instance in their environment (where /proc tells).
+
+    What is not an instance id marks nothing.
+    """
+    if not HAS_PROC or not is_uuid(instance):
         return []
-    wanted, found = b'\0' + mark.encode() + b'\0', []
+    wanted, found = f'\0{MARK}={instance}\0'.encode(), []
     for name in os.listdir('/proc'):
         if name.isdigit() and int(name) != os.getpid():
             try:
@@ -170,14 +176,24 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def stop_tree(root: Identity | None, mark: str, grace: float = GRACE_SECS) -> list[int]:
-    """Ends a process, all below it, and all that carry `mark`: TERM, and after `grace` seconds KILL.
+def stop_tree(root: Identity | None, instance: str = '', grace: float = GRACE_SECS) -> list[int]:
+    """Ends a process, all below it, and all that carry the mark of `instance`: TERM, after `grace` seconds KILL.
 
     Returns the pids that could not be ended (none, unless they belong to someone else).
     """
+    return _end(lambda told: _members(root, instance, told), grace)
+
+
+def stop_one(process: Identity, grace: float) -> list[int]:
+    """As stop_tree, but for that process alone: what it started lives on."""
+    return _end(lambda _: {process.pid: process.start} if verdict(process) == 'alive' else {}, grace)
+
+
+def _end(members: Callable[[dict[int, str]], dict[int, str]], grace: float) -> list[int]:
+    """TERM, and after `grace` seconds KILL, for what `members` finds, until it finds none; it is given who was told."""
     deadline = time.monotonic() + grace
     told: dict[int, str] = {}
-    while alive := _members(root, mark, told):
+    while alive := members(told):
         late = time.monotonic() >= deadline
         for pid, start in alive.items():
             if late or told.get(pid) != start:
@@ -190,14 +206,14 @@ def stop_tree(root: Identity | None, mark: str, grace: float = GRACE_SECS) -> li
     return []
 
 
-def _members(root: Identity | None, mark: str, told: dict[int, str]) -> dict[int, str]:
+def _members(root: Identity | None, instance: str, told: dict[int, str]) -> dict[int, str]:
     """The live members of a tree, root first, with their start times; those told before stay members."""
-    pids = list(told) + marked(mark)
+    pids = list(told) + marked(instance)
     if root is not None and verdict(root) == 'alive':
         pids = [root.pid, *descendants(root.pid), *pids]
     for pid in list(pids):
         pids += descendants(pid)
-    starts = {pid: start_time(pid) for pid in dict.fromkeys(pids)}
+    starts = {pid: start_time(pid) for pid in dict.fromkeys(pids) if pid not in (0, 1, os.getpid())}
     return {pid: start for pid, start in starts.items() if start and told.get(pid, start) == start}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
-from .agents import look_up, mark, prune, stop_process
+from .agents import look_up, prune, stop_process
 from .errors import Conflict
 from .model import AT_REST, LIVE, AgentRef
 from .processes import GRACE_SECS, Identity, stop_tree, verdict
@@ -55,7 +55,7 @@ def recover(call: Call) -> Step[Recovered]:
     recovered = []
     for agent_id, name, _, instance, process in _evidence(found):
         if process.pid and verdict(process) == 'dead':
-            stop_tree(None, mark(instance))  # what it left behind
+            stop_tree(None, instance)  # what it left behind
             yield call.store.depart(agent_id, instance, 'Error', 'its process died', 'backlog')
             recovered.append(name)
     return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}

@@ -22,14 +22,14 @@ from types import FrameType
 from typing import Any, Final
 
 from . import clis, redis_server
-from .agents import mark, worker_log
+from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import Cli
 from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .job import Job, Log
 from .model import rfc3339
-from .processes import become_subreaper, identify, reap_orphans, stop_tree
+from .processes import MARK, become_subreaper, identify, reap_orphans, stop_tree
 from .store import Command, Store, text
 from .town import Town
 
@@ -107,7 +107,7 @@ class Worker:
 
     def _leave(self, state: str, why: str) -> int:
         self.note(f'stopping: {why}')
-        stop_tree(None, mark(self.instance), _END_GRACE)
+        stop_tree(None, self.instance, _END_GRACE)
         try:
             self.town.store.call(self.town.store.depart(self.id, self.instance, state, why, 'backlog'))
         except TownError as e:
@@ -169,10 +169,10 @@ class Worker:
             with self._may_be_terminated():
                 ended = job.wait(lambda: self._beat(held), BEAT_SECS)
         except Terminated:
-            job.stop(mark(self.instance))
+            job.stop(self.instance)
             raise
         if not ended:
-            job.stop(mark(self.instance))
+            job.stop(self.instance)
             self.note('the round was ended: its task is no longer ours')
         elif work:
             self._report(work, job)
@@ -199,7 +199,7 @@ class Worker:
     def _clean_up(self) -> None:
         """Ends what the CLI left running, so that no round leaves orphans."""
         if reap_orphans():
-            left = stop_tree(None, mark(self.instance), _END_GRACE)
+            left = stop_tree(None, self.instance, _END_GRACE)
             self.note(f'ended processes that the CLI had left{f"; {left} could not be" if left else ""}')
             reap_orphans()
 
@@ -208,7 +208,7 @@ class Worker:
         env = clis.environment(self.town.config, os.environ)
         env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
         env |= {
-            'TINYTOWN_INSTANCE': self.instance,
+            MARK: self.instance,
             'TINYTOWN_TOWN': str(self.town.root),
             'TINYTOWN_AGENT_ID': self.id,
             'TINYTOWN_AGENT_NAME': self.name,
@@ -287,7 +287,7 @@ def install_tt(root: Path) -> Path:
 def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = False) -> Worker:
     """A worker in this process, started. Raises TownError."""
     become_subreaper()
-    os.environ['TINYTOWN_INSTANCE'] = instance
+    os.environ[MARK] = instance
     log = Log(worker_log(town.root, name), town.config.retention.log_bytes, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()
