@@ -571,7 +571,6 @@ return {1, A[4], name}
 -- Returns {1, agent name, removed}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
-end
 local removed = 0
 local wanted = {}
 for i = 2, #A do wanted[A[i]] = true end
@@ -588,7 +587,6 @@ return {1, name, removed}
 -- Urgent messages, then messages, then queued tasks. Returns {1, agent name, normal, urgent, next, joined}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
-end
 local inbox = P .. 'inbox:' .. id .. ':'
 local limit = tonumber(A[2])
 local lane, after = string.match(A[3], '^([unt])%-(%d+%-%d+)$')

@@ -91,7 +91,7 @@ class Worker:
                 if self._most_rounds and self._rounds >= self._most_rounds:
                     return self._leave('Stopped', f'did its {self._rounds} rounds')
         except Terminated:
-            return self._leave('Stopped', 'terminated by a signal')
+            return self._end_by_signal()
         except (Conflict, NotFound) as e:
             self.note(f'ending: {e.detail}')
             return 0
@@ -104,6 +104,18 @@ class Worker:
         with self._may_be_terminated():
             self._ask(self.town.store.doorbell(self.id, after, int(BEAT_SECS * 1000)))
         self._ask(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))
+
+    def _end_by_signal(self) -> int:
+        """Whoever stops an agent has said so (it is Draining) and settles its record once no process is left."""
+        try:
+            state = self.town.store.call(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))[0]
+        except TownError as e:
+            self.note(f'ending by a signal: {e.detail}')
+            return 0
+        if state == b'Draining':
+            self.note('ending: stopped')
+            return 0
+        return self._leave('Stopped', 'terminated by a signal')
 
     def _leave(self, state: str, why: str) -> int:
         self.note(f'stopping: {why}')
