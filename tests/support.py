@@ -1,0 +1,250 @@
+"""What the tests stand on: towns in temporary directories, real servers, real clients, and waiting without sleeping."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinytown import config, redis_server
+from tinytown.model import ALL_SCOPES, Principal
+from tinytown.operations import BY_NAME, call, encode
+from tinytown.store import Store, text
+from tinytown.town import Town, open_town
+
+REPOSITORY = Path(__file__).parents[1]
+PATIENCE = 20.0  # seconds after which something that should have happened has not
+OPERATOR = Principal('operator', ALL_SCOPES)
+
+
+class Reply(NamedTuple):
+    """An HTTP answer. `json` is its body, None where that is no JSON."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Our environment without what would steer Tinytown, and with this checkout importable."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith('TINYTOWN_')}
+    kept['PYTHONPATH'] = str(REPOSITORY)
+    if server := os.environ.get('TINYTOWN_REDIS_SERVER'):
+        kept['TINYTOWN_REDIS_SERVER'] = server
+    return kept | more
+
+
+@dataclass
+class Place:
+    """A town in a directory of its own, with what a test does to it."""
+
+    root: Path
+    halls: list[Hall] = field(default_factory=list)
+
+    @property
+    def town(self) -> Town:
+        """The town, opened (its Redis is started if need be)."""
+        if not hasattr(self, '_town'):
+            self._town = open_town(self.root)
+        return self._town
+
+    @property
+    def store(self) -> Store:
+        return self.town.store
+
+    def do(self, operation: str, by: Principal = OPERATOR, key: str = '', **arguments: Any) -> Any:
+        """The answer of an operation, through the door. `from` is given as `from_`."""
+        named = {name.rstrip('_'): value for name, value in arguments.items()}
+        return json.loads(encode(self.store.run(call(self.town, by, BY_NAME[operation], named, key))))
+
+    def tt(self, *words: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+        """Runs `tt` in the town's directory."""
+        done = subprocess.run(
+            [sys.executable, '-m', 'tinytown.cli', *words],
+            cwd=self.root,
+            env=environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    def tt_json(self, *words: str, **more: str) -> Any:
+        return json.loads(self.tt(*words, '--json', **more).stdout)
+
+    def hall(self, *flags: str, **more: str) -> Hall:
+        """A townhall on a port of its own choice, listening."""
+        started = Hall(self.root, flags, environment(**more))
+        self.halls.append(started)
+        return started
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every event of the town, oldest first."""
+        from tinytown.store import Command
+
+        rows = self.store.call(Command(None, ('XRANGE', self.store.prefix + b'events', '-', '+')))
+        return [{'id': text(row[0])} | json.loads(b'{' + row[1][1] + b'}') for row in rows]
+
+    def await_event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The first event of that type and fields, once it has happened. It waits on the stream and does not poll."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            events = self.history()
+            for event in events:
+                if event['type'] == kind and all(event.get(name) == value for name, value in fields.items()):
+                    return event
+            left = deadline - time.monotonic()
+            assert left > 0, f'no event {kind} {fields} in {PATIENCE} s; there were {[e["type"] for e in events]}'
+            self.store.call(self.store.next_event(events[-1]['id'] if events else '0-0', max(int(left * 1000), 1)))
+
+    def await_end(self, task_id: str) -> dict[str, Any]:
+        """A task, once it has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            last = self.store.call(self.store.last_event())
+            task: dict[str, Any] = self.do('task.get', task_id=task_id)
+            if task['state'] in ('completed', 'failed', 'cancelled'):
+                return task
+            left = deadline - time.monotonic()
+            assert left > 0, f'task still {task["state"]} after {PATIENCE} s: {self.history()}'
+            self.store.call(self.store.next_event(text(last[0][0]) if last else '0-0', max(int(left * 1000), 1)))
+
+    def log(self, agent: str) -> str:
+        return (self.root / '.tt' / 'logs' / f'{agent}.log').read_text()
+
+    def close(self) -> None:
+        """Ends all processes of the town."""
+        for hall in self.halls:
+            hall.kill()
+        self.tt('stop', '--redis', check=False)
+
+
+class Hall:
+    """A townhall process."""
+
+    def __init__(self, root: Path, flags: Iterable[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stderr is not None
+        said = b''
+        while not (found := re.search(rb'is open on http://([\d.]+|\[[\da-f:]+\]):(\d+)', said)):
+            line = self.process.stderr.readline()
+            assert line, f'townhall did not start: {said.decode()}'
+            said += line
+        self.address, self.port = found[1].decode().strip('[]'), int(found[2])
+        self._log = subprocess.Popen(
+            [sys.executable, '-c', 'import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, open(sys.argv[1], "wb", 0))',
+             str(root / 'hall.log')],
+            stdin=self.process.stderr,
+        )  # fmt: skip
+        self.process.stderr.close()
+        self.log_file = root / 'hall.log'
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """One request on a connection of its own. `body` is sent as JSON, bytes as they are."""
+        connection = http.client.HTTPConnection(self.address, self.port, timeout=PATIENCE)
+        named = {name.replace('_', '-'): value for name, value in headers.items()}
+        if body is not None and 'content-type' not in {name.lower() for name in named}:
+            named['Content-Type'] = 'application/json'
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, named)
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.request('GET', path, **headers)
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Reply:
+        return self.request('POST', path, body, **headers)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.address, self.port), timeout=PATIENCE)
+
+    def talk(self, data: bytes, finish: bool = True) -> bytes:
+        """Sends raw bytes on a connection of its own and gives all that comes back until the server closes it."""
+        with self.connect() as sock:
+            sock.sendall(data)
+            if finish:
+                sock.shutdown(socket.SHUT_WR)
+            return read_all(sock)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._log.wait()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    parts = []
+    while True:
+        try:
+            part = sock.recv(65536)
+        except ConnectionResetError:
+            break
+        if not part:
+            break
+        parts.append(part)
+    return b''.join(parts)
+
+
+def status_of(answer: bytes) -> int:
+    """The status of a raw answer."""
+    assert answer.startswith(b'HTTP/1.1 '), answer[:200]
+    return int(answer[9:12])
+
+
+def make_town(root: Path, **settings: Any) -> Place:
+    """A town in `root` whose agents run the demo CLI. `settings` are TOML values by top-level name or table."""
+    root.mkdir(parents=True, exist_ok=True)
+    lines, tables = ['name = "test"', 'default_cli = "demo"'], []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            tables.append(f'[{name.replace("__", ".")}]')
+            tables += [f'{key} = {config.to_toml(each)}' for key, each in value.items()]
+        else:
+            lines = [line for line in lines if not line.startswith(f'{name} =')] + [f'{name} = {config.to_toml(value)}']
+    (root / config.FILE).write_text('\n'.join([*lines, *tables]) + '\n')
+    return Place(root)
+
+
+def shell_cli(script: str) -> str:
+    """A command line for [agent_clis] that runs a shell script."""
+    return f'sh -c {shlex.quote(script)}'
+
+
+def redis_pid(place: Place) -> int:
+    """The process of a town's managed Redis."""
+    info = place.store.call(place.store.info('server')).decode()
+    return int(re.search(r'process_id:(\d+)', info)[1])  # type: ignore[index]
+
+
+def start_redis(place: Place) -> None:
+    redis_server.ensure(place.root, place.town.config)
