@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tinytown.store import Command
+
 from .support import Hall, Place, make_town
 
 _count = itertools.count()
@@ -41,3 +43,20 @@ def place(directory: Path) -> Iterator[Place]:
 def hall(place: Place) -> Hall:
     """A townhall that serves `place`."""
     return place.hall()
+
+
+@pytest.fixture(scope='module')
+def soil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """One town for the tests of a module; take `ground`."""
+    made = make_town(tmp_path_factory.mktemp(f's{next(_count)}'), max_agents=1000)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ground(soil: Place) -> Place:
+    """The module's town, empty: cheaper than `place` where no process and no fault of Redis is concerned."""
+    store = soil.store
+    store.call(Command(None, ('FLUSHALL',)))
+    store.call(store.open((soil.root / '.tt' / 'town-id').read_text().strip()))
+    return soil

@@ -88,7 +88,7 @@ class Place:
         return done
 
     def tt_json(self, *words: str, **more: str) -> Any:
-        return json.loads(self.tt(*words, '--json', **more).stdout)
+        return json.loads(self.tt(*words, '--json', check=True, **more).stdout)
 
     def hall(self, *flags: str, **more: str) -> Hall:
         """A townhall on a port of its own choice, listening."""
@@ -134,6 +134,8 @@ class Place:
         """Ends all processes of the town."""
         for hall in self.halls:
             hall.kill()
+        if hasattr(self, '_town'):
+            self._town.store.close()
         self.tt('stop', '--redis', check=False)
 
 
@@ -155,11 +157,8 @@ class Hall:
             assert line, f'townhall did not start: {said.decode()}'
             said += line
         self.address, self.port = found[1].decode().strip('[]'), int(found[2])
-        self._log = subprocess.Popen(
-            [sys.executable, '-c', 'import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, open(sys.argv[1], "wb", 0))',
-             str(root / 'hall.log')],
-            stdin=self.process.stderr,
-        )  # fmt: skip
+        copy = 'import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, open(sys.argv[1], "wb", 0))'
+        self._log = subprocess.Popen([sys.executable, '-c', copy, str(root / 'hall.log')], stdin=self.process.stderr)
         self.process.stderr.close()
         self.log_file = root / 'hall.log'
 

@@ -102,9 +102,9 @@ def test_modules_import_only_from_lower_layers() -> None:
             (
                 'errors model config',
                 'schema wire store processes redis_server clis',
-                'town messages tasks backlog agents recovery',
+                'town messages tasks backlog reports agents recovery',
                 'auth operations',
-                'http1 router web rest client',
+                'http1 router connection web rest client',
                 'briefing job worker demo',
                 'usage render local cli townhall',
             )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from . import clis
+from . import clis, reports
 from . import config as configuration
-from .errors import Conflict, Internal, Invalid, TownError, Unavailable
+from .errors import Conflict, Internal, Invalid, NotFound, TownError, Unavailable
 from .model import (
     AT_REST,
     CONDUCTOR_NAMES,
@@ -37,7 +35,7 @@ from .model import (
     is_uuid,
     new_id,
 )
-from .processes import GRACE_SECS, MARK, Identity, start_detached, stop_tree, this_host
+from .processes import GRACE_SECS, Identity, python, python_path, start_detached, stop_tree, this_host
 from .store import Page, Step, text
 from .tasks import listing
 from .town import Call, Town
@@ -188,6 +186,7 @@ def enlist(
         stop_tree(None, instance, 0)
         yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'backlog')
         yield call.store.remove(agent_id)
+        reports.forget(call.town.root, agent_id)
         raise
     return spawned
 
@@ -218,7 +217,12 @@ def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'ba
                 f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user"
             )
     if found.state in LIVE:
-        yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
+        yield from reports.deliver_all(call.store, call.town.root, found.id)
+        try:
+            yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
+        except Conflict:  # its worker said goodbye by itself meanwhile
+            if (yield from look_up(call, found.id)).state in LIVE:
+                raise
 
 
 def restart(call: Call, *, agent: AgentRef) -> Step[Acted]:
@@ -259,11 +263,10 @@ def prune(call: Call, *, all: bool = False) -> Step[Pruned]:
             if all:
                 yield from stop_process(call, found, 'pruned', GRACE_SECS)
             yield call.store.remove(found.id)
-        except (Conflict, TownError) as e:
-            if e.status not in (404, 409):  # gone meanwhile, or alive again: it stays out of the list
-                raise
-        else:
-            removed.append(found.name)
+        except (Conflict, NotFound):
+            continue  # alive again, or gone meanwhile: it stays out of the list
+        reports.forget(call.town.root, found.id)
+        removed.append(found.name)
     return {'removed': len(removed), 'agents': removed}
 
 
@@ -295,24 +298,21 @@ def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
 
 def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
-    ours, its = socket.socketpair()
-    with ours, its:
-        env = clis.environment(town.config, os.environ)
-        env |= {MARK: instance, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONUNBUFFERED': '1'}
-        argv = [sys.executable, '-m', 'tinytown.worker', name, '--fd', str(its.fileno())]
-        log = worker_log(town.root, name)
-        try:
-            start_detached(argv, town.root, env, log, keep=[its.fileno()])
-        except OSError as e:
-            raise Unavailable(
-                f"The worker of '{name}' can't be started: {e}", code='spawn-failed', retry_after=5
-            ) from e
-        its.close()
-        ours.sendall(_charter(town, agent_id, instance))
-        ours.shutdown(socket.SHUT_WR)
-        answer = _hear(ours)
-    if answer != b'ok':
-        said = answer.decode('utf-8', 'replace') or 'it ended, or said nothing'
+    log = worker_log(town.root, name)
+    env = clis.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
+    try:
+        ours, its = socket.socketpair()
+        with ours, its:
+            argv = python('tinytown.worker', name, '--fd', str(its.fileno()))
+            start_detached(argv, town.root, env, log, [its.fileno()], instance)
+            its.close()
+            ours.settimeout(START_SECS)
+            ours.sendall(_charter(town, agent_id, instance))
+            ours.shutdown(socket.SHUT_WR)
+            said = ours.recv(4096).decode('utf-8', 'replace') or 'it ended'
+    except OSError as e:
+        said = str(e)
+    if said != 'ok':
         raise Unavailable(
             f"The worker of '{name}' did not start within {START_SECS:g} s: {said} (see {log})",
             code='spawn-failed',
@@ -330,16 +330,3 @@ def _charter(town: Town, agent_id: str, instance: str) -> bytes:
     return json.dumps(
         {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}
     ).encode()
-
-
-def _hear(ours: socket.socket) -> bytes:
-    """What the worker answers: `ok`, an error, or nothing."""
-    heard, deadline = b'', time.monotonic() + START_SECS
-    while select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]:
-        received = ours.recv(4096)
-        if not received:
-            break
-        heard += received
-        if heard == b'ok':
-            break
-    return heard

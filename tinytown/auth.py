@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from dataclasses import dataclass
 
 
@@ -18,6 +16,8 @@ class ApiKey:
 
 def generate_key() -> ApiKey:
     """A new key: tt_<id>_<43 random characters>_<checksum>; the checksum tells a mistyped key without hashing it."""
+    import secrets
+
     from argon2 import PasswordHasher
 
     key_id = secrets.token_hex(4)
@@ -27,4 +27,7 @@ def generate_key() -> ApiKey:
 
 
 def checksum(body: str) -> str:
+    """The last part of a key whose other parts are `body`: 8 hexadecimal digits."""
+    import hashlib
+
     return hashlib.sha256(body.encode()).hexdigest()[:8]

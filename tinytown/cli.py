@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,39 +15,51 @@ from typing import Any, Final
 
 from . import __version__, agents, local
 from .client import Backend, Local, Remote
-from .errors import TownError, UsageError
+from .errors import Invalid, TownError, UsageError
 from .model import ALL_SCOPES, Principal
 from .operations import BY_NAME, TABLE, Op
-from .render import clean, render
+from .render import render
 from .schema import Parameter, validate
-from .town import Call, open_town
-from .usage import Parser, town_root
+from .town import Call
+from .usage import Parser, complain, end_streams, note, open_meant, ready_streams
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
+
+# The headings of `tt --help`; what is an operation stands under the first part of its name.
+_TOPICS: Final = {
+    'town': 'The town',
+    'agent': 'Agents',
+    'task': 'Tasks',
+    'backlog': 'Backlog',
+    'message': 'Messages',
+    'recovery': 'Recovery',
+    'access': 'Access',
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 usage or configuration error, 124 `wait` timed out. Never a traceback."""
+    ready_streams()
     try:
-        arguments = build_parser().parse_args(argv)
-        status: int = arguments.run(arguments)
+        status = _run(argv)
         sys.stdout.flush()
         return status
-    except UsageError as e:
-        return _complain(str(e), 2)
-    except TownError as e:
-        return _complain(e.detail, 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except OSError as e:
-        return _complain(str(e), 1)
+        return 1  # whoever reads has seen enough
+    except Exception as e:
+        return complain('tt', e)
+    finally:
+        end_streams()
 
 
-def _complain(what: str, status: int) -> int:
-    print(f'tt: {clean(what)}', file=sys.stderr)
+def _run(argv: list[str] | None) -> int:
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit:
+        return 0  # --help or --version was answered; what is wrong is a UsageError
+    status: int = arguments.run(arguments)
     return status
 
 
@@ -54,80 +68,121 @@ def _complain(what: str, status: int) -> int:
 
 def build_parser() -> Parser:
     """The whole command line. Global options are taken before and after the command."""
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
     )
     shared.add_argument('--json', action='store_true', help='answer in JSON')
     shared.add_argument('--url', help='act on the townhall at this URL')
     shared.add_argument('--api-key-file', metavar='F', help='file that holds the key for --url')
-    shared.add_argument('--verbose', action='store_true', help='say more')
-    top = Parser(prog='tt', parents=[shared], description='Runs a town of AI coding agents.')
-    top.add_argument('--version', action='version', version=f'tt {__version__}')
-    commands = top.add_subparsers(metavar='COMMAND', required=True, parser_class=Parser)
+    shared.add_argument('--verbose', action='store_true', help='say on which town it acts')
+    top = Parser(
+        prog='tt',
+        usage='tt [OPTION …] COMMAND …',
+        parents=[shared],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='tt COMMAND --help tells more of a command. Options may stand before and after it.',
+    )
+    top.add_argument('--version', action='version', version=f'tt {__version__}', help='show the version and exit')
+    commands = top.add_subparsers(
+        metavar='COMMAND', required=True, parser_class=Parser, prog='tt', help=argparse.SUPPRESS
+    )
     groups: dict[str, Any] = {'': commands}
+    listed: dict[str, list[tuple[str, str]]] = {topic: [] for topic in _TOPICS}
 
-    def add(words: str, summary: str, run: Callable[[argparse.Namespace], int]) -> Parser:
+    def add(topic: str, words: str, summary: str, run: Callable[[argparse.Namespace], int]) -> Parser:
         group, _, word = words.rpartition(' ')
         if group not in groups:
-            parent = commands.add_parser(group, help=f'{group} …')
-            groups[group] = parent.add_subparsers(metavar='COMMAND', required=True, parser_class=Parser)
-        command: Parser = groups[group].add_parser(word, parents=[shared], help=summary, description=summary)
+            parent = commands.add_parser(group, parents=[shared])
+            groups[group] = parent.add_subparsers(
+                metavar='COMMAND', required=True, parser_class=Parser, prog=f'tt {group}', title='commands'
+            )
+        command: Parser = groups[group].add_parser(word, parents=[shared], help=_clipped(summary), description=summary)
         command.set_defaults(run=run)
+        listed[topic].append((words, _clipped(summary)))
         return command
 
-    local.add_commands(add)
+    local.add_town_commands(add)
     for op in TABLE:
-        command = add(op.cli, op.summary, partial(_operate, op=op))
+        command = add(op.name.partition('.')[0], op.cli, op.summary, partial(_operate, op=op))
         for parameter in op.parameters.values():
             _add_argument(command, op, parameter)
     _extend(add, groups)
+    local.add_other_commands(add)
+    top.description = _overview(listed)
     return top
+
+
+def _clipped(summary: str) -> str:
+    """A summary for one line of a list of commands: its first clause."""
+    line = re.split(r'[.:;](?= |$)', summary)[0]
+    if len(line) > 58:
+        line = re.split(r',| \(', line)[0]
+    return textwrap.shorten(line, 58, placeholder=' …')
+
+
+def _overview(listed: dict[str, list[tuple[str, str]]]) -> str:
+    """Every command with its summary, by topic."""
+    parts = ['Runs a town of AI coding agents.']
+    for topic, commands in listed.items():
+        parts.append('\n'.join([f'{_TOPICS[topic]}:', *(f'  {words:19} {summary}' for words, summary in commands)]))
+    return '\n\n'.join(parts)
 
 
 def _add_argument(command: Parser, op: Op, parameter: Parameter) -> None:
     """One parameter of an operation: required ones by position, the rest as flags."""
-    text = parameter.schema.get('description', '')
+    schema, spelling = parameter.schema, _spelling(parameter)
+    text = _explanation(schema).replace('%', '%%')
     if parameter.required:
         optional = _from_environment(op, parameter.name) is not None
-        command.add_argument(
-            parameter.name,
-            metavar=parameter.name.removesuffix('_id').upper(),
-            help=text,
-            nargs='?' if optional else None,
-        )
-        return
-    if 'enum' in parameter.schema and parameter.name in ('kind', 'action'):
+        command.add_argument(parameter.name, metavar=spelling, help=text, nargs='?' if optional else None)
+    elif _is_choice(parameter):
         choice = command.add_mutually_exclusive_group()
-        for value in parameter.schema['enum']:
-            flag = f'--{value.replace("_", "-")}'
-            choice.add_argument(
-                flag, dest=parameter.name, action='store_const', const=value, help=f'{parameter.name}: {value}'
-            )
-        return
-    flag = '--' + re.sub(r'(_agent)?_id$', '', parameter.name).replace('_', '-')
-    if parameter.schema['type'] == 'boolean':
-        command.add_argument(flag, dest=parameter.name, action='store_true', default=None, help=text)
+        for value in schema['enum']:
+            flag, text = f'--{value.replace("_", "-")}', f'{parameter.name}: {value}'
+            text += ' (the default)' if value == schema.get('default') else ''
+            choice.add_argument(flag, dest=parameter.name, action='store_const', const=value, help=text)
+    elif schema['type'] == 'boolean':
+        command.add_argument(spelling, dest=parameter.name, action='store_true', default=None, help=text)
     else:
-        name = flag.removeprefix('--').upper().replace('-', '_')
-        command.add_argument(flag, dest=parameter.name, metavar=name, help=text)
+        name = spelling.removeprefix('--').upper().replace('-', '_')
+        command.add_argument(spelling, dest=parameter.name, metavar=name, help=text)
+
+
+def _is_choice(parameter: Parameter) -> bool:
+    """Whether the values of a parameter are flags themselves, as --query and --info."""
+    return 'enum' in parameter.schema and parameter.name in ('kind', 'action')
+
+
+def _spelling(parameter: Parameter) -> str:
+    """How a parameter reads on the command line: TASK, --max-rounds."""
+    if parameter.required:
+        return parameter.name.removesuffix('_id').upper()
+    return '--' + re.sub(r'(_agent)?_id$', '', parameter.name).replace('_', '-')
+
+
+def _explanation(schema: dict[str, Any]) -> str:
+    """What the help says of a parameter."""
+    if said := schema.get('description', ''):
+        return str(said)
+    return f'one of {", ".join(schema["enum"])}' if 'enum' in schema else ''
 
 
 def _extend(add: Callable[..., Parser], groups: dict[str, Any]) -> None:
     """What some commands can do beyond their row."""
     choices = groups[''].choices
-    choices['spawn'].add_argument('--foreground', action='store_true', help='run the worker here, until it stops')
-    choices['spawn'].set_defaults(run=_spawn)
-    choices['inbox'].add_argument('--all', action='store_true', help='the mailboxes of all agents and the conductor')
-    choices['inbox'].set_defaults(run=_inbox)
-    choices['wait'].set_defaults(run=_wait)
-    reclaim = choices['reclaim']
+    spawn, inbox, wait, reclaim = (choices[word] for word in ('spawn', 'inbox', 'wait', 'reclaim'))
+    spawn.add_argument('--foreground', action='store_true', help='run the worker here, until it stops')
+    spawn.set_defaults(run=_spawn)
+    inbox.add_argument('--all', action='store_true', help='the mailboxes of all agents and the conductor')
+    inbox.set_defaults(run=_inbox)
+    wait.set_defaults(run=_wait)
     reclaim.add_argument('--orphan-tasks', action='store_true', help='unfinished tasks whose agent is gone: list, or …')
     what = reclaim.add_mutually_exclusive_group()
     what.add_argument('--cancel', action='store_const', dest='action', const='cancel', help='… cancel them')
     what.add_argument('--delete', action='store_const', dest='action', const='delete', help='… delete them')
     reclaim.set_defaults(run=_reclaim)
-    current = add('task current', 'Show the task that an agent works on', _current_task)
+    current = add('task', 'task current', 'Show the task that an agent works on', _current_task)
     current.add_argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one that asks)')
 
 
@@ -141,18 +196,24 @@ def _from_environment(op: Op, name: str) -> str | None:
 
 
 def collect(arguments: argparse.Namespace, op: Op) -> dict[str, Any]:
-    """The arguments of an operation from the command line. Raises UsageError."""
+    """The arguments of an operation from the command line, checked. Raises UsageError."""
     found: dict[str, Any] = {}
     for name, parameter in op.parameters.items():
         value = getattr(arguments, name, None)
         if value is None and parameter.required:
             value = _from_environment(op, name) or None
             if value is None:
-                raise UsageError(f'{name} is missing (see tt {op.cli} --help)')
+                raise UsageError(f'{_spelling(parameter)} is missing (see tt {op.cli} --help)')
         if value is not None:
             found[name] = parameter.read(value) if isinstance(value, str) else value
     if 'attempt' in op.parameters and 'attempt' not in found and found['task_id'] == os.environ.get('TINYTOWN_TASK_ID'):
-        found['attempt'] = int(os.environ['TINYTOWN_ATTEMPT'])
+        found['attempt'] = op.parameters['attempt'].read(os.environ.get('TINYTOWN_ATTEMPT', ''))
+    try:
+        validate(op.parameters, found)
+    except Invalid as e:
+        wrong = (e.errors or [{'pointer': '/', 'detail': e.detail}])[0]
+        parameter = op.parameters[wrong['pointer'].split('/')[1]]
+        raise UsageError(f'{_spelling(parameter)}: {wrong["detail"]} (see tt {op.cli} --help)') from None
     return found
 
 
@@ -161,9 +222,15 @@ def collect(arguments: argparse.Namespace, op: Op) -> dict[str, Any]:
 
 def backend(arguments: argparse.Namespace) -> Backend:
     """The town that the command line means."""
-    if url := getattr(arguments, 'url', None):
-        return Remote(url, getattr(arguments, 'api_key_file', None))
-    return Local(open_town(town_root(arguments)), caller())
+    url, key_file = getattr(arguments, 'url', None), getattr(arguments, 'api_key_file', None)
+    if url is None:
+        if key_file:
+            raise UsageError('--api-key-file goes with --url')
+        return Local(open_meant(arguments), caller())
+    if getattr(arguments, 'town', None):
+        raise UsageError('give either --town or --url, not both')
+    note(arguments, f'townhall at {url}')
+    return Remote(url, key_file)
 
 
 def caller() -> Principal:
@@ -186,7 +253,7 @@ def _spawn(arguments: argparse.Namespace) -> int:
     if not arguments.foreground:
         return _operate(arguments, op)
     given = validate(op.parameters, collect(arguments, op))
-    town = open_town(town_root(arguments))
+    town = open_meant(arguments)
     call = Call(town, caller())
     return local.run_here(
         town,
@@ -206,27 +273,40 @@ def _spawn(arguments: argparse.Namespace) -> int:
 def _wait(arguments: argparse.Namespace) -> int:
     """Waits without end, or for --timeout seconds."""
     op = BY_NAME['agent.wait']
-    given = collect(arguments, op)
-    limit = given.pop('timeout', None)
-    if isinstance(limit, str) or (limit is not None and limit < 0):
-        raise UsageError(f'--timeout {limit}: give a number of seconds')
-    deadline = time.monotonic() + limit if limit is not None else float('inf')
-    town = backend(arguments)
+    limit, arguments.timeout = arguments.timeout, None
+    if limit is not None and not re.fullmatch(r'[0-9]{1,9}', limit):
+        raise UsageError(f'--timeout {limit}: give a whole number of seconds')
+    given, town = collect(arguments, op), backend(arguments)
+    deadline = time.monotonic() + int(limit) if limit is not None else math.inf
     while True:
         left = max(deadline - time.monotonic(), 0)
-        answer = town.run(op, given | {'timeout': int(min(left, _WAIT_STEP)) if left < _WAIT_STEP else _WAIT_STEP})
+        answer = town.run(op, given | {'timeout': math.ceil(min(left, _WAIT_STEP))})
         if answer['done'] or time.monotonic() >= deadline:
             show(arguments, op, answer)
             return 0 if answer['done'] else 124
 
 
 def _inbox(arguments: argparse.Namespace) -> int:
-    op, town = BY_NAME['agent.inbox'], backend(arguments)
+    op = BY_NAME['agent.inbox']
     if not arguments.all:
-        return show(arguments, op, town.run(op, collect(arguments, op)))
-    names = [agent['name'] for agent in town.run(BY_NAME['agent.list'], {})['agents']]
-    boxes = [town.run(op, {'agent': name}) for name in (*names, 'conductor')]
+        return _operate(arguments, op)
+    if arguments.agent or arguments.limit or arguments.cursor:
+        raise UsageError('--all shows every mailbox; give it without an agent, --limit and --cursor')
+    town = backend(arguments)
+    boxes = [town.run(op, {'agent': name}) for name in (*_all_agents(town), 'conductor')]
     return local.say(arguments, {'inboxes': boxes}, '\n\n'.join(render(op.name, box, False) for box in boxes))
+
+
+def _all_agents(town: Backend) -> list[str]:
+    """The names of all agents, page by page."""
+    names: list[str] = []
+    cursor: dict[str, Any] = {}
+    while True:
+        page = town.run(BY_NAME['agent.list'], cursor)
+        names += [agent['name'] for agent in page['agents']]
+        if not page.get('next_cursor'):
+            return names
+        cursor = {'cursor': page['next_cursor']}
 
 
 def _reclaim(arguments: argparse.Namespace) -> int:
@@ -234,6 +314,8 @@ def _reclaim(arguments: argparse.Namespace) -> int:
         if arguments.action:
             raise UsageError(f'--{arguments.action} goes with --orphan-tasks')
         return _operate(arguments, BY_NAME['recovery.reclaim_tasks'])
+    if arguments.to or getattr(arguments, 'from') or (arguments.to_backlog and arguments.action):
+        raise UsageError('--orphan-tasks goes with one of --to-backlog, --cancel and --delete, and nothing else')
     op = BY_NAME['recovery.orphan_tasks']
     action = 'to_backlog' if arguments.to_backlog else arguments.action or 'list'
     return show(arguments, op, backend(arguments).run(op, {'action': action}))

@@ -107,9 +107,14 @@ def find(config: Config, name: str | None) -> Cli:
     if wanted not in clis:
         raise _refused(f'{said} is not a coding CLI of this town; known: {", ".join(clis)}. Add it under [agent_clis]')
     cli = clis[wanted]
-    if shutil.which(cli.argv[0]) is None:
+    if shutil.which(_place(config, cli.argv[0])) is None:
         raise _refused(f"{said}: the program '{cli.argv[0]}' is not installed here. Install it: {cli.install}")
     return cli
+
+
+def _place(config: Config, program: str) -> str:
+    """A program as it is found by a run: a relative path is one from the town's root, where it runs."""
+    return str(config.file.parent / program) if config.file and '/' in program else program
 
 
 def _refused(detail: str) -> Invalid:

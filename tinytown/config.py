@@ -1,19 +1,20 @@
 """The configuration of a town: what may be set, where it comes from, and how one line of the file is changed.
 
 Precedence: flag, environment, the town's `tinytown.toml`, `~/.tt/config.toml`, default. Every setting is one field
-below; its environment name is TINYTOWN_ and its path in upper case (`townhall.rest_port`: TINYTOWN_TOWNHALL_REST_PORT).
+below; its environment name is TINYTOWN_ and its path in upper case (`townhall.rest_port`: TINYTOWN_TOWNHALL_REST_PORT;
+`name` and `agent_clis` have none). Coding CLIs of the global file and of the town's are known together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
+import shlex
 import stat
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from .errors import UsageError
 
 FILE: Final = 'tinytown.toml'
 TOWN_NAME_PATTERN: Final = r'[a-z0-9][a-z0-9_-]{0,62}'
+CLI_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}'
 
 
 def _set(default: Any, doc: str, low: int | None = None, high: int | None = None, pattern: str = '') -> Any:
@@ -138,14 +140,13 @@ class Setting:
         if kind is str:
             if not isinstance(value, str):
                 return 'give a text in quotes'
+            if not value.isprintable():
+                return 'give a text of printable characters'
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
         if get_origin(kind) is list:
             return '' if isinstance(value, list) and all(isinstance(v, str) for v in value) else 'give a list of texts'
-        return (
-            ''
-            if isinstance(value, dict) and all(isinstance(v, str) and v.strip() for v in value.values())
-            else 'give a table of name = "command --flag"'
-        )
+        fits = isinstance(value, dict) and all(map(_is_command, value, value.values()))
+        return '' if fits else 'give a table of name = "command --flag"'
 
     def read(self, text: str, source: str) -> Any:
         """The value that a text (of a flag or the environment) stands for."""
@@ -157,6 +158,15 @@ class Setting:
         elif get_origin(self.kind) is list:
             value = [part.strip() for part in text.split(',') if part.strip()]
         return self.check(value, source)
+
+
+def _is_command(name: str, command: Any) -> bool:
+    """Whether this can be an entry of [agent_clis]."""
+    try:
+        words = shlex.split(command) if isinstance(command, str) else []
+    except ValueError:  # a quote that is not closed
+        words = []
+    return bool(words) and re.fullmatch(CLI_NAME_PATTERN, name) is not None
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +181,8 @@ def _walk(section: Any, prefix: str) -> Iterator[Setting]:
         if dataclasses.is_dataclass(hints[each.name]):
             yield from _walk(hints[each.name], f'{prefix}{each.name}.')
         elif each.metadata:
-            default = each.default if each.default is not dataclasses.MISSING else []
+            made = each.default_factory
+            default = each.default if made is dataclasses.MISSING else made()
             meta = each.metadata
             yield Setting(
                 prefix + each.name, hints[each.name], default, meta['doc'], meta['low'], meta['high'], meta['pattern']
@@ -183,10 +194,23 @@ def find_setting(path: str, source: str) -> Setting:
     known = settings()
     if path in known:
         return known[path]
-    near = difflib.get_close_matches(path, known, 1, 0.5)
     leaf = [name for name in known if name.rsplit('.', 1)[-1] == path.rsplit('.', 1)[-1]]
-    hint = f'; did you mean {(near or leaf)[0]}?' if near or leaf else '; `tt config` lists what there is'
-    raise UsageError(f'{source}: {path} is not a setting{hint}')
+    raise UsageError(f'{source}: {path} is not a setting{_nearest(path, known, leaf)}')
+
+
+def _nearest(path: str, known: Iterable[str], otherwise: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(path, known, 1, 0.5) or otherwise
+    return f'; did you mean {near[0]}?' if near else '; `tt config` lists what there is'
+
+
+@lru_cache(maxsize=1)
+def sections() -> frozenset[str]:
+    """The tables that hold settings."""
+    return frozenset(
+        '.'.join(parts[:i]) for path in settings() for parts in [path.split('.')] for i in range(1, len(parts))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -200,7 +224,9 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
     files = ([Path(home) / '.tt' / 'config.toml'] if home else []) + [root / FILE]
     for file in files:
         if file.exists():
-            values.update(_flatten(read_file(file), str(file)))
+            found = read_settings(file)
+            clis = {**values.get('agent_clis', {}), **found.get('agent_clis', {})}
+            values |= found | ({'agent_clis': clis} if clis else {})
     for setting in settings().values():
         if setting.env in environ and setting.path not in ('name', 'agent_clis'):
             values[setting.path] = setting.read(environ[setting.env], setting.env)
@@ -217,23 +243,38 @@ def from_values(values: Mapping[str, Any], root: Path) -> Config:
     return typing.cast(Config, _build(Config, '', dict(values) | {'file': root / FILE}))
 
 
-def read_file(file: Path) -> dict[str, Any]:
-    """A TOML file. Raises UsageError when it can't be read or is open to be changed by anyone."""
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings of a file, by path. Raises UsageError when it can't be read or is open to be changed by anyone."""
     try:
         if file.stat().st_mode & stat.S_IWOTH:
             raise UsageError(f'{file} may be changed by every user of this machine; run  chmod o-w {file}')
-        return tomllib.loads(file.read_text('utf-8'))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UsageError(f'{file}: {e}') from None
+        return parse(file.read_bytes(), str(file))
+    except OSError as e:
+        raise UsageError(f'{file}: {e.strerror}') from None
+
+
+def parse(data: bytes, source: str) -> dict[str, Any]:
+    """The settings in the text of a file, by path. Raises UsageError that names the `source`, the value, the mend."""
+    try:
+        return _flatten(tomllib.loads(data.decode('utf-8-sig')), source)
+    except UnicodeDecodeError as e:
+        raise UsageError(f'{source}: it is not UTF-8 (byte {e.start}); save it as UTF-8') from None
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f'{source}: it is not TOML: {e}') from None
+    except RecursionError:
+        raise UsageError(f'{source}: it is not TOML that can be taken: nested too deep') from None
 
 
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:
     found: dict[str, Any] = {}
-    sections = {path.rsplit('.', 1)[0] for path in settings() if '.' in path} | {'townhall'}
     for key, value in table.items():
         path = prefix + key
-        if isinstance(value, dict) and path in sections:
+        if path in sections():
+            if not isinstance(value, dict):
+                raise UsageError(f'{source}: {path} = {value!r}: it is a table; write [{path}] and its settings below')
             found |= _flatten(value, source, path + '.')
+        elif isinstance(value, dict) and path not in settings():
+            raise UsageError(f'{source}: [{path}] is not a table of settings{_nearest(path, sections(), [])}')
         else:
             found[path] = find_setting(path, source).check(value, source)
     return found
@@ -296,85 +337,147 @@ def template(name: str, given: Mapping[str, Any]) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """A value as TOML writes it."""
+    """A value as TOML writes it, on one line."""
+    if isinstance(value, list):
+        return f'[{", ".join(map(to_toml, value))}]'
     import tomli_w
 
-    return tomli_w.dumps({'v': value}).removeprefix('v = ').strip().replace('\n', ' ')
+    return tomli_w.dumps({'v': value}).removeprefix('v = ').rstrip('\n')
 
 
-def change_line(source: str, path: str, value: Any) -> str:
-    """The text of a configuration file with one setting changed or added; every other byte stays as it is."""
-    table, _, key = path.rpartition('.')
-    line = f'{_key(key)} = {to_toml(value)}'
-    lines = source.splitlines(keepends=True)
-    newline = '\r\n' if lines and lines[0].endswith('\r\n') else '\n'
-    start, end = _table_span(lines, table)
-    if start < 0:
-        gap = '' if not source else newline if source.endswith('\n') else newline * 2
-        return f'{source}{gap}[{table}]{newline}{line}{newline}'
-    at = re.compile(rf'[ \t]*(?:{re.escape(key)}|"{re.escape(key)}"|\'{re.escape(key)}\')[ \t]*=')
-    for i in range(start, end):
-        if at.match(lines[i]):
-            last = _value_end(lines, i, end)
-            comment = _comment(''.join(lines[i:last]), lines[last])
-            lines[i : last + 1] = [line + comment + newline]
-            return ''.join(lines)
-    while end > start and not lines[end - 1].strip():
-        end -= 1
-    if end and not lines[end - 1].endswith('\n'):
-        lines[end - 1] += newline
-    lines.insert(end, line + newline)
-    return ''.join(lines)
+def change(source: str, path: tuple[str, ...], value: Any) -> str:
+    """The text of a configuration file with one setting changed or added; every other character stays as it is.
+
+    `source` is valid TOML. Raises UsageError for a table that is written in braces.
+    """
+    mark = '\ufeff' if source.startswith('\ufeff') else ''
+    text = source.removeprefix(mark)
+    statements = list(_statements(text))
+    for each in statements:
+        if each.kind == 'value' and each.path == path:
+            return mark + text[: each.start] + _with_value(each.text, to_toml(value)) + text[each.end :]
+        if each.kind == 'value' and each.path == path[: len(each.path)]:
+            raise UsageError(f'{".".join(each.path)} = {{ … }}: it is written in braces; change it by hand')
+    at, line = _addition(statements, path, to_toml(value))
+    newline = '\r\n' if '\r\n' in text else '\n'
+    gap = newline if at and text[at - 1] != '\n' else ''
+    return mark + text[:at] + gap + line.replace('\n', newline) + text[at:]
 
 
-def _key(key: str) -> str:
-    return key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else to_toml(key)
+def _addition(statements: list[Statement], path: tuple[str, ...], value: str) -> tuple[int, str]:
+    """Where a new setting goes (an offset), and what is written there.
+
+    After the comment that shows it; else after the last setting of its table, or its header; else as a new table.
+    """
+    table, end = path[:-1], statements[-1].end if statements else 0
+    at, line = (0 if not table else -1), f'{_dotted(path[-1:])} = {value}\n'
+    for each in statements:
+        if each.kind == 'comment' and each.table == table and each.shows == path[-1]:
+            return each.end, line
+        if (each.kind == 'value' and each.path[:-1] == each.table == table) or (
+            each.kind == 'header' and each.path == table
+        ):
+            at = each.end
+        elif each.kind == 'value' and each.path[: len(table)] == table and len(each.table) < len(table):
+            at, line = each.end, f'{_dotted(path[len(each.table) :])} = {value}\n'
+    return (at, line) if at >= 0 else (end, f'\n[{_dotted(table)}]\n{line}')
 
 
-def _table_span(lines: list[str], table: str) -> tuple[int, int]:
-    """Where the lines of a table stand, its header left out; (-1, -1) if there is none."""
-    start = 0 if not table else -1
-    for i, text in enumerate(lines):
-        header = re.match(r'[ \t]*\[+[ \t]*([^\]]+?)[ \t]*\]', text)
-        if not header:
-            continue
-        if start >= 0:
-            return start, i
-        if re.sub(r'\s*\.\s*', '.', header.group(1)).replace('"', '').replace("'", '') == table:
-            start = i + 1
-    return (start, len(lines)) if start >= 0 else (-1, -1)
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A piece of a TOML file: a line, or the lines of one value. `start` and `end` are offsets in the file.
+
+    `path` is the whole path of a value or header, `table` the table in which it stands; `shows` is the key that a
+    comment would set if it were none.
+    """
+
+    kind: Literal['header', 'value', 'comment', 'blank']
+    text: str
+    start: int
+    end: int
+    table: tuple[str, ...]
+    path: tuple[str, ...] = ()
+    shows: str = ''
 
 
-def _value_end(lines: list[str], first: int, end: int) -> int:
-    """The last line of the value that begins on line `first`: the shortest run of lines that is TOML."""
-    for last in range(first, end):
-        try:
-            tomllib.loads(''.join(lines[first : last + 1]))
-        except tomllib.TOMLDecodeError:
-            continue
-        return last
-    return first
+_KEY: Final = r'(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\')'
+_KEYS: Final = re.compile(rf'[ \t]*({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)[ \t]*=[ \t]*')
+_HEADER: Final = re.compile(rf'[ \t]*\[+[ \t]*({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)')
+_SHOWN: Final = re.compile(r'[ \t]*#[ \t]*([A-Za-z0-9_-]+)[ \t]*=')
 
 
-def _comment(before: str, line: str) -> str:
-    """The comment at the end of the last line of a value, with the space before it."""
-    for match in re.finditer(r'[ \t]*#', line):
-        try:
-            tomllib.loads(before + line[: match.start()])
-        except tomllib.TOMLDecodeError:
-            continue
-        return line[match.start() :].rstrip('\r\n')
-    return ''
+def _statements(source: str) -> Iterator[Statement]:
+    """The statements of a valid TOML text."""
+    lines = re.findall(r'[^\n]*\n|[^\n]+', source)
+    table: tuple[str, ...] = ()
+    start = i = 0
+    while i < len(lines):
+        text = lines[i]
+        i += 1
+        while not _is_toml(text) and i < len(lines):  # a value on several lines
+            text += lines[i]
+            i += 1
+        end = start + len(text)
+        if not text.strip():
+            yield Statement('blank', text, start, end, table)
+        elif text.lstrip().startswith('#'):
+            shown = _SHOWN.match(text)
+            yield Statement('comment', text, start, end, table, shows=shown[1] if shown else '')
+        elif header := _HEADER.match(text):
+            table = _path(header[1])
+            yield Statement('header', text, start, end, table, table)
+        elif keys := _KEYS.match(text):
+            yield Statement('value', text, start, end, table, table + _path(keys[1]))
+        start = end
+
+
+def _is_toml(text: str) -> bool:
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _path(keys: str) -> tuple[str, ...]:
+    """The names in a dotted key."""
+    found, names = tomllib.loads(f'{keys} = 0'), []
+    while isinstance(found, dict):
+        [(name, found)] = found.items()
+        names.append(name)
+    return tuple(names)
+
+
+def _dotted(names: Iterable[str]) -> str:
+    return '.'.join(name if re.fullmatch(r'[A-Za-z0-9_-]+', name) else to_toml(name) for name in names)
+
+
+def _with_value(statement: str, value: str) -> str:
+    """A `key = value` with another value; the spaces, the comment behind it and the end of the line stay."""
+    keys = _KEYS.match(statement)
+    assert keys
+    for match in re.finditer(r'[ \t]*(?:#|\r?\n|\Z)', statement[keys.end() :]):
+        if _is_toml(statement[: keys.end() + match.start()]):
+            return statement[: keys.end()] + value + statement[keys.end() + match.start() :]
+    raise AssertionError(f'{statement!r} is no statement')
 
 
 def write_atomically(file: Path, text: str, mode: int = 0o644) -> None:
-    """Replaces a file in one step, so that a reader sees the old or the new text; keeps the mode of an old one."""
-    if file.exists():
-        mode = stat.S_IMODE(file.stat().st_mode)
+    """Replaces a file in one step, so that a reader sees the old or the new text.
+
+    Keeps the mode of an old one, and follows a symbolic link.
+    """
+    file = Path(os.path.realpath(file))
     draft = file.with_name(f'.{file.name}.{os.getpid()}')
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(draft, file)
+    try:
+        with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as out:
+            if file.exists():
+                os.fchmod(descriptor, stat.S_IMODE(file.stat().st_mode))
+            out.write(text)
+            out.flush()
+            os.fsync(descriptor)
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

@@ -60,8 +60,11 @@ class Request:
 
     @property
     def keeps_alive(self) -> bool:
-        said = self.fields.get(b'connection', b'').lower()
-        return b'close' not in said if self.minor else b'keep-alive' in said
+        said = self.fields.get(b'connection')
+        if said is None:
+            return self.minor == 1
+        options = {option.strip(b' \t') for option in said.lower().split(b',')}
+        return b'close' not in options if self.minor else b'keep-alive' in options
 
 
 @dataclass(slots=True)
@@ -77,8 +80,8 @@ class Response:
 def problem(error: TownError, request_id: str) -> Response:
     """An error as a problem document (RFC 9457)."""
     headers = []
-    if error.retry_after is not None:
-        headers.append(('Retry-After', str(error.retry_after)))
+    if error.retry_after is not None or error.status in (429, 503):
+        headers.append(('Retry-After', str(error.retry_after or 1)))
     if error.allow:
         headers.append(('Allow', error.allow))
     body = json.dumps(error.problem(request_id), ensure_ascii=False).encode('utf-8', 'replace')
@@ -99,21 +102,24 @@ def _date_field() -> bytes:
     return _date[1]
 
 
-def render(response: Response, request_id: str, head_only: bool, close: bool) -> bytes:
-    """The bytes of an answer. Raises ValueError for a header that would break out of its line."""
+def render(response: Response, request: Request, close: bool) -> bytes:
+    """The bytes of an answer to a request. Raises ValueError for a header that would break out of its line."""
     parts = [_STATUS_LINES[response.status], _date_field()]
     if response.status != 204:
         parts.append(b'Content-Type: %b\r\n' % response.content_type.encode())
         parts.append(b'Content-Length: %d\r\n' % len(response.body))
     parts.append(
-        b'X-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n' % request_id.encode()
+        b'X-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n' % request.id.encode()
     )
     for name, value in response.headers:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f'{name!r}: {value!r} is not a header field')
         parts.append(f'{name}: {value}\r\n'.encode())
-    parts.append(b'Connection: close\r\n\r\n' if close else b'\r\n')
-    if not head_only and response.status != 204:
+    if close:
+        parts.append(b'Connection: close\r\n\r\n')
+    else:
+        parts.append(b'\r\n' if request.minor else b'Connection: keep-alive\r\n\r\n')
+    if request.method != 'HEAD' and response.status != 204:
         parts.append(response.body)
     return b''.join(parts)
 
@@ -133,19 +139,23 @@ _ONCE: Final = frozenset(
 def judge_line(line: bytes, first: bool) -> re.Match[bytes]:
     """The parts of a request or field line (its CRLF left off). Raises the TownError that it deserves."""
     if len(line) > MOST_LINE:
-        raise UriTooLong(f'the request line is over {MOST_LINE} bytes') if first else _long_field()
+        raise long_line(first)
     match = (_REQUEST_LINE if first else _FIELD).fullmatch(line)
     if match:
         return match
     if not first:
-        raise BadRequest(f'{line[:60]!r} is not a header field (name, colon, printable value, CRLF)')
+        name = line.partition(b':')[0][:40]  # what follows may be a secret
+        raise BadRequest(f'the line that begins {name!r} is not a header field (name, colon, printable value, CRLF)')
     version = _OTHER_VERSION.fullmatch(line)
     if version and version[1] not in (b'0', b'1'):
         raise VersionNotSupported('this server speaks HTTP/1.1')
     raise BadRequest(f'{line[:60]!r} is not a request line (METHOD /path HTTP/1.1)')
 
 
-def _long_field() -> HeadTooLarge:
+def long_line(first: bool) -> TownError:
+    """The error for a line of a head that is too long."""
+    if first:
+        return UriTooLong(f'the request line is over {MOST_LINE} bytes')
     return HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
 
 
@@ -218,6 +228,7 @@ def check_host(request: Request, allowed: frozenset[str]) -> None:
         raise Forbidden(f'requests from {origin[:100]!r} are not allowed', code='foreign-origin')
 
 
+_HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{0,5})?')
 _known_hosts: dict[tuple[str, frozenset[str]], bool] = {}
 
 
@@ -231,9 +242,9 @@ def _host_is_ours(host: str, allowed: frozenset[str]) -> bool:
 
 
 def _judge_host(host: str, allowed: frozenset[str]) -> bool:
-    match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?', host)
+    match = _HOST.fullmatch(host)
     if not match:
-        return False
+        raise BadRequest(f'Host {host[:100]!r} is not HOST or HOST:PORT')
     name = match[1].lower().rstrip('.')
     if name == 'localhost' or name in allowed:
         return True

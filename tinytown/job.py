@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,6 +16,8 @@ from .clis import Cli
 from .processes import GRACE_SECS, identify, stop_tree
 
 TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
+_PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux
+_PIPES: Final = 16  # a pipe may be made that much larger
 
 
 class Log:
@@ -31,35 +34,44 @@ class Log:
         self._size = os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes) -> None:
+        """Appends. A full disk, or a reader of the echo who has gone, must not end the work."""
         if self._size + len(data) > self._most:
-            self._rotate()
-        try:
+            with suppress(OSError):
+                self._rotate()
+        with suppress(OSError):
             os.write(self._descriptor, data)
-        except OSError:
-            pass  # a full disk must not end the work
         self._size += len(data)
         if self._echo:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+            except OSError:
+                self._echo = False
 
     def line(self, text: str) -> None:
         self.write(text.encode('utf-8', 'replace') + b'\n')
 
     def _rotate(self) -> None:
-        os.replace(self._file, self._file.with_name(self._file.name + '.1'))
         before = self._descriptor
-        was_output = not self._echo and os.fstat(1).st_ino == os.fstat(before).st_ino
+        with suppress(FileNotFoundError):
+            os.replace(self._file, self._file.with_name(self._file.name + '.1'))
         self._open()
+        for output in (1, 2):  # a detached worker's own output goes to the same file
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(output), os.fstat(before)):
+                    os.dup2(self._descriptor, output)
         os.close(before)
-        if was_output:  # a detached worker's own output goes to the same file
-            os.dup2(self._descriptor, 1)
-            os.dup2(self._descriptor, 2)
 
 
 class Job:
-    """A run of `cli` in `cwd`, with the prompt on its standard input or in `prompt_file`. Raises OSError."""
+    """A run of `cli` in `cwd`, with the prompt on its standard input or in `prompt_file`. Raises OSError.
 
-    def __init__(self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: Log) -> None:
+    `wake` is a descriptor that becomes readable when whoever waits is to look up at once.
+    """
+
+    def __init__(
+        self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: Log, wake: int
+    ) -> None:
         descriptor = os.open(prompt_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, 'w', encoding='utf-8') as out:
             out.write(prompt)
@@ -75,7 +87,9 @@ class Job:
             )
         self._log = log
         self._tails: dict[int, bytes] = {}
+        self._wake = wake
         self._selector = selectors.DefaultSelector()
+        self._selector.register(wake, selectors.EVENT_READ)
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._stdout, self._stderr = self._process.stdout.fileno(), self._process.stderr.fileno()
@@ -87,6 +101,10 @@ class Job:
         if self._pidfd >= 0:
             self._selector.register(self._pidfd, selectors.EVENT_READ)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait(self, every: Callable[[], bool], seconds: float) -> bool:
         """Waits for the CLI to end; asks `every` so many seconds whether to give up. Whether it ended by itself."""
         due = time.monotonic() + seconds
@@ -95,8 +113,10 @@ class Job:
             if self._pidfd < 0:
                 pause = min(pause, 0.2)
             for key, _ in self._selector.select(pause):
-                if key.fd != self._pidfd:
-                    self._drain(key.fd)
+                if key.fd == self._wake:
+                    due = 0.0
+                elif key.fd != self._pidfd:
+                    self._read(key.fd)
             if time.monotonic() >= due:
                 if every():
                     return False
@@ -104,18 +124,18 @@ class Job:
         self._close()
         return True
 
-    def _drain(self, descriptor: int) -> None:
-        """Copies what is there to the log. Ends at the end of the output, or when no more is there now."""
-        while True:
-            try:
-                data = os.read(descriptor, 65536)
-            except BlockingIOError:
-                return
-            if not data:
-                self._selector.unregister(descriptor)
-                return
-            self._log.write(data)
-            self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
+    def _read(self, descriptor: int) -> bool:
+        """Copies some of what is there to the log. Whether there was anything."""
+        try:
+            data = os.read(descriptor, _PIPE_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._selector.unregister(descriptor)
+            return False
+        self._log.write(data)
+        self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
+        return True
 
     def stop(self, instance: str) -> None:
         """Ends the CLI and whatever it started."""
@@ -124,9 +144,11 @@ class Job:
         self._close()
 
     def _close(self) -> None:
+        """Takes what the CLI said last. What it left running may hold its output open, and even write on for ever."""
         for descriptor in (self._stdout, self._stderr):
-            if descriptor in self._selector.get_map():
-                self._drain(descriptor)  # a grandchild may hold it open: no wait for its end
+            for _ in range(_PIPES):
+                if descriptor not in self._selector.get_map() or not self._read(descriptor):
+                    break
         self._selector.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -144,4 +166,7 @@ class Job:
         return 'failed', None, f'{how}: {complained or said}'.rstrip(': ')
 
     def _tail(self, descriptor: int) -> str:
-        return self._tails[descriptor].decode('utf-8', 'replace').replace('\0', '\ufffd').strip()
+        tail = self._tails[descriptor]
+        if len(tail) == TAIL_BYTES:
+            tail = tail.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that was cut in two
+        return tail.decode('utf-8', 'replace').replace('\0', '\ufffd').strip()

@@ -7,7 +7,6 @@ import json
 import os
 import select
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,30 +16,47 @@ from . import agents, auth, clis, redis_server
 from . import config as configuration
 from .errors import TownError, UsageError
 from .model import ALL_SCOPES, LIVE, Principal
-from .processes import GRACE_SECS, Identity, identify, reap, start_detached, stop_one, verdict
+from .processes import (
+    GRACE_SECS,
+    Identity,
+    identify,
+    python,
+    python_path,
+    reap,
+    start_detached,
+    stop_one,
+    verdict,
+)
+from .render import as_json, counted
 from .store import Step, text
 from .town import Call, Town, open_town
-from .usage import Parser, town_root
+from .usage import Parser, acts_here, open_meant, town_root
 
 START_SECS: Final = 10.0
-Add = Callable[[str, str, Callable[[argparse.Namespace], int]], Parser]
+Add = Callable[[str, str, str, Callable[[argparse.Namespace], int]], Parser]
+# What only an agent's run sees, and not a townhall that is started in it.
+_AGENTS_OWN: Final = frozenset({'TINYTOWN_AGENT_ID', 'TINYTOWN_AGENT_NAME', 'TINYTOWN_TASK_ID', 'TINYTOWN_ATTEMPT'})
 
 
-def add_commands(add: Add) -> None:
-    """Adds the commands of this module to a command line."""
-    init = add('init', 'Make a town in this directory', _init)
+def add_town_commands(add: Add) -> None:
+    """Adds what makes, opens, closes and configures a town to a command line."""
+    init = add('town', 'init', 'Make a town in this directory', _init)
     init.add_argument('--name', help='its name (default: that of the directory)')
     init.add_argument('--cli', metavar='NAME', help='default_cli: what agents run that name none')
-    add('start', 'Start Redis and townhall, detached', _start)
-    stop = add('stop', 'Stop townhall and the workers', _stop)
+    add('town', 'start', 'Start Redis and townhall, detached', _start)
+    stop = add('town', 'stop', 'Stop townhall and the workers', _stop)
     stop.add_argument('--redis', action='store_true', help='the managed Redis too')
-    config = add('config', 'Show the configuration, one setting of it, or change one line', _config)
+    config = add('town', 'config', 'Show the configuration, or show or change one setting', _config)
     config.add_argument('key', nargs='?', help='a setting, as townhall.rest_port')
     config.add_argument('value', nargs='?', help='its new value')
-    worker = add('worker', 'Run the worker of an agent here, in the foreground', _worker)
+
+
+def add_other_commands(add: Add) -> None:
+    """Adds what runs workers and makes keys on this machine to a command line."""
+    worker = add('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker)
     worker.add_argument('name', metavar='NAME', help='an agent that has no process')
-    add('generate-api-key', 'Make an API key; it is shown once', _generate_key)
-    add('auth gen-key', 'The same as generate-api-key', _generate_key)
+    add('access', 'generate-api-key', 'Make an API key; it is shown once', _generate_key)
+    add('access', 'auth gen-key', 'The same as generate-api-key', _generate_key)
 
 
 def wants_json(arguments: argparse.Namespace) -> bool:
@@ -49,7 +65,8 @@ def wants_json(arguments: argparse.Namespace) -> bool:
 
 def say(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) -> int:
     """Prints the answer of a command: JSON if that was asked for, else a sentence."""
-    print(json.dumps(answer, ensure_ascii=False) if wants_json(arguments) else sentence)
+    unicode = sys.stdout.encoding.lower() in ('utf-8', 'utf8')
+    print(as_json(answer, not unicode) if wants_json(arguments) else sentence)
     return 0
 
 
@@ -57,31 +74,37 @@ def say(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) ->
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    root = Path(getattr(arguments, 'town', None) or Path.cwd()).expanduser().resolve()
+    acts_here(arguments)
+    given_root = getattr(arguments, 'town', None)
+    root = Path(given_root or Path.cwd()).expanduser().resolve()
     file = root / configuration.FILE
     if file.exists():
         raise UsageError(f'{root} holds a town already; see  tt status --town {root}')
-    name = arguments.name or configuration.derive_name(root)
+    name = configuration.derive_name(root) if arguments.name is None else arguments.name
     configuration.find_setting('name', '--name').check(name, '--name')
-    given = {'default_cli': arguments.cli} if arguments.cli else {}
+    given = {'default_cli': arguments.cli} if arguments.cli is not None else {}
+    for path, value in given.items():
+        configuration.find_setting(path, '--cli').check(value, '--cli')
     root.mkdir(parents=True, exist_ok=True)
     configuration.write_atomically(file, configuration.template(name, given))
     private = redis_server.private_directory(root)
     (private / '.gitignore').write_text('*\n')
-    return say(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  tt start')
+    start = f'tt start --town {given_root}' if given_root else 'tt start'
+    return say(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    root = town_root(arguments)
-    town = open_town(root)
+    town = open_meant(arguments)
+    root = town.root
     for _, process, url in running_townhalls(root):
         if verdict(process) == 'alive':
-            return say(arguments, {'url': url, 'started': False}, f'{town.name} is open already on {url}')
+            answer = {'url': url, 'started': False, 'pid': process.pid}
+            return say(arguments, answer, f'{town.name} is open already on {url}')
     log = root / '.tt' / 'logs' / 'townhall.log'
     began = log.stat().st_size if log.exists() else 0
-    env = dict(os.environ) | {'PYTHONPATH': str(Path(__file__).parents[1])}
-    argv = [sys.executable, '-m', 'tinytown.townhall', 'rest', '--town', str(root)]
-    pid = start_detached(argv, root, env, log)
+    env = {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
+    argv = python('tinytown.townhall', 'rest', '--town', str(root))
+    pid = start_detached(argv, root, env | {'PYTHONPATH': python_path()}, log)
     url = _await_townhall(root, pid, log, began)
     return say(arguments, {'url': url, 'started': True, 'pid': pid}, f'{town.name} is open on {url}. Try:  tt status')
 
@@ -100,11 +123,11 @@ def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
     with open(log, encoding='utf-8', errors='replace') as lines:
         lines.seek(began)
         said = lines.read().strip().splitlines()
-    raise TownError(said[-1] if said else f'townhall did not start; see {log}')
+    raise TownError(said[-1].removeprefix('townhall: ') if said else f'townhall did not start; see {log}')
 
 
 def _run_directory(root: Path) -> Path:
-    directory = root / '.tt' / 'run'
+    directory = redis_server.private_directory(root) / 'run'
     directory.mkdir(mode=0o700, exist_ok=True)
     return directory
 
@@ -124,10 +147,10 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
     for file in sorted(_run_directory(root).glob('townhall-*.json')):
         try:
             record = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        url = record.pop('url')
-        process = Identity(**record)
+            url = record.pop('url')
+            process = Identity(**record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # it is not one of ours
         if verdict(process) == 'dead':
             file.unlink(missing_ok=True)
         else:
@@ -145,7 +168,8 @@ def _stop(arguments: argparse.Namespace) -> int:
     stopped = _stop_workers(root, config)
     redis = arguments.redis and redis_server.stop(root, config)
     answer = {'townhalls': len(halls), 'agents': stopped, 'redis': redis}
-    sentence = f'Stopped {len(halls)} townhall, {len(stopped)} workers' + (' and Redis.' if redis else '.')
+    parts = [counted(len(halls), 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
+    sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
     return say(arguments, answer, sentence)
 
 
@@ -172,24 +196,43 @@ def _config(arguments: argparse.Namespace) -> int:
     if arguments.key is None:
         config = configuration.load(root)
         values = {path: configuration.get(config, path) for path in configuration.settings()}
-        width = max(map(len, values))
-        return say(arguments, values, '\n'.join(f'{path.ljust(width)}  {value!r}' for path, value in values.items()))
+        return say(arguments, values, '\n'.join(_config_lines(values)))
     setting, key = _setting(arguments.key)
     if arguments.value is None:
         value = configuration.get(configuration.load(root), setting.path)
-        value = value.get(key) if key else value
-        return say(arguments, {arguments.key: value}, '' if value is None else str(value))
-    new: Any = arguments.value
-    if key:
-        setting.check({key: new}, 'tt config')
-    else:
-        new = setting.read(new, 'tt config')
+        if key and key not in value:
+            raise TownError(f'{arguments.key} is not set')
+        value = value[key] if key else value
+        return say(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
     file = root / configuration.FILE
-    configuration.read_file(file)
-    changed = configuration.change_line(file.read_bytes().decode(), arguments.key, new)
-    _check_text(root, changed)
-    configuration.write_atomically(file, changed)
+    new = _change(file, setting, key, arguments.value)
     return say(arguments, {arguments.key: new}, f'{arguments.key} = {configuration.to_toml(new)}  ({file})')
+
+
+def _config_lines(values: dict[str, Any]) -> list[str]:
+    width = max(map(len, values))
+    return [f'{path.ljust(width)}  {_plain(value)}' for path, value in values.items()]
+
+
+def _plain(value: Any) -> str:
+    """A setting as the file would have it."""
+    if isinstance(value, dict):
+        return ', '.join(f'{name} = {configuration.to_toml(each)}' for name, each in value.items()) or '-'
+    return configuration.to_toml(value)
+
+
+def _change(file: Path, setting: configuration.Setting, key: str, given: str) -> Any:
+    """Writes one setting (or the `key` of a table) into a configuration file, if that can be loaded then. Its value."""
+    new: Any = given if key else setting.read(given, 'tt config')
+    whole = setting.check({key: new} if key else new, 'tt config')
+    before = configuration.read_settings(file)
+    path = (setting.path, key) if key else tuple(setting.path.split('.'))
+    changed = configuration.change(file.read_bytes().decode(), path, new)
+    wanted = before | {setting.path: before.get(setting.path, {}) | whole if key else whole}
+    if configuration.parse(changed.encode(), str(file)) != wanted:
+        raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
+    configuration.write_atomically(file, changed)
+    return new
 
 
 def _setting(path: str) -> tuple[configuration.Setting, str]:
@@ -198,16 +241,6 @@ def _setting(path: str) -> tuple[configuration.Setting, str]:
     if table == 'agent_clis' and key:
         return configuration.find_setting('agent_clis', 'tt config'), key
     return configuration.find_setting(path, 'tt config'), ''
-
-
-def _check_text(root: Path, changed: str) -> None:
-    """Refuses a configuration that could not be loaded again."""
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / configuration.FILE).write_bytes(changed.encode())
-        try:
-            configuration.load(Path(directory), environ={})
-        except UsageError as e:
-            raise UsageError(f'{root / configuration.FILE} is left as it is: {e}') from None
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
@@ -227,7 +260,7 @@ def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    town = open_town(town_root(arguments))
+    town = open_meant(arguments)
     call = Call(town, Principal('tt', ALL_SCOPES))
 
     def ready(start: Any) -> Step[None]:
@@ -242,6 +275,7 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 
 def _generate_key(arguments: argparse.Namespace) -> int:
+    acts_here(arguments)
     made = auth.generate_key()
     lines = [f'id    {made.id}', f'key   {made.key}', f'hash  {made.hash}', '', 'The key is shown this once.']
     return say(arguments, {'id': made.id, 'key': made.key, 'hash': made.hash}, '\n'.join(lines))

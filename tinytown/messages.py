@@ -6,7 +6,7 @@ import json
 from typing import Literal, NotRequired, TypedDict
 
 from .errors import Invalid
-from .model import AgentRef, Cursor, Limit, MessageIds, MessageKind, MessageText, new_id
+from .model import AgentRef, InboxCursor, Limit, MessageIds, MessageKind, MessageText, new_id
 from .store import Page, Step, text
 from .town import Call
 
@@ -14,12 +14,16 @@ from .town import Call
 TYPES = {'task': 'task', 'query': 'query', 'info': 'info', 'ack': 'confirmation'}
 
 
-class Message(TypedDict):
-    """One entry of an inbox. `from` is the sender's id; `summary` is the text, or the start of a queued task's."""
-
-    id: str
-    type: Literal['task_assign', 'task', 'query', 'info', 'confirmation']
-    summary: str
+# One entry of an inbox. `from` is the sender's id; `summary` is the text, or the start of a queued task's.
+Message = TypedDict(
+    'Message',
+    {
+        'id': str,
+        'from': str,
+        'type': Literal['task_assign', 'task', 'query', 'info', 'confirmation'],
+        'summary': str,
+    },
+)
 
 
 class Inbox(TypedDict):
@@ -61,7 +65,7 @@ def send(
     return {'message_id': text(reply[0]), 'to_agent': text(reply[1]), 'urgent': urgent}
 
 
-def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[Inbox]]:
+def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: InboxCursor = '') -> Step[Page[Inbox]]:
     """Show what waits for an agent: urgent messages, messages, queued tasks. Reading changes nothing."""
     reply = yield call.store.inbox(agent, limit, cursor)
     name, normal, urgent, following, messages = reply

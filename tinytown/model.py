@@ -47,7 +47,8 @@ def new_id() -> str:
 
 
 def is_uuid(text: str) -> bool:
-    return re.fullmatch(UUID_PATTERN, text) is not None
+    """Whether a text reads as an id, in any case."""
+    return re.fullmatch(UUID_PATTERN, text.lower()) is not None
 
 
 def rfc3339(epoch_seconds: float) -> str:
@@ -120,7 +121,7 @@ CliName = Annotated[
     Field(
         'Which coding CLI the agent runs; absent: default_cli of the town',
         r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}',
-        NAME_HINT,
+        'a letter or digit, then letters, digits, ., - or _, at most 63',
     ),
 ]
 RoleId = Annotated[
@@ -132,7 +133,8 @@ RoleId = Annotated[
     ),
 ]
 Nickname = Annotated[
-    str, Field('A name for people to see', r'[^\x00-\x1f\x7f]{1,63}', '1 to 63 characters without control characters')
+    str,
+    Field('A name for people to see', r'[^\x00-\x1f\x7f-\x9f]{1,63}', '1 to 63 characters without control characters'),
 ]
 TaskText = Annotated[str, Field('What is to be done, in plain words', min_length=1, max_length=65536)]
 MessageText = Annotated[str, Field('What the message says', min_length=1, max_length=65536)]
@@ -141,7 +143,7 @@ Tag = Annotated[
     str,
     Field(
         'A word for finding and routing',
-        r'[^\x00-\x1f\x7f,]{1,63}',
+        r'[^\x00-\x1f\x7f-\x9f,]{1,63}',
         '1 to 63 characters without commas or control characters',
     ),
 ]
@@ -153,7 +155,12 @@ Attempt = Annotated[int, Field('The attempt that the caller holds; without it, a
 Rounds = Annotated[int, Field('Rounds after which the worker stops; 0: no limit', minimum=0, maximum=1_000_000)]
 Limit = Annotated[int, Field('Most items to return', minimum=1, maximum=500)]
 Cursor = Annotated[
-    str, Field('Where to go on: next_cursor of the page before', r'[A-Za-z0-9_-]{1,128}', 'what next_cursor gave')
+    str,
+    Field('Where to go on: next_cursor of the page before', rf'[0-9]{{1,16}}_{UUID_PATTERN}', 'what next_cursor gave'),
+]
+InboxCursor = Annotated[
+    str,
+    Field('Where to go on: next_cursor of the page before', r'[unt]-[0-9]{1,15}-[0-9]{1,15}', 'what next_cursor gave'),
 ]
 WaitSeconds = Annotated[int, Field('How long to wait, in seconds', minimum=0, maximum=25)]
 

@@ -134,7 +134,7 @@ def call(town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str 
     step = op.function(Call(town, by), **checked)
     if not (key and op.changes):
         return (yield from _signed(step, by))
-    scoped = f'{by.name}:{op.name}:{key}'
+    scoped = f'{by.name} {op.name} {key}'  # neither an operation nor a key holds a space
     fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     if op.slow:
         return (yield from _once(town, _signed(step, by), scoped, fingerprint))
@@ -166,7 +166,7 @@ def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
         return Page(reply[1])
     try:
         answer = encode((yield from step))
-    except TownError:
+    except Exception:
         yield town.store.settle(key, b'')
         raise
     yield town.store.settle(key, answer)

@@ -2,24 +2,28 @@
 
 A pid alone identifies nothing, it is used again: a process is its host, the boot it lives in, its pid and the time it
 started. A zombie is dead. A tree is everything below a process by parentage, and whatever carries its mark in its
-environment, which finds those that left their parent or their session.
+environment, which finds those that left their parent or their session. What carries another mark is another tree, even
+if it was started from within this one: an agent may start agents, or the town's Redis.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
-from .model import is_uuid
+from .model import is_uuid, new_id
 
 Verdict = Literal['alive', 'dead', 'unknown']
 HAS_PROC: Final = Path('/proc/self/stat').exists()
@@ -58,18 +62,31 @@ def identify(pid: int) -> Identity:
 def start_time(pid: int) -> str:
     """When a process started (ticks since boot, or ps' date); '' if there is no such process, or it is a zombie."""
     if not HAS_PROC:
-        found = subprocess.run(['ps', '-o', 'lstart=', '-p', str(pid)], capture_output=True, text=True, check=False)
-        return found.stdout.strip()
+        return next((start for _, _, start in _ps('-p', str(pid))), '')
     fields = _stat(pid)
-    return '' if not fields or fields[0] in 'ZX' else fields[19]
+    return fields[19] if fields else ''
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the third, the state, on; [] if there is no such process."""
+    """The fields of /proc/<pid>/stat from the third, the state, on; [] if there is no such process, or it is dead."""
     try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
         return []
+    return [] if fields[0] in 'ZX' else fields
+
+
+def _ps(*which: str) -> list[tuple[int, int, str]]:
+    """(pid, parent, start) of the live ones among some processes, as ps tells it; in one language and time zone."""
+    found = subprocess.run(
+        ['ps', '-o', 'pid=,ppid=,stat=,lstart=', *which],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={'PATH': os.environ.get('PATH', os.defpath), 'LC_ALL': 'C', 'TZ': 'UTC'},
+    )
+    rows = (line.split(None, 3) for line in found.stdout.splitlines())
+    return [(int(pid), int(parent), start.strip()) for pid, parent, state, start in rows if state[0] not in 'ZX']
 
 
 def verdict(identity: Identity) -> Verdict:
@@ -78,40 +95,63 @@ def verdict(identity: Identity) -> Verdict:
         return 'unknown'
     if identity.boot != this_boot():
         return 'dead'
-    if identity.pid <= 0:
+    if identity.pid <= 0 or not identity.start:
         return 'unknown'
     return 'alive' if start_time(identity.pid) == identity.start else 'dead'
 
 
 # --------------------------------------------------------------------------------------------------------- start
 
-_children: list[subprocess.Popen[bytes]] = []
+_children: set[int] = set()
+_children_lock = threading.Lock()
 
 
-def start_detached(argv: list[str], cwd: Path, env: dict[str, str], log: Path, keep: Iterable[int] = ()) -> int:
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours. The working directory, which agents write to, is not imported from."""
+    return [sys.executable, '-P', '-m', module, *arguments]
+
+
+def python_path() -> str:
+    """The PYTHONPATH under which `python` finds what this process found."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH')]))
+
+
+def start_detached(
+    argv: list[str], cwd: Path, env: dict[str, str], log: Path, keep: Iterable[int] = (), mark: str = ''
+) -> int:
     """Starts a process in a session of its own, that outlives us and holds none of our standard streams. Its pid.
 
-    `keep` are further descriptors that it inherits. Raises OSError.
+    `keep` are further descriptors that it inherits. It is marked as a tree of its own: with `mark`, or a new one.
+    Raises OSError.
     """
     reap()
     with open(log, 'ab') as out:
         child = subprocess.Popen(
             argv,
             cwd=cwd,
-            env=env,
+            env=env | {MARK: mark or new_id()},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
             start_new_session=True,
             pass_fds=tuple(keep),
         )
-    _children.append(child)
+    child.returncode = 0  # Popen need not wait for it: `reap` does
+    with _children_lock:
+        _children.add(child.pid)
     return child.pid
 
 
 def reap() -> None:
     """Collects the exit statuses of children that have ended (each by its pid: others' are not stolen)."""
-    _children[:] = [child for child in _children if child.poll() is None]
+    with _children_lock:
+        for pid in tuple(_children):
+            try:
+                ended = os.waitpid(pid, os.WNOHANG)[0] == pid
+            except ChildProcessError:
+                ended = True
+            if ended:
+                _children.remove(pid)
 
 
 def become_subreaper() -> None:
@@ -122,39 +162,39 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def reap_orphans() -> bool:
-    """Collects children that ended, adopted ones too; only where no other child is waited for. Whether any is left."""
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return False
-        if pid == 0:
-            return True
+def reap_orphans(but: int = 0) -> None:
+    """Collects children that ended, adopted ones too; all but `but`, for which someone waits (Linux, as above)."""
+    if sys.platform != 'linux':
+        return
+    try:
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == but:
+                return
+            os.waitpid(ended.si_pid, os.WNOHANG)
+    except ChildProcessError:
+        return
 
 
 # ---------------------------------------------------------------------------------------------------------- trees
 
 
-def descendants(root: int) -> list[int]:
-    """The pids below a process, parents first."""
-    children: dict[int, list[int]] = {}
-    for pid, parent in _parents():
-        children.setdefault(parent, []).append(pid)
-    found, queue = [], [root]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
-    return found
+def _processes() -> dict[int, tuple[int, str]]:
+    """The parent and start time of every live process, by pid."""
+    if not HAS_PROC:
+        return {pid: (parent, start) for pid, parent, start in _ps('-ax')}
+    stats = {int(name): _stat(int(name)) for name in os.listdir('/proc') if name.isdigit()}
+    return {pid: (int(fields[1]), fields[19]) for pid, fields in stats.items() if fields}
 
 
-def _parents() -> list[tuple[int, int]]:
-    if HAS_PROC:
-        stats = ((int(name), _stat(int(name))) for name in os.listdir('/proc') if name.isdigit())
-        return [(pid, int(fields[1])) for pid, fields in stats if fields]
-    listing = subprocess.run(['ps', '-axo', 'pid=,ppid='], capture_output=True, text=True, check=False).stdout
-    return [(int(a), int(b)) for a, b in (line.split() for line in listing.splitlines())]
+def _mark_of(pid: int) -> str:
+    """The mark that a process carries in its environment; '' if none, or it is not to be seen."""
+    try:
+        environ = Path(f'/proc/{pid}/environ').read_bytes()
+    except OSError:
+        return ''
+    prefix = f'{MARK}='.encode()
+    found = [entry for entry in environ.split(b'\0') if entry.startswith(prefix)]
+    return found[0].removeprefix(prefix).decode('utf-8', 'replace') if found else ''
 
 
 def marked(instance: str) -> list[int]:
@@ -164,24 +204,37 @@ def marked(instance: str) -> list[int]:
     """
     if not HAS_PROC or not is_uuid(instance):
         return []
-    wanted, found = f'\0{MARK}={instance}\0'.encode(), []
-    for name in os.listdir('/proc'):
-        if name.isdigit() and int(name) != os.getpid():
-            try:
-                environ = Path(f'/proc/{name}/environ').read_bytes()
-            except OSError:
-                continue
-            if wanted in b'\0' + environ + b'\0':
-                found.append(int(name))
+    pids = [int(name) for name in os.listdir('/proc') if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid() and _mark_of(pid) == instance]
+
+
+def tree(root: Identity | None, instance: str, told: Mapping[int, str] | None = None) -> dict[int, str]:
+    """The live processes of a tree, with their start times: `root`, what is below it, what carries the mark.
+
+    Those in `told` stay members though they have left it. The process that asks is never one.
+    """
+    seen = _processes()
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _) in seen.items():
+        children.setdefault(parent, []).append(pid)
+    queue = [root.pid] if root is not None and verdict(root) == 'alive' else []
+    queue += [pid for pid, start in (told or {}).items() if pid in seen and seen[pid][1] == start]
+    queue += marked(instance)
+    found: dict[int, str] = {}
+    for pid in queue:  # it grows on the way
+        if pid > 1 and pid in seen and pid not in found:
+            found[pid] = seen[pid][1]
+            queue += [child for child in children.get(pid, []) if _mark_of(child) in ('', instance)]
+    found.pop(os.getpid(), None)
     return found
 
 
-def stop_tree(root: Identity | None, instance: str = '', grace: float = GRACE_SECS) -> list[int]:
-    """Ends a process, all below it, and all that carry the mark of `instance`: TERM, after `grace` seconds KILL.
+def stop_tree(root: Identity | None, instance: str, grace: float = GRACE_SECS) -> list[int]:
+    """Ends the tree of a process and of the mark `instance`: TERM, and after `grace` seconds KILL.
 
     Returns the pids that could not be ended (none, unless they belong to someone else).
     """
-    return _end(lambda told: _members(root, instance, told), grace)
+    return _end(lambda told: tree(root, instance, told), grace)
 
 
 def stop_one(process: Identity, grace: float) -> list[int]:
@@ -206,17 +259,6 @@ def _end(members: Callable[[dict[int, str]], dict[int, str]], grace: float) -> l
     return []
 
 
-def _members(root: Identity | None, instance: str, told: dict[int, str]) -> dict[int, str]:
-    """The live members of a tree, root first, with their start times; those told before stay members."""
-    pids = list(told) + marked(instance)
-    if root is not None and verdict(root) == 'alive':
-        pids = [root.pid, *descendants(root.pid), *pids]
-    for pid in list(pids):
-        pids += descendants(pid)
-    starts = {pid: start_time(pid) for pid in dict.fromkeys(pids) if pid not in (0, 1, os.getpid())}
-    return {pid: start for pid, start in starts.items() if start and told.get(pid, start) == start}
-
-
 def _signal(pid: int, start: str, number: signal.Signals) -> None:
     """Signals that very process: through a pidfd where there is one, so that a reused pid is never hit."""
     try:
@@ -233,23 +275,18 @@ def _signal(pid: int, start: str, number: signal.Signals) -> None:
         pass
 
 
-def _wait_for_end(alive: dict[int, str], seconds: float) -> None:
+def _wait_for_end(alive: Iterable[int], seconds: float) -> None:
     """Waits until one of the processes ends, `seconds` at most."""
     reap()
-    if not hasattr(os, 'pidfd_open'):
-        time.sleep(seconds)
-        return
-    import select
-
-    poller = select.poll()
-    opened = []
-    for pid in alive:
-        try:
-            opened.append(os.pidfd_open(pid))
-        except OSError:
-            continue
-        poller.register(opened[-1], select.POLLIN)
-    if len(opened) == len(alive):
+    with ExitStack() as opened:
+        poller = select.poll()
+        for pid in alive if hasattr(os, 'pidfd_open') else ():
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return
+            except OSError:
+                continue  # out of descriptors: the others, or the time, have to do
+            opened.callback(os.close, descriptor)
+            poller.register(descriptor, select.POLLIN)
         poller.poll(seconds * 1000)
-    for descriptor in opened:
-        os.close(descriptor)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
+from . import reports
 from .agents import look_up, prune, stop_process
-from .errors import Conflict
+from .errors import Conflict, NotFound
 from .model import AT_REST, LIVE, AgentRef
 from .processes import GRACE_SECS, Identity, stop_tree, verdict
 from .store import Step, text
@@ -56,7 +57,11 @@ def recover(call: Call) -> Step[Recovered]:
     for agent_id, name, _, instance, process in _evidence(found):
         if process.pid and verdict(process) == 'dead':
             stop_tree(None, instance)  # what it left behind
-            yield call.store.depart(agent_id, instance, 'Error', 'its process died', 'backlog')
+            yield from reports.deliver_all(call.store, call.town.root, agent_id)
+            try:
+                yield call.store.depart(agent_id, instance, 'Error', 'its process died', 'backlog')
+            except (Conflict, NotFound):
+                continue  # someone else was faster
             recovered.append(name)
     return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}
 

@@ -16,15 +16,16 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from .config import Config
+from .config import Config, write_atomically
 from .errors import TownError, UsageError
-from .processes import start_detached
-from .wire import Wire, pack, parse_address
+from .processes import identify, reap, start_detached, start_time, verdict
+from .wire import RedisError, Wire, pack, parse_address
 
 OLDEST: Final = (7, 0)
 START_SECS: Final = 10.0
+STOP_SECS: Final = 30.0
 _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 103 on macOS
 
 
@@ -46,10 +47,9 @@ def socket_path(root: Path) -> Path:
         with _Lock(root):
             if not note.exists():
                 directory = tempfile.mkdtemp(prefix='tinytown-', dir='/tmp')  # 0700, and ours
-                note.write_text(f'{directory}/redis.sock')
+                write_atomically(note, f'{directory}/redis.sock\n', 0o600)
     short = Path(note.read_text().strip())
-    if not short.parent.is_dir():
-        short.parent.mkdir(mode=0o700)
+    short.parent.mkdir(mode=0o700, exist_ok=True)
     if short.parent.stat().st_uid != os.getuid():
         raise UsageError(f'{short.parent} belongs to someone else; remove {note} and start again')
     return short
@@ -88,13 +88,17 @@ def stop(root: Path, config: Config) -> bool:
         pid = int(re.search(rb'process_id:(\d+)', wire.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]
     except TownError:
         return False
+    server = identify(pid)
     try:
-        wire.request(pack(['SHUTDOWN']), 30)
+        said = wire.request(pack(['SHUTDOWN']), STOP_SECS)
     except TownError:
-        pass  # it closes the connection when it goes
-    deadline = time.monotonic() + 30
-    while Path(f'/proc/{pid}').exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        said = 'nothing'  # it closes the connection when it goes
+    deadline = time.monotonic() + STOP_SECS
+    while verdict(server) == 'alive':
+        if isinstance(said, RedisError) or time.monotonic() > deadline:
+            raise TownError(f'Redis (process {pid}) did not end and said: {said}; see {_log(root)}')
+        reap()
+        time.sleep(0.01)
     return True
 
 
@@ -114,30 +118,43 @@ class _Lock:
 
 def _answers(where: dict[str, Any]) -> bool:
     """Whether a server is there. One that is still loading its data is waited for."""
+    if not _listens(Path(where['path'])):
+        return False
     deadline = time.monotonic() + START_SECS
-    while True:
+    while time.monotonic() < deadline:
         try:
             wire = Wire(where)
-        except TownError:
-            return False
-        try:
-            if wire.request(pack(['PING'])) == b'PONG':
-                return True
+            said = wire.request(pack(['PING']))
         except TownError:
             return True  # it is there, and slow or stopped: no second server on the same files
-        finally:
-            wire.close()
-        if time.monotonic() > deadline:
-            return True
+        wire.close()
+        if said == b'PONG':
+            break
         time.sleep(0.05)
+    return True
+
+
+def _listens(path: Path) -> bool:
+    """Whether a process listens on a socket, though it may be too busy to take a connection."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:
+            return True
+        return True
+
+
+def _log(root: Path) -> Path:
+    return root / '.tt' / 'redis.log'
 
 
 def _start(root: Path, config: Config, where: dict[str, Any]) -> None:
     server = find_server()
     directory = root / '.tt'
     sock = Path(where['path'])
-    sock.unlink(missing_ok=True)
-    log = directory / 'logs' / 'redis.log'
     options = {
         'port': '0',
         'unixsocket': str(sock),
@@ -152,15 +169,24 @@ def _start(root: Path, config: Config, where: dict[str, Any]) -> None:
         'loglevel': 'notice',
         'aof-use-rdb-preamble': 'yes',
         'protected-mode': 'yes',
+        'set-proc-title': 'no',  # a title is written over the environment, and so over the mark of its tree
     }
     argv = [str(server)]
     for name, value in options.items():
         argv += [f'--{name}', value]
+    log = _log(root)
     began = log.stat().st_size if log.exists() else 0
-    start_detached(argv, directory, {'PATH': os.environ.get('PATH', '/usr/bin:/bin'), 'LANG': 'C'}, log)
+    with open(directory / 'redis' / 'server.lock', 'a+', encoding='utf-8') as lock:
+        _claim(lock, sock)
+        sock.unlink(missing_ok=True)
+        env = {'PATH': os.environ.get('PATH', os.defpath), 'LANG': 'C'}
+        pid = start_detached(argv, directory, env, log, [lock.fileno()])
+        lock.truncate(0)
+        lock.write(str(pid))
     deadline = time.monotonic() + START_SECS
-    while not _connects(sock):
-        if time.monotonic() > deadline:
+    while not _listens(sock):
+        if time.monotonic() > deadline or not start_time(pid):
+            reap()
             with open(log, 'rb') as text:
                 text.seek(began)
                 said = text.read().decode('utf-8', 'replace').strip().splitlines()
@@ -169,13 +195,23 @@ def _start(root: Path, config: Config, where: dict[str, Any]) -> None:
     _answers(where)
 
 
-def _connects(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
+def _claim(lock: TextIO, sock: Path) -> None:
+    """Takes the lock that a server holds for as long as it lives, whatever became of its socket.
+
+    Two servers on the same files would spoil them. Raises UsageError while one lives.
+    """
+    deadline = time.monotonic() + START_SECS
+    while True:
         try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                pid = lock.read()
+                raise UsageError(
+                    f"The town's Redis runs (process {pid}) and can't be reached on {sock}; end it:  kill {pid}"
+                ) from None
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------- which server
@@ -190,14 +226,15 @@ def find_server() -> Path:
     if named:
         if not (found := shutil.which(named)):
             raise UsageError(f'TINYTOWN_REDIS_SERVER: {named} is not a program that can be run')
+        if why := _too_old(found):
+            raise UsageError(f'TINYTOWN_REDIS_SERVER: {why}; 7.0 or newer is needed')
         return Path(found)
     rejected = []
     for name in ('valkey-server', 'redis-server'):
         if found := shutil.which(name):
-            version = _version(found)
-            if version >= OLDEST:
+            if not (why := _too_old(found)):
                 return Path(found)
-            rejected.append(f'{found} is {".".join(map(str, version)) or "of an unknown version"}')
+            rejected.append(why)
     if bundled := _bundled():
         return bundled
     why = f' ({"; ".join(rejected)}; 7.0 or newer is needed)' if rejected else ''
@@ -215,7 +252,15 @@ def _bundled() -> Path | None:
     return next((place for place in places if os.access(place, os.X_OK)), None)
 
 
-def _version(server: str) -> tuple[int, ...]:
-    said = subprocess.run([server, '--version'], capture_output=True, text=True, check=False).stdout
+def _too_old(server: str) -> str:
+    """What is wrong with the version of a server; '' if nothing is."""
+    try:
+        said = subprocess.run(
+            [server, '--version'], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=10
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"{server} can't be run: {e}"
     match = re.search(r'v=(\d+)\.(\d+)', said)
-    return (int(match[1]), int(match[2])) if match else ()
+    if match is None:
+        return f'{server} is of an unknown version'
+    return '' if (int(match[1]), int(match[2])) >= OLDEST else f'{server} is {match[1]}.{match[2]}'

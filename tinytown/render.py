@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
+
+from .model import CONDUCTOR_ID
 
 Answer = dict[str, Any]
 
@@ -14,26 +17,48 @@ _COLOURS: Final = {
     'completed': 32, 'running': 36, 'assigned': 36, 'failed': 31, 'cancelled': 2, 'pending': 33,
 }  # fmt: skip
 _ANSI: Final = re.compile(r'\x1b\[[0-9]*m')
-_CONTROLS: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f]')
+# Controls but tab and newline, marks that turn the direction of text around, lone surrogates.
+_STEERING: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+_MOST: Final = 72  # columns of a cell
 
 
 def render(operation: str, answer: Answer, colour: bool) -> str:
     """The text for an operation's answer; colour marks states."""
-    text = _RENDERERS.get(operation, _fields)(answer)
+    text = _RENDERERS.get(operation, _fields)(_cleaned(answer))
+    if answer.get('next_cursor'):
+        text += f'\n\nThere is more; add  --cursor {clean(answer["next_cursor"])}'
     return text if colour else _ANSI.sub('', text)
 
 
 def clean(text: str) -> str:
     """A text from elsewhere, without what would steer a terminal."""
-    return _CONTROLS.sub('\ufffd', text)
+    return _STEERING.sub('\ufffd', text)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> str:
-    """Rows under a head, columns aligned; `empty` if there are none."""
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(each) for each in value]
+    return {name: _cleaned(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def as_json(answer: Any, ascii_only: bool) -> str:
+    """An answer as JSON on one line; what would steer a terminal is escaped."""
+    text = json.dumps(answer, ensure_ascii=ascii_only)
+    return _STEERING.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
+
+
+def counted(number: int, noun: str) -> str:
+    """As `1 task`, `2 tasks`."""
+    return f'{number} {noun}' + ('' if number == 1 else 's')
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str, whole: bool = False) -> str:
+    """Rows under a head, columns aligned; `empty` if there are none. Long cells are cut, if not wanted `whole`."""
     if not rows:
         return empty
-    cells = [[_one_line(cell) for cell in row] for row in rows]
-    lines = [list(head), *cells]
+    lines = [list(head), *([_one_line(cell, whole) for cell in row] for row in rows)]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(head))]
     return '\n'.join(
         '  '.join(cell + ' ' * (widths[i] - _width(cell)) for i, cell in enumerate(line)).rstrip() for line in lines
@@ -41,22 +66,38 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> str
 
 
 def _width(text: str) -> int:
-    return len(_ANSI.sub('', text))
+    """How many columns of a terminal a text takes."""
+    text = _ANSI.sub('', text)
+    return len(text) if text.isascii() else sum(map(_columns, text))
 
 
-def _one_line(text: str, most: int = 72) -> str:
+def _columns(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ('Mn', 'Me', 'Cf'):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in 'WF' else 1
+
+
+def _one_line(text: str, whole: bool = False) -> str:
     line = ' '.join(text.split())
-    return line if _width(line) <= most else line[: most - 1] + '…'
+    if whole or _width(line) <= _MOST:
+        return line
+    line = line[:_MOST]
+    while _width(line) >= _MOST:
+        line = line[:-1]
+    return line + '…'
 
 
-def state(name: str) -> str:
+def _state(name: str) -> str:
     code = _COLOURS.get(name)
     return f'\x1b[{code}m{name}\x1b[0m' if code else name
 
 
 def _fields(answer: Answer) -> str:
     width = max((len(name) for name in answer), default=0)
-    return '\n'.join(f'{name.ljust(width)}  {_value(name, value)}' for name, value in answer.items())
+    indent = '\n' + ' ' * (width + 2)
+    return '\n'.join(
+        f'{name.ljust(width)}  {_value(name, value)}'.replace('\n', indent).rstrip() for name, value in answer.items()
+    )
 
 
 def _value(name: str, value: Any) -> str:
@@ -65,9 +106,9 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, str):
-        return state(value) if name == 'state' else clean(value)
+        return _state(value) if name == 'state' else value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return ', '.join(map(clean, value)) or '-'
+        return ', '.join(value) or '-'
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
@@ -75,13 +116,13 @@ def _agents(answer: Answer) -> str:
     rows = [
         [
             agent['name'],
-            state(agent['state']),
+            _state(agent['state']),
             agent['cli'],
             agent['role_id'] or '-',
             str(agent['rounds_completed']),
             str(agent['tasks_completed']),
-            f'{agent["inbox_len"]}' + (f' +{agent["urgent_len"]} urgent' if agent['urgent_len'] else ''),
-            clean(agent['current_scope'] or '-'),
+            str(agent['inbox_len']) + (f' +{agent["urgent_len"]} urgent' if agent['urgent_len'] else ''),
+            agent['current_scope'] or '-',
         ]
         for agent in answer['agents']
     ]
@@ -90,12 +131,11 @@ def _agents(answer: Answer) -> str:
 
 
 def _status(answer: Answer) -> str:
-    parts = [f'{clean(answer["name"])}  {clean(answer["root"])}  {answer["redis_url"]}', _agents(answer)]
+    parts = [f'{answer["name"]}  {answer["root"]}  {answer["redis_url"]}', _agents(answer)]
     if 'tasks' in answer:
-        counts = ', '.join(f'{count} {name}' for name, count in answer['tasks'].items())
-        parts.append(f'Tasks: {counts}')
+        parts.append('Tasks: ' + ', '.join(f'{count} {name}' for name, count in answer['tasks'].items()))
         events = [
-            [e['at'], e['type'], e.get('agent_name', '-'), e.get('task_id', '-')] for e in answer['recent_events']
+            [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-'] for e in answer['recent_events']
         ]
         parts.append(table(('AT', 'EVENT', 'AGENT', 'TASK'), events, 'No events.'))
     return '\n\n'.join(parts)
@@ -103,74 +143,89 @@ def _status(answer: Answer) -> str:
 
 def _tasks(answer: Answer) -> str:
     rows = [
-        [t['task_id'], state(t['state']), t['agent_name'] or '-', str(t['attempt']), clean(t['description'])]
+        [t['task_id'], _state(t['state']), t['agent_name'] or '-', str(t['attempt']), t['description']]
         for t in answer['tasks']
     ]
     return table(('TASK', 'STATE', 'AGENT', 'ATTEMPT', 'DESCRIPTION'), rows, 'No tasks.')
 
 
 def _pending(answer: Answer) -> str:
-    rows = [[t['task_id'], t['agent_name'], clean(t['description'])] for t in answer['tasks']]
+    rows = [[t['task_id'], t['agent_name'], t['description']] for t in answer['tasks']]
     return table(('TASK', 'AGENT', 'DESCRIPTION'), rows, 'No task waits in an inbox.')
 
 
 def _backlog(answer: Answer) -> str:
-    rows = [[t['task_id'], ','.join(map(clean, t['tags'])) or '-', clean(t['description'])] for t in answer['backlog']]
+    rows = [[t['task_id'], ', '.join(t['tags']) or '-', t['description']] for t in answer['backlog']]
     return table(('TASK', 'TAGS', 'DESCRIPTION'), rows, 'The backlog is empty.')
 
 
 def _inbox(answer: Answer) -> str:
-    said = f'{answer["agent"]}: {answer["total"]} messages, {answer["urgent"]} urgent'
-    rows = [[m['id'], m['type'], clean(m['summary'])] for m in answer['messages']]
-    return f'{said}\n\n{table(("ID", "TYPE", "TEXT"), rows, "")}' if rows else said
+    said = f'{answer["agent"]}: {counted(answer["total"], "message")}, {answer["urgent"]} urgent'
+    rows = [[m['id'], _sender(m['from']), m['type'], m['summary']] for m in answer['messages']]
+    return f'{said}\n\n{table(("ID", "FROM", "TYPE", "TEXT"), rows, "", whole=True)}' if rows else said
+
+
+def _sender(agent_id: str) -> str:
+    """A sender, short: the start of an id is as good as the id to answer it."""
+    return 'conductor' if agent_id in (CONDUCTOR_ID, '') else agent_id[:8]
 
 
 def _orphans(answer: Answer) -> str:
     rows = [[o['task_id'], o['state'], o['assigned_to'], o['reason']] for o in answer['orphans']]
-    return table(('TASK', 'STATE', 'AGENT', 'REASON'), rows, 'No orphaned tasks.')
+    done = {'list': '', 'to_backlog': 'returned to the backlog', 'cancel': 'cancelled', 'delete': 'deleted'}
+    said = f'\n\n{counted(answer["count"], "task")} {how}.' if rows and (how := done.get(answer['action'])) else ''
+    return table(('TASK', 'STATE', 'AGENT', 'REASON'), rows, 'No orphaned tasks.') + said
+
+
+def _result(answer: Answer) -> str:
+    return _fields(answer['task']) if answer['task'] else f'{answer["agent"]} has finished no task yet.'
 
 
 def _said(template: str) -> Callable[[Answer], str]:
     """A renderer that fills an answer into a sentence."""
-    return lambda answer: template.format(**{name: _value('', value) for name, value in answer.items()})
+    return lambda answer: template.format(**{name: _value(name, value) for name, value in answer.items()})
 
 
-def _finished(answer: Answer) -> str:
-    return f'Task {answer["task_id"]} is {state(answer["state"])}.'
+def _counts(template: str, **nouns: str) -> Callable[[Answer], str]:
+    """A renderer that fills counts into a sentence, each with its noun; the names of agents come after it."""
 
+    def fill(answer: Answer) -> str:
+        said = template.format(**answer | {name: counted(answer[name], noun) for name, noun in nouns.items()})
+        names = answer.get('agents')
+        return f'{said}: {", ".join(names)}.' if isinstance(names, list) and names else f'{said}.'
 
-def _reclaimed(answer: Answer) -> str:
-    return f'{answer["reclaimed"]} tasks moved to {answer["destination"]}.'
+    return fill
 
 
 _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'town.get_status': _status,
-    'town.reset': _said('Removed {agents} agents and {tasks} tasks.'),
+    'town.reset': _counts('Removed {agents} and {tasks}', agents='agent', tasks='task'),
     'agent.list': _agents,
     'agent.spawn': _said('{name} runs {cli} ({agent_id}).'),
+    'agent.get_result': _result,
     'agent.kill': _said('{agent} is {status}.'),
     'agent.restart': _said('{agent} is {status}.'),
     'agent.interrupt': _said('{agent} is {status}.'),
     'agent.resume': _said('{agent} is {status}.'),
     'agent.close': _said('{agent} is {status}.'),
     'agent.wait': _said('{agent} is {state}.'),
-    'agent.prune': _said('Removed {removed} agents: {agents}.'),
+    'agent.prune': _counts('Removed {removed}', removed='agent'),
     'agent.inbox': _inbox,
-    'agent.ack': _said('{removed} messages cleared from the mailbox of {agent}.'),
+    'agent.ack': _counts('Cleared {removed} from the mailbox of {agent}', removed='message'),
     'task.assign': _said('Task {task_id} waits in the inbox of {agent_name}.'),
     'task.list_pending': _pending,
     'task.list': _tasks,
-    'task.complete': _finished,
-    'task.fail': _finished,
-    'task.cancel': _finished,
-    'task.retry': _finished,
+    'task.complete': _said('Task {task_id} is {state}.'),
+    'task.fail': _said('Task {task_id} is {state}.'),
+    'task.cancel': _said('Task {task_id} is {state}.'),
+    'task.retry': _said('Task {task_id} is {state}.'),
     'backlog.list': _backlog,
     'backlog.add': _said('Task {task_id} is in the backlog.'),
     'backlog.claim': _said('Task {task_id} waits in the inbox of {agent_name}.'),
-    'backlog.assign_all': _said('{assigned} tasks assigned.'),
+    'backlog.assign_all': _counts('Assigned {assigned}', assigned='task'),
     'backlog.remove': _said('Task {task_id} is removed.'),
     'message.send': _said('Message {message_id} sent to {to_agent}.'),
-    'recovery.recover_agents': _said('{checked} agents checked, {recovered} recovered: {agents}.'),
-    'recovery.reclaim_tasks': _reclaimed,
+    'recovery.recover_agents': _counts('Checked {checked}, recovered {recovered}', checked='agent'),
+    'recovery.reclaim_tasks': _counts('Moved {reclaimed} to {destination}', reclaimed='task'),
     'recovery.orphan_tasks': _orphans,
 }

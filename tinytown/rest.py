@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
+from .connection import Answer
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from .http1 import Request, Response
 from .model import ALL_SCOPES, READ, Principal
@@ -17,7 +19,6 @@ from .router import Router
 from .schema import Parameter
 from .store import Command
 from .town import Town
-from .web import Answer
 
 MOST_DEPTH: Final = 32
 _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')
@@ -94,7 +95,7 @@ class Rest:
         else:
             found |= {'redis_latency_ms': round((time.monotonic() - began) * 1000, 3), 'dispatcher': 'idle'}
         found |= {'town': self.town.name, 'durability': self._durability}
-        return Response(200 if found['status'] == 'ready' else 503, encode(found))
+        return _readiness(found['status'] == 'ready', encode(found))
 
     def _metrics(self, _request: Request) -> Generator[Command, Any, Response]:
         try:
@@ -107,7 +108,11 @@ class Rest:
             '# HELP tinytown_ready Whether Redis answers.\n# TYPE tinytown_ready gauge\n'
             f'tinytown_ready {ready}\n'
         )
-        return Response(200 if ready else 503, text.encode(), 'text/plain; version=0.0.4; charset=utf-8')
+        return _readiness(bool(ready), text.encode(), 'text/plain; version=0.0.4; charset=utf-8')
+
+
+def _readiness(ready: bool, body: bytes, content_type: str = 'application/json') -> Response:
+    return Response(200, body, content_type) if ready else Response(503, body, content_type, (('Retry-After', '1'),))
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -167,7 +172,7 @@ def read_body(request: Request) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """A JSON text, strictly: UTF-8 without BOM, no duplicate names, no NaN or infinite number, depth bounded.
+    """A JSON text, strictly: UTF-8 without BOM, no duplicate names, lone surrogates, NaN or infinities, depth bounded.
 
     Raises BadRequest.
     """
@@ -180,7 +185,12 @@ def parse_json(data: bytes) -> Any:
     if _depth(text) > MOST_DEPTH:
         raise BadRequest(f'the body is nested more than {MOST_DEPTH} deep', code='malformed-json')
     try:
-        return _decoder.decode(text)
+        value = _decoder.decode(text)
+        if '\\u' in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise BadRequest('the body holds half of a surrogate pair', code='malformed-json') from None
     except json.JSONDecodeError as e:
         raise BadRequest(
             f'the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})', code='malformed-json'
@@ -189,7 +199,7 @@ def parse_json(data: bytes) -> Any:
         raise BadRequest(f'the body is not JSON that can be taken: {e}', code='malformed-json') from None
 
 
-_BRACKETS: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.S)
+_BRACKETS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.S)
 
 
 def _depth(text: str) -> int:
@@ -210,14 +220,13 @@ def _depth(text: str) -> int:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f'{twice[:60]!r} stands twice in an object')
     return found
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20:
+    if len(digits.lstrip('-')) > 20:
         raise ValueError(f'{digits[:20]}… has too many digits')
     return int(digits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from .errors import MethodNotAllowed, NotFound
@@ -31,27 +32,27 @@ class Router(Generic[T]):
 
     def match(self, method: str, path: str) -> tuple[T, dict[str, str]]:
         """Raises NotFound, or MethodNotAllowed with the methods that there are."""
-        methods, values = self._find(path)
-        target = methods.get('GET' if method == 'HEAD' else method)
-        if target is None:
-            raise MethodNotAllowed(f'{path} takes {self.allowed(methods)}, not {method}', allow=self.allowed(methods))
-        return target, values
+        method_there = 'GET' if method == 'HEAD' else method
+        for methods, pattern, parts in self._find(path):
+            target = methods.get(method_there)
+            if target is not None:
+                return target, {p[1:-1]: part for p, part in zip(pattern, parts, strict=True) if p[:1] == '{'}
+        allowed = self.allow(path)
+        raise MethodNotAllowed(f'{path} takes {allowed}, not {method}', allow=allowed)
 
-    def _find(self, path: str) -> tuple[dict[str, T], dict[str, str]]:
+    def _find(self, path: str) -> Iterator[tuple[dict[str, T], list[str], list[str]]]:
+        """What fits a path, the exact route first: its targets by method, its segments and those of the path."""
         exact = self._exact.get(path)
         if exact is not None:
-            return exact, {}
+            yield exact, [], []
         parts = path.split('/')
         for pattern, methods in self._patterns.get(len(parts), ()):
             if all(p == part or (p[:1] == '{' and part) for p, part in zip(pattern, parts, strict=True)):
-                return methods, {p[1:-1]: part for p, part in zip(pattern, parts, strict=True) if p[:1] == '{'}
-        raise NotFound(f'{path[:200]} is not a path of this server', code='no-such-path')
-
-    @staticmethod
-    def allowed(methods: dict[str, T]) -> str:
-        names = set(methods) | {'OPTIONS'} | ({'HEAD'} if 'GET' in methods else set())
-        return ', '.join(sorted(names))
+                yield methods, pattern, parts
 
     def allow(self, path: str) -> str:
         """The methods of a path, for OPTIONS. Raises NotFound."""
-        return self.allowed(self._find(path)[0])
+        names = {method for methods, _, _ in self._find(path) for method in methods}
+        if not names:
+            raise NotFound(f'{path[:200]} is not a path of this server', code='no-such-path')
+        return ', '.join(sorted(names | {'OPTIONS'} | ({'HEAD'} if 'GET' in names else set())))

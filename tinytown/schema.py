@@ -1,14 +1,15 @@
 """From Python annotations to JSON Schema, and validation of arguments against them.
 
-A function's signature is its contract: `parameters` turns keyword-only parameters into `Parameter`s that know their
-JSON Schema (2020-12), check JSON values and read text from a query string or a command line. `json_schema` describes
-any annotation built of str, int, float, bool, None, Literal, list, dict, TypedDict, unions with None, and Annotated
-with `model.Field`.
+A function's signature is its contract: `signature` turns keyword-only parameters into `Parameter`s that know their
+JSON Schema (2020-12), check JSON values and read text from a query string or a command line; they are text, whole
+numbers, booleans, and lists of these. `json_schema` describes any annotation built of str, int, float, bool, None,
+Literal, list, dict, TypedDict, unions with None, and Annotated with `model.Field`.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 import typing
@@ -21,7 +22,8 @@ from .errors import Invalid
 from .model import Field
 
 _SCALARS: dict[Any, str] = {str: 'string', int: 'integer', float: 'number', bool: 'boolean', type(None): 'null'}
-_NOUNS = {'string': 'text', 'integer': 'a whole number', 'number': 'a number', 'boolean': 'true or false'}
+_NOUNS = {'string': 'text', 'integer': 'a whole number', 'boolean': 'true or false', 'array': 'a list'}
+_MOST_ERRORS = 20  # of one request
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def _object(annotation: Any) -> dict[str, Any]:
     return {
         'type': 'object',
         'properties': {name: json_schema(hint) for name, hint in hints.items()},
-        'required': sorted(annotation.__required_keys__),
+        # not __required_keys__: it can't see NotRequired where annotations are kept as text
+        'required': [name for name, hint in hints.items() if get_origin(hint) is not NotRequired],
     }
 
 
@@ -92,7 +95,6 @@ class Parameter:
     keyword: str  # what the function calls it: `from_` where callers say `from`
     schema: dict[str, Any]
     required: bool
-    default: Any
     hint: str
     _pattern: re.Pattern[str] | None
     _item: Parameter | None
@@ -102,7 +104,7 @@ class Parameter:
         kind = self.schema['type']
         wrong = _TYPE_CHECKS[kind](value)
         if wrong:
-            return _complain(errors, pointer, f'{_show(value)} is not {_NOUNS.get(kind, f"an {kind}")}')
+            return _complain(errors, pointer, f'{_show(value)} is not {_NOUNS[kind]}')
         if kind == 'array':
             return self._check_items(value, pointer, errors)
         return value if not (text := self._violation(value)) else _complain(errors, pointer, text)
@@ -157,7 +159,8 @@ def _complain(errors: list[dict[str, str]], pointer: str, detail: str) -> None:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    """A value as a person wrote it, cut short; what can't be printed is escaped."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:79] + '…'
 
 
@@ -167,18 +170,19 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
         annotation = next(arg for arg in args if arg is not type(None))
         origin, args = get_origin(annotation), get_args(annotation)
     schema = json_schema(annotation)
+    if schema.get('type') not in _TYPE_CHECKS:
+        raise TypeError(f'{name}: {annotation!r} can not be an argument')
     field = args[1] if origin is Annotated else None
     base = args[0] if origin is Annotated else annotation
     item = _parameter(name, get_args(base)[0], inspect.Parameter.empty) if get_origin(base) is list else None
     required = default is inspect.Parameter.empty
-    if not required and default is not None and default != []:
+    if not required and default not in (None, '', []):
         schema = schema | {'default': default}
     return Parameter(
         name=name.rstrip('_'),
         keyword=name,
         schema=schema,
         required=required,
-        default=None if required else default,
         hint=field.hint if field else '',
         _pattern=re.compile(field.pattern) if field and field.pattern else None,
         _item=item,
@@ -202,6 +206,8 @@ def validate(parameters: dict[str, Parameter], arguments: dict[str, Any]) -> dic
     errors: list[dict[str, str]] = []
     checked: dict[str, Any] = {}
     for name, value in arguments.items():
+        if len(errors) >= _MOST_ERRORS:
+            break
         parameter = parameters.get(name)
         if parameter is None:
             known = ', '.join(parameters) or 'none'
@@ -221,7 +227,7 @@ def validate(parameters: dict[str, Parameter], arguments: dict[str, Any]) -> dic
 
 
 def _pointer(name: str) -> str:
-    return '/' + name.replace('~', '~0').replace('/', '~1')
+    return '/' + name[:80].replace('~', '~0').replace('/', '~1')
 
 
 def input_schema(parameters: dict[str, Parameter]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ local A = {unpack(ARGV, 5)}
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local NOW = string.format('%.0f', now)
+local BIRTH = string.format('%.0f', clock[1] * 1000000 + clock[2]) -- in microseconds: of two births one is first
 
 local function refuse(code, ...) return {0, code, ...} end
 
@@ -97,8 +98,8 @@ end
 -- Sets fields of an agent and keeps the set of live agents and the rendered tail in step with them.
 local function set_agent(id, ...)
   redis.call('HSET', P .. 'agent:' .. id, ...)
-  local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
-  redis.call(LIVE[state] and 'SADD' or 'SREM', P .. 'live', id)
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'born')
+  if LIVE[v[1]] then redis.call('ZADD', P .. 'live', v[2], id) else redis.call('ZREM', P .. 'live', id) end
   render_agent(id)
 end
 
@@ -116,7 +117,7 @@ local function render_task(id)
   redis.call('HSET', key, 'm', table.concat({
     ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
     ',"attempt":', v[4], ',"result":', v[5], ',"error":', v[6], ',"dead_letter":', v[7] == '1' and 'true' or 'false',
-    ',"created_at":', json_time(v[8]), ',"started_at":', json_time(v[9]), ',"ended_at":', json_time(v[10]), '}'}))
+    ',"created_at":', json_time(math.floor(v[8] / 1000)), ',"started_at":', json_time(v[9]), ',"ended_at":', json_time(v[10]), '}'}))
 end
 
 local function task_json(id)
@@ -151,9 +152,9 @@ end
 local function new_task(id, head, brief, tags, from, max)
   redis.call('HSET', P .. 'task:' .. id, 'j', head, 'brief', brief, 'tags', tags, 'from', from, 'state', 'pending',
     'agent', '', 'name', '', 'entry', '', 'attempt', '0', 'max', max, 'tries', max, 'result', 'null', 'error', 'null',
-    'dead', '0', 'born', NOW, 'started', '', 'ended', '')
-  redis.call('ZADD', P .. 'tasks', NOW, id)
-  redis.call('ZADD', P .. 'tasks:pending', NOW, id)
+    'dead', '0', 'born', BIRTH, 'started', '', 'ended', '')
+  redis.call('ZADD', P .. 'tasks', BIRTH, id)
+  redis.call('ZADD', P .. 'tasks:pending', BIRTH, id)
   render_task(id)
   event('task.created', id)
 end
@@ -205,7 +206,18 @@ local function delete_task(id)
   redis.call('DEL', P .. 'task:' .. id, P .. 'task:' .. id .. ':log')
 end
 
--- Moves what waits in one lane of an inbox to another agent's. Returns how many.
+-- The tasks that wait in an agent's inbox, oldest first. An entry that stands for no such task is dropped.
+local function queued_tasks(agent, limit)
+  local stream, tasks = P .. 'inbox:' .. agent .. ':t', {}
+  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+', 'COUNT', limit)) do
+    local id = entry[2][2]
+    local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'entry')
+    if v[1] == agent and v[2] == entry[1] then tasks[#tasks + 1] = id else redis.call('XDEL', stream, entry[1]) end
+  end
+  return tasks
+end
+
+-- Moves the messages that wait longest in one lane of an inbox to another mailbox. Returns how many.
 local function move_messages(from, to, lane, limit)
   local moved = redis.call('XRANGE', P .. 'inbox:' .. from .. ':' .. lane, '-', '+', 'COUNT', limit)
   for _, entry in ipairs(moved) do
@@ -268,12 +280,12 @@ return {1, owner}
 -- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
 local id, name, head, max, cli, rounds, instance = unpack(A)
 if redis.call('HEXISTS', P .. 'names', string.lower(name)) == 1 then return refuse('name-taken', name) end
-if redis.call('SCARD', P .. 'live') >= tonumber(max) then return refuse('max-agents', max) end
+if redis.call('ZCARD', P .. 'live') >= tonumber(max) then return refuse('max-agents', max) end
 redis.call('HSET', P .. 'names', string.lower(name), id)
 redis.call('ZADD', P .. 'ids', 0, id)
-redis.call('ZADD', P .. 'agents', NOW, id)
+redis.call('ZADD', P .. 'agents', BIRTH, id)
 redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
-  'done', '0', 'restarts', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', NOW)
+  'done', '0', 'restarts', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
 set_agent(id, 'state', 'Starting')
 event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
 return {1, id}
@@ -284,7 +296,7 @@ local id, name = resolve(A[1])
 if not id then return name end
 local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
 if LIVE[state] then return refuse('agent-live', name, state) end
-if redis.call('SCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
+if redis.call('ZCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
 redis.call('HINCRBY', P .. 'agent:' .. id, 'restarts', 1)
 set_agent(id, 'state', 'Starting', 'instance', A[3])
 event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
@@ -310,9 +322,10 @@ return {1, v[1], v[2], v[3], v[4], v[5]}
 -- What an agent does next. A: agent id, instance, lease in ms, most messages.
 -- Taking a task counts its attempt and starts its lease; asking again while this instance holds one gives the same
 -- attempt (the reply may have been lost). Every entry that is looked at is started or dropped, so the caller always
--- makes progress. Information and confirmations alone start no round: they wait for the next one.
+-- makes progress. Information and confirmations alone start no round: they wait for the next one, unless there are so
+-- many that they would hide what comes after them.
 -- Returns {1, 'rest', state, last urgent and normal entry seen}, or {1, 'work', task or false, messages, backlog}:
--- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest.
+-- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest, in brief.
 local id, instance, lease, most = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
@@ -325,7 +338,7 @@ if running then
   local t = redis.call('HMGET', P .. 'task:' .. running, 'attempt', 'j', 'tags')
   task = {running, tonumber(t[1]), t[2], t[3]}
 else
-  while true do
+  for _ = 1, 200 do
     local entry = redis.call('XRANGE', P .. 'inbox:' .. id .. ':t', '-', '+', 'COUNT', 1)[1]
     if not entry then break end
     local tid = entry[2][2]
@@ -360,8 +373,8 @@ local state = v[2] == 'Idle' and 'Working' or v[2]
 set_agent(id, 'state', state, 'task', task and task[1] or '', 'beat', NOW)
 local backlog = {}
 for _, tid in ipairs(redis.call('ZRANGE', P .. 'tasks:pending', 0, 49)) do
-  local t = redis.call('HMGET', P .. 'task:' .. tid, 'j', 'tags')
-  backlog[#backlog + 1] = t[1] .. ',"tags":' .. t[2] .. '}'
+  local t = redis.call('HMGET', P .. 'task:' .. tid, 'brief', 'tags')
+  backlog[#backlog + 1] = '{"task_id":"' .. tid .. '","description":' .. t[1] .. ',"tags":' .. t[2] .. '}'
 end
 return {1, 'work', task, messages, '[' .. table.concat(backlog, ',') .. ']'}
 
@@ -395,13 +408,13 @@ local v = redis.call('HMGET', key, 'state', 'attempt', 'agent', 'name')
 if not v[1] then return refuse('task-not-found', id) end
 if attempt ~= '' and attempt ~= v[2] then return refuse('stale-attempt', id, attempt, v[2]) end
 if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then
-  if attempt ~= '' and v[1] ~= 'cancelled' then return {1, 'already', v[1]} end
+  if attempt ~= '' and v[1] == outcome then return {1, 'already', outcome} end
   return refuse('task-finished', id, v[1])
 end
 if attempt ~= '' and v[1] ~= 'running' then return refuse('stale-attempt', id, attempt, v[2]) end
 detach_task(id)
 set_task(id, 'state', outcome, 'result', result, 'error', err, 'ended', NOW, 'entry', '')
-if v[3] ~= '' then
+if redis.call('EXISTS', P .. 'agent:' .. v[3]) == 1 then
   redis.call('HSET', P .. 'agent:' .. v[3], 'last', id)
   if outcome == 'completed' then
     redis.call('HINCRBY', P .. 'agent:' .. v[3], 'done', 1)
@@ -458,7 +471,7 @@ for i = 4, #A do legal = legal or A[i] == state end
 if not legal then return refuse('bad-transition', name, state, A[2]) end
 if target == 'Idle' and redis.call('SCARD', key .. ':running') > 0 then target = 'Working' end
 set_agent(id, 'state', target)
-redis.call('XADD', P .. 'inbox:' .. id .. ':c', '*', 'v', A[2])
+redis.call('XADD', P .. 'inbox:' .. id .. ':c', 'MAXLEN', 1, '*', 'v', A[2])
 event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
 return {1, name, target}
 
@@ -471,18 +484,17 @@ local v = redis.call('HMGET', key, 'name', 'state')
 if not v[1] then return refuse('agent-not-found', id) end
 if LIVE[v[2]] then return refuse('agent-live', v[1], v[2]) end
 for _, task in ipairs(redis.call('SMEMBERS', key .. ':running')) do task_to_backlog(task, 'its agent was removed') end
-for _, entry in ipairs(redis.call('XRANGE', P .. 'inbox:' .. id .. ':t', '-', '+')) do
-  task_to_backlog(entry[2][2], 'its agent was removed')
+local inbox = P .. 'inbox:' .. id
+for _, task in ipairs(queued_tasks(id, redis.call('XLEN', inbox .. ':t') + 1)) do
+  task_to_backlog(task, 'its agent was removed')
 end
 for _, lane in ipairs({'u', 'n'}) do
-  move_messages(id, CONDUCTOR, lane, 100000)
+  while move_messages(id, CONDUCTOR, lane, 100) > 0 do end
 end
-local inbox = P .. 'inbox:' .. id
 redis.call('DEL', key, key .. ':running', inbox .. ':u', inbox .. ':n', inbox .. ':t', inbox .. ':c')
 redis.call('HDEL', P .. 'names', string.lower(v[1]))
 redis.call('ZREM', P .. 'ids', id)
 redis.call('ZREM', P .. 'agents', id)
-redis.call('SREM', P .. 'live', id)
 event('agent.removed', nil, 'agent_id', id, 'agent_name', v[1])
 return {1, v[1]}
 
@@ -571,13 +583,26 @@ return {1, A[4], name}
 -- Returns {1, agent name, removed}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
-local removed = 0
-local wanted = {}
-for i = 2, #A do wanted[A[i]] = true end
-for _, lane in ipairs({'u', 'n'}) do
-  local stream = P .. 'inbox:' .. id .. ':' .. lane
-  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+', 'COUNT', 10000)) do
-    if #A == 1 or wanted[cjson.decode(entry[2][2]).id] then removed = removed + redis.call('XDEL', stream, entry[1]) end
+local lanes = {P .. 'inbox:' .. id .. ':u', P .. 'inbox:' .. id .. ':n'}
+if #A == 1 then
+  return {1, name, redis.call('XTRIM', lanes[1], 'MAXLEN', 0) + redis.call('XTRIM', lanes[2], 'MAXLEN', 0)}
+end
+local wanted, left, removed = {}, 0, 0
+for i = 2, #A do
+  if not wanted[A[i]] then left = left + 1 end
+  wanted[A[i]] = true
+end
+for _, stream in ipairs(lanes) do
+  local from = '-'
+  while from and left > 0 do
+    local found = redis.call('XRANGE', stream, from, '+', 'COUNT', 50)
+    for _, entry in ipairs(found) do
+      if wanted[string.match(entry[2][2], '^{"id":"([^"]*)"')] then
+        removed = removed + redis.call('XDEL', stream, entry[1])
+        left = left - 1
+      end
+    end
+    from = found[50] and '(' .. found[50][1]
   end
 end
 return {1, name, removed}
@@ -590,21 +615,32 @@ if not id then return name end
 local inbox = P .. 'inbox:' .. id .. ':'
 local limit = tonumber(A[2])
 local lane, after = string.match(A[3], '^([unt])%-(%d+%-%d+)$')
-local out, bytes, following, seen, last = {}, 0, '', not lane, ''
+local out, bytes, following, last = {}, 0, '', A[3]
+local function show(each, entry)
+  if #out >= limit or bytes > 1048576 then
+    following = last
+    return
+  end
+  local item = entry[2][2]
+  if each == 't' then
+    local t = redis.call('HMGET', P .. 'task:' .. item, 'from', 'brief')
+    if not t[1] then return end
+    item = '{"id":"' .. item .. '","from":"' .. t[1] .. '","type":"task_assign","summary":' .. t[2] .. '}'
+  end
+  out[#out + 1] = item
+  bytes = bytes + #item
+  last = each .. '-' .. entry[1]
+end
 for _, each in ipairs({'u', 'n', 't'}) do
-  if each == lane then seen = true end
-  if seen and following == '' then
-    local from = each == lane and '(' .. after or '-'
-    for _, entry in ipairs(redis.call('XRANGE', inbox .. each, from, '+', 'COUNT', limit - #out + 1)) do
-      if #out >= limit or bytes > 1048576 then following = last; break end
-      local item = entry[2][2]
-      if each == 't' then
-        local t = redis.call('HMGET', P .. 'task:' .. item, 'from', 'brief')
-        item = '{"id":"' .. item .. '","from":"' .. t[1] .. '","type":"task_assign","summary":' .. t[2] .. '}'
+  if not lane or each == lane then
+    local from = lane and '(' .. after or '-'
+    lane = nil
+    while from and following == '' do
+      local found = redis.call('XRANGE', inbox .. each, from, '+', 'COUNT', 50)
+      for _, entry in ipairs(found) do
+        if following == '' then show(each, entry) end
       end
-      out[#out + 1] = item
-      bytes = bytes + #item
-      last = each .. '-' .. entry[1]
+      from = found[50] and '(' .. found[50][1]
     end
   end
 end
@@ -616,15 +652,8 @@ return {1, name, redis.call('XLEN', inbox .. 'n') + redis.call('XLEN', inbox .. 
 return page(P .. 'agents', A[2], A[1], false, agent_json)
 
 -- @script agents_open oom
--- The live agents (few: max_agents bounds them), by birth. Returns {1, count, '', joined}.
-local live = {}
-for _, id in ipairs(redis.call('SMEMBERS', P .. 'live')) do
-  live[#live + 1] = {tonumber(redis.call('HGET', P .. 'agent:' .. id, 'born')), id}
-end
-table.sort(live, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
-local out = {}
-for i, each in ipairs(live) do out[i] = agent_json(each[2]) end
-return {1, #out, '', table.concat(out, ',')}
+-- A page of the live agents, by birth. A: most, cursor.
+return page(P .. 'live', A[2], A[1], false, agent_json)
 
 -- @script agent oom
 -- One agent. A: agent. Returns {1, id, name, json, state, instance, host, boot id, pid, process start}.
@@ -713,10 +742,10 @@ if A[2] ~= '' then
   to, name = resolve_accepting(A[2])
   if not to then return name end
 end
-local tasks = redis.call('XRANGE', P .. 'inbox:' .. A[1] .. ':t', '-', '+', 'COUNT', A[3])
-for _, entry in ipairs(tasks) do
-  task_to_backlog(entry[2][2], 'reclaimed from ' .. v[1] .. ', which is ' .. v[2])
-  if to then queue_task(entry[2][2], to, name) end
+local tasks = queued_tasks(A[1], A[3])
+for _, task in ipairs(tasks) do
+  task_to_backlog(task, 'reclaimed from ' .. v[1] .. ', which is ' .. v[2])
+  if to then queue_task(task, to, name) end
 end
 local messages = 0
 if to then
@@ -727,13 +756,14 @@ return {1, #tasks, messages}
 -- @script orphans
 -- Unfinished tasks whose agent is gone or does not run. A: action (list, to_backlog, cancel, delete), most.
 -- Returns {1, {{task, agent id, state, reason}, …}}.
-local action, most, out = A[1], tonumber(A[2]), {}
+local action, most, out, states = A[1], tonumber(A[2]), {}, {}
 for _, state in ipairs({'assigned', 'running'}) do
   for _, id in ipairs(redis.call('ZRANGE', P .. 'tasks:' .. state, 0, -1)) do
     if #out >= most then break end
     local agent = redis.call('HGET', P .. 'task:' .. id, 'agent')
-    local its = redis.call('HGET', P .. 'agent:' .. agent, 'state')
-    if not its or not LIVE[its] then
+    if states[agent] == nil then states[agent] = redis.call('HGET', P .. 'agent:' .. agent, 'state') end
+    local its = states[agent]
+    if not LIVE[its] then
       out[#out + 1] = {id, agent, state, its and 'agent_terminal' or 'agent_missing'}
     end
   end
@@ -761,7 +791,8 @@ return {1, #ids, redis.call('ZCARD', P .. 'tasks')}
 -- @script purge_rest oom
 -- Deletes what a town without agents and tasks still holds: the conductor's mailbox, events, totals. Returns {1}.
 local inbox = P .. 'inbox:' .. CONDUCTOR
-redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'events', P .. 'totals')
+redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'totals')
+redis.call('XTRIM', P .. 'events', 'MAXLEN', 0) -- not deleted: its ids must go on rising
 event('town.reset', nil)
 return {1}
 
@@ -775,8 +806,8 @@ if not seen[1] then
   redis.call('EXPIRE', key, A[3])
   return {1, 'new'}
 end
-if seen[1] ~= A[2] then return refuse('idempotency-mismatch', string.match(A[1], '[^:]*:[^:]*:(.*)')) end
-if not seen[2] then return refuse('in-progress', string.match(A[1], '[^:]*:[^:]*:(.*)')) end
+if seen[1] ~= A[2] then return refuse('idempotency-mismatch', string.match(A[1], '[^ ]*$')) end
+if not seen[2] then return refuse('in-progress', string.match(A[1], '[^ ]*$')) end
 return {1, 'done', seen[2]}
 
 -- @script settle oom

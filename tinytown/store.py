@@ -6,7 +6,7 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     names                hash    lower-case name -> agent id; uniqueness is decided here
     ids                  zset    agent ids, all of score 0, for look-up by the start of an id
     agents               zset    agent ids by birth
-    live                 set     ids of the agents in a live state
+    live                 zset    those in a live state, by birth
     agent:<id>           hash    j m name state instance host boot pid start beat idle task last cli max_rounds rounds
                                  done restarts born; j is immutable JSON with its brace left open, m the rendered rest
     agent:<id>:running   set     tasks that its process has taken
@@ -21,10 +21,10 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     leases               zset    running tasks by the end of their lease, ms
     events               stream  j: one JSON object an event, its braces left off
     totals               hash    how many tasks ever ended, by outcome
-    idem:<key>           hash    f r: fingerprint and reply of a request with an idempotency key
+    idem:<p> <op> <key>  hash    f r: fingerprint and reply of a principal's request with an idempotency key
 
-Times are Redis' own, in ms. A verb gives a `Command`; who runs it (`Store.run` at once, the event loop in batches) is
-not its concern. A function of a concern is a `Step`: it yields commands and is sent their replies.
+Times are Redis' own, in ms; births in µs. A verb gives a `Command`; who runs it (`Store.run` at once, the event loop
+in batches) is not its concern. A function of a concern is a `Step`: it yields commands and is sent their replies.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if ARGV[1] ~= '' then
   local seen = redis.call('HMGET', seen_key, 'f', 'r')
   if seen[1] then
     if seen[1] ~= ARGV[2] then
-      return refuse('idempotency-mismatch', string.match(ARGV[1], '[^:]*:[^:]*:(.*)'))
+      return refuse('idempotency-mismatch', string.match(ARGV[1], '[^ ]*$'))
     end
     return cjson.decode(seen[2])
   end
@@ -237,8 +237,8 @@ class Store:
     def agents(self, limit: int, cursor: str) -> Command:
         return self._script('agents', limit, cursor)
 
-    def agents_open(self) -> Command:
-        return self._script('agents_open')
+    def agents_open(self, limit: int = 500, cursor: str = '') -> Command:
+        return self._script('agents_open', limit, cursor)
 
     def agent_result(self, ref: str) -> Command:
         return self._script('agent_result', ref)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -32,6 +34,7 @@ class Town:
     def redis_url(self) -> str:
         """Where the state is, without a password."""
         url = self.config.redis.url or f'unix://{redis_server.socket_path(self.root)}'
+        url = re.sub(r'(password=)[^&#]*', r'\1***', url)
         parts = urlsplit(url)
         if parts.password is None:
             return url
@@ -80,10 +83,17 @@ def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
 
 
 def _identity(root: Path) -> str:
-    """The id of the town in `root`, made when it is opened for the first time."""
+    """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
     file = redis_server.private_directory(root) / 'town-id'
     if not file.exists():
-        configuration.write_atomically(file, new_id() + '\n', 0o600)
+        ours = new_id()
+        draft = file.with_name(f'town-id.{ours}')
+        configuration.write_atomically(draft, ours + '\n', 0o600)
+        try:
+            os.link(draft, file)
+        except FileExistsError:
+            pass
+        draft.unlink()
     return file.read_text().strip()
 
 

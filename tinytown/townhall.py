@@ -8,20 +8,21 @@ import sys
 from typing import Any
 
 from . import __version__
+from . import config as configuration
 from .errors import TownError, UsageError
-from .town import Town, open_town
-from .usage import Parser, town_root
+from .town import Town
+from .usage import Parser, complain, end_streams, open_meant, ready_streams, town_root
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
 
 def parser() -> Parser:
     """The command line of `townhall`. --town and --verbose are taken before and after the mode."""
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
     )
-    shared.add_argument('--verbose', action='store_true', help='say more')
+    shared.add_argument('--verbose', action='store_true', help='say on which town it acts')
     served = Parser(
         prog='townhall', parents=[shared], description='Townhall, the control plane of a town of AI coding agents.'
     )
@@ -35,20 +36,22 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
+    ready_streams()
     try:
-        arguments = parser().parse_args(argv)
-        return _run(arguments)
-    except UsageError as e:
-        print(f'townhall: {e}', file=sys.stderr)
-        return 2
-    except TownError as e:
-        print(f'townhall: {e.detail}', file=sys.stderr)
-        return 1
+        return _run(argv)
     except KeyboardInterrupt:
         return 0
+    except Exception as e:
+        return complain('townhall', e)
+    finally:
+        end_streams()
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(argv: list[str] | None) -> int:
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit:
+        return 0  # --help or --version was answered; what is wrong is a UsageError
     if arguments.mode != 'rest':
         raise UsageError(f'the mode {arguments.mode} is not there yet; this version serves rest')
     root = town_root(arguments)
@@ -57,10 +60,8 @@ def _run(arguments: argparse.Namespace) -> int:
         'townhall.rest_port': arguments.port,
         'townhall.read_only': arguments.read_only,
     }
-    town = open_town(root, flags)
-    if getattr(arguments, 'verbose', False):
-        print(f'town {town.name} in {root}, Redis at {town.redis_url}', file=sys.stderr)
-    return serve(town)
+    check_bind(configuration.load(root, flags).townhall.bind)  # before anything is started
+    return serve(open_meant(arguments, flags))
 
 
 def check_bind(bind: str) -> None:
@@ -71,15 +72,14 @@ def check_bind(bind: str) -> None:
         loopback = bind == 'localhost'
     if not loopback:
         raise UsageError(
-            f'--bind {bind}: townhall.auth.mode is "none", so only a loopback address is served; '
+            f'townhall.bind = {bind!r}: townhall.auth.mode is "none", so only a loopback address is served; '
             'use --bind 127.0.0.1 and reach it through ssh -L or a proxy that authenticates'
         )
 
 
 def serve(town: Town) -> int:
-    """Serves REST until a signal ends it. Raises UsageError when it must not or can't listen."""
+    """Serves REST until a signal ends it. Raises UsageError when it can't listen."""
     settings = town.config.townhall
-    check_bind(settings.bind)
     from . import redis_server
     from .local import note_townhall
     from .rest import Rest
@@ -98,8 +98,9 @@ def serve(town: Town) -> int:
     town.store.close()
     host, port = server.server_address[:2]
     base = f'http://[{host!s}]:{port}' if ':' in str(host) else f'http://{host!s}:{port}'
-    print(f'townhall: {town.name} is open on {base}', file=sys.stderr)
-    print(f'townhall: try  curl -s {base}/v1/status', file=sys.stderr, flush=True)
+    hint = f'townhall: try  curl -s {base}/v1/status'
+    sys.stderr.write(f'townhall: {town.name} is open on {base}\n{hint}\n')  # at once: a reader may go after one line
+    sys.stderr.flush()
     note = note_townhall(town.root, base)
     try:
         server.serve()

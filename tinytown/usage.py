@@ -1,23 +1,94 @@
-"""What the two command lines share: one-line complaints, and which town is meant."""
+"""What the two command lines share: one-line complaints, streams that can be written to, and which town is meant."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .errors import UsageError
-from .town import find
+from .errors import TownError, UsageError
+from .render import clean
+from .town import Town, find, open_town
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, by UsageError, and has the command exit with status 2."""
+    """Complains in one line, by UsageError, and has the command exit with status 2. Options are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f'{message} (see {self.prog} --help)')
 
 
+def ready_streams() -> None:
+    """Gives a command that was started without standard streams the null device, so that no file takes their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, 'w', encoding='utf-8', closefd=False)
+    sys.stderr = sys.stderr or open(2, 'w', encoding='utf-8', closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What a person is told of an error, in one line, and the exit status that goes with it."""
+    if isinstance(error, UsageError):
+        return str(error), 2
+    if isinstance(error, TownError):
+        return error.detail, 1
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        return (f'{error.filename}: {what}' if error.filename else what), 1
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f'{Path(where.filename).name}:{where.lineno}'
+    return f'{type(error).__name__} at {place}: {error}; this is a bug, please report it', 1
+
+
+def complain(program: str, error: BaseException) -> int:
+    """Tells a person of an error on stderr. The exit status."""
+    said, status = explain(error)
+    try:
+        print(f'{program}: {clean(" ".join(said.split()))}', file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody reads it
+    return status
+
+
+def end_streams() -> None:
+    """Drops what can't be written any more, so that the interpreter doesn't complain of it at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def acts_here(arguments: argparse.Namespace) -> None:
+    """Refuses what only goes with commands that act on a town. Raises UsageError."""
+    if getattr(arguments, 'url', None):
+        raise UsageError('--url: this command acts on this machine and not through a townhall; leave --url out')
+
+
 def town_root(arguments: argparse.Namespace) -> Path:
     """The town of --town, of TINYTOWN_TOWN, or of the nearest directory upwards. Raises UsageError."""
-    return find(Path.cwd(), getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN'))
+    acts_here(arguments)
+    given = getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN') or None
+    return find(Path() if given else Path.cwd(), given)
+
+
+def open_meant(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Town:
+    """Opens the town that a command line means; with --verbose it says which. Raises UsageError, TownError."""
+    town = open_town(town_root(arguments), flags)
+    note(arguments, f'town {town.name} in {town.root}, Redis at {town.redis_url}')
+    return town
+
+
+def note(arguments: argparse.Namespace, what: str) -> None:
+    """Says on stderr what --verbose asks for."""
+    if getattr(arguments, 'verbose', False):
+        print(clean(what), file=sys.stderr)

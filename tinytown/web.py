@@ -1,19 +1,16 @@
-"""The HTTP server core: connections, limits, deadlines, drain.
+"""The HTTP server: one thread, an event loop, and what it does with whole requests; drain.
 
 `http.server` gives the socket and the names of things; its parser, its threads and its lack of limits are replaced.
-One thread owns every connection and an event loop (epoll; poll elsewhere). It parses what has arrived whole, starts
-the request's step, and hands the step's Redis commands to a `Link`, so that whatever is ready together shares one
-write to Redis; it never waits for Redis, nor for a client. Operations that are slow (processes, waiting) run on
-threads of their own.
-
-Nothing is dispatched that was not received whole; every request gets one answer; every state has a deadline.
+One thread owns every connection (`connection`) and the loop (epoll; poll elsewhere). It starts a request's step, and
+hands the step's Redis commands to a `Link`, so that whatever is ready together shares one write to Redis; it never
+waits for Redis, nor for a client. Operations that are slow (processes, waiting) run on threads of their own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+import resource
 import select
 import signal
 import socket
@@ -23,330 +20,29 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from http.server import HTTPServer
-from typing import Any, Final, Protocol
+from typing import Any, Final
+from urllib.parse import quote
 
 from . import wire
 from .config import Limits
-from .errors import (
-    ExpectationFailed,
-    HeadTooLarge,
-    Internal,
-    RequestTimeout,
-    TownError,
-    Unavailable,
-    UriTooLong,
-    UsageError,
-)
-from .http1 import (
-    MOST_HEAD,
-    MOST_LINE,
-    Request,
-    Response,
-    body_length,
-    check_host,
-    judge_line,
-    parse_head,
-    problem,
-    render,
-)
+from .connection import IN, OUT, Application, Connection
+from .errors import Internal, TownError, Unavailable, UsageError
+from .http1 import Request, Response, problem
 from .model import rfc3339
 from .store import Command, Store
 
-LINGER_SECS: Final = 2.0
 MOST_SLOW: Final = 128  # slow operations at once
-_REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
-_IN, _OUT, _GONE = select.POLLIN, select.POLLOUT, select.POLLERR | select.POLLHUP
-
-Answer = Response | Generator[Command, Any, Response]
-
-
-class Application(Protocol):
-    """What the server serves. `begin` judges a request by its head (raises TownError); `handle` answers it."""
-
-    def begin(self, request: Request) -> None: ...
-    def handle(self, request: Request) -> Answer: ...
-    def is_slow(self, request: Request) -> bool: ...
-
-
-# ------------------------------------------------------------------------------------------------------ connections
-
-
-class Connection:
-    """One client. Reads a request, has it answered, and goes on; at most one request is under way."""
-
-    __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_judged', '_mask', '_out', '_peer_done', '_request',
-                 '_request_end', '_server', 'address', 'is_busy', 'sock')  # fmt: skip
-
-    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
-        self.sock = sock
-        self.address = address
-        self._server = server
-        self._buffer = bytearray()
-        self._judged = 0  # bytes of an unfinished head that were found good
-        self._request: Request | None = None  # whose head is read, or which is under way
-        self.is_busy = False  # whether it is being answered
-        self._body_at = self._request_end = 0
-        self._out = b''
-        self._closing = False  # to be closed once everything is written
-        self._peer_done = False  # the client will send no more
-        self._mask = _IN
-        self._deadline = time.monotonic() + server.limits.head_secs
-        sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server.watch(sock, _IN, self.on_event)
-        server.connections.add(self)
-
-    @property
-    def is_idle(self) -> bool:
-        return self._request is None and not self._buffer and not self._out
-
-    # ------------------------------------------------------------------------------------------------- reading
-
-    def on_event(self, mask: int) -> None:
-        if mask & _OUT:
-            self._write()
-        if mask & _IN and self.sock.fileno() >= 0:
-            self._read()
-        elif mask & _GONE:
-            self.close()
-
-    def _read(self) -> None:
-        try:
-            data = self.sock.recv(65536)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.close()
-            return
-        if not data:
-            self._peer_done = True
-            if self.is_busy or self._out:
-                self._set_mask(self._mask & ~_IN)
-            else:
-                self.close()
-            return
-        if self._closing:
-            return  # a rejected client is still sending: discarded until it stops or the time is up
-        self._buffer += data
-        if self.is_busy:
-            if len(self._buffer) > 65536:
-                self._set_mask(self._mask & ~_IN)
-            return
-        self.process()
-
-    def process(self) -> None:
-        """Answers whole requests in the buffer until one is under way or more must arrive."""
-        try:
-            while self._buffer and not self.is_busy and not self._closing and not self._out:
-                if self._request is None and not self._take_head():
-                    return
-                if len(self._buffer) < self._request_end:
-                    return
-                self._dispatch()
-        except TownError as e:
-            self.reject(e)
-        finally:
-            if self._peer_done and not self.is_busy and not self._out:
-                self.close()  # what is left in the buffer will never be whole
-
-    def _take_head(self) -> bool:
-        """Reads the head of the next request if it is here."""
-        buffer = self._buffer
-        if not self._judged:
-            if buffer.startswith(b'\r\n'):  # an empty line before a request is forgiven (RFC 9112, 2.2)
-                del buffer[:2]
-            self._deadline = min(self._deadline, time.monotonic() + self._server.limits.head_secs)
-        end = buffer.find(b'\r\n\r\n', max(self._judged - 4, 0))
-        if end < 0:
-            self._judge_partial()
-            return False
-        if end > MOST_HEAD:
-            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
-        self._judged = 0
-        request = parse_head(bytes(buffer[:end]))
-        request.began = time.monotonic()
-        given = request.field(b'x-request-id')
-        request.id = given if _REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        self._request = request
-        self._body_at = end + 4
-        self._request_end = self._body_at + body_length(request, self._server.limits.body_bytes)
-        self._begin(request)
-        return True
-
-    def _judge_partial(self) -> None:
-        """Judges each line when its LF has arrived, so that a bad one is answered at once."""
-        buffer = self._buffer
-        while (end := buffer.find(b'\n', self._judged)) >= 0:
-            line = bytes(buffer[self._judged : end])
-            if line != b'\r':
-                judge_line(line[:-1] if line.endswith(b'\r') else line + b'\n', self._judged == 0)
-            self._judged = end + 1
-        if len(buffer) - self._judged > MOST_LINE + 2:
-            raise (
-                UriTooLong(f'the request line is over {MOST_LINE} bytes')
-                if not self._judged
-                else HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
-            )
-        if len(buffer) > MOST_HEAD:
-            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
-
-    def _begin(self, request: Request) -> None:
-        """Judges a request by its head. One whose body is here already is refused without closing the connection."""
-        expected = request.fields.get(b'expect')
-        if expected is not None and expected.lower() != b'100-continue':
-            raise ExpectationFailed(f'Expect: {expected[:40]!r} can not be met')
-        try:
-            check_host(request, self._server.allowed_hosts)
-            self._server.application.begin(request)
-        except TownError as e:
-            if len(self._buffer) < self._request_end:
-                raise
-            request.target = _Refused(e)
-        waits = len(self._buffer) < self._request_end
-        self._deadline = time.monotonic() + self._server.limits.body_secs
-        if waits and expected and request.minor:
-            self._send(b'HTTP/1.1 100 Continue\r\n\r\n')
-
-    def _dispatch(self) -> None:
-        request = self._request
-        assert request is not None
-        request.body = bytes(self._buffer[self._body_at : self._request_end])
-        del self._buffer[: self._request_end]
-        self.is_busy = True
-        self._deadline = float('inf')
-        if isinstance(request.target, _Refused):
-            self.answer(request, problem(request.target.error, request.id))
-        else:
-            self._server.run(self, request)
-
-    def reject(self, error: TownError) -> None:
-        """Answers what could not be read as a request, and closes: what follows can't be told from a body."""
-        request = self._request
-        request_id = request.id if request and request.id else os.urandom(8).hex()
-        if request is None:
-            request = Request('-', '-', '', 1, {}, id=request_id, began=time.monotonic())
-        self._request = request
-        self._closing = True
-        self.answer(request, problem(error, request_id))
-
-    # ------------------------------------------------------------------------------------------------- writing
-
-    def answer(self, request: Request, response: Response) -> None:
-        """Sends the answer of the request under way, once; a later one (after a timeout) is dropped."""
-        if request.answered or self._request is not request:
-            return
-        request.answered = True
-        self._server.log(request, response, self.address)
-        self._request, self.is_busy = None, False
-        if self.sock.fileno() < 0:
-            return
-        if self._closing:
-            self._buffer.clear()
-        if not request.keeps_alive or self._server.draining:
-            self._closing = True
-        self._deadline = time.monotonic() + self._server.limits.idle_secs
-        try:
-            data = render(response, request.id, request.method == 'HEAD', self._closing)
-        except ValueError:
-            traceback.print_exc()
-            data = render(
-                problem(Internal('the answer could not be sent'), request.id), request.id, False, self._closing
-            )
-        self._send(data)
-        if not self._closing and not self._out and not self._mask & _IN and not self._peer_done:
-            self._set_mask(self._mask | _IN)
-
-    def _send(self, data: bytes) -> None:
-        self._out += data
-        self._write()
-
-    def _write(self) -> None:
-        try:
-            sent = self.sock.send(self._out) if self._out else 0
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
-            self.close()
-            return
-        self._out = self._out[sent:]
-        if self._out:
-            if not self._mask & _OUT:
-                self._deadline = time.monotonic() + self._server.limits.write_secs
-                self._set_mask(_OUT)
-            return
-        if self._closing or (self._peer_done and not self._buffer):
-            self._linger()
-        elif self._mask & _OUT:
-            self._set_mask(_IN)
-            self._deadline = time.monotonic() + self._server.limits.idle_secs
-            self.process()
-
-    def _linger(self) -> None:
-        """Closes without a reset: our side first; what the client still sends is dropped for a short while."""
-        if self._peer_done:
-            self.close()
-            return
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.close()
-            return
-        self._closing = True
-        self._deadline = time.monotonic() + LINGER_SECS
-        self._set_mask(_IN)
-
-    # ------------------------------------------------------------------------------------------------- ending
-
-    def expire(self, now: float) -> None:
-        """Ends what has taken too long: a head or body with 408, an operation with 503, anything else by closing."""
-        request = self._request
-        if request is not None and self.is_busy:
-            if request.deadline and now > request.deadline and not request.answered:
-                detail = 'the operation took too long; whether the change was made is not known'
-                self._closing = True
-                self.answer(request, problem(Unavailable(detail, code='timeout', retry_after=1), request.id))
-        elif now > self._deadline:
-            if not self._closing and not self._out and (self._buffer or request):
-                self.reject(RequestTimeout('the request did not arrive in time'))
-            else:
-                self.close()
-
-    def close_if_idle(self) -> None:
-        if self.is_idle:
-            self.close()
-
-    def close(self) -> None:
-        if self in self._server.connections:
-            self._server.connections.discard(self)
-            self._server.unwatch(self.sock)
-            self.sock.close()
-
-    def _set_mask(self, mask: int) -> None:
-        if mask != self._mask and self.sock.fileno() >= 0:
-            self._mask = mask
-            self._server.modify(self.sock, mask)
-
-
-@dataclass(slots=True)
-class _Refused:
-    """Stands as the target of a request that was refused by its head."""
-
-    error: TownError
-
-
-# ----------------------------------------------------------------------------------------------------------- server
+_SPARE_DESCRIPTORS: Final = 256  # beside connections: Redis, slow operations, files
 
 
 class Server(HTTPServer):
     """Serves an application on one address until a signal ends it.
 
-    `connections` are those that are open, `draining` says that no more are taken. Raises UsageError when it can't bind.
+    `connections` are those that are open, `draining` says that no more are taken. Made on the main thread: from then on
+    SIGTERM and SIGINT are its own. Raises UsageError when it can't bind.
     """
 
-    allow_reuse_address = True
     request_queue_size = 1024
 
     def __init__(
@@ -371,7 +67,9 @@ class Server(HTTPServer):
         self._access_log = access_log
         self._lines: list[str] = []
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._poll = select.epoll() if hasattr(select, 'epoll') else select.poll()
+        has_epoll = hasattr(select, 'epoll')
+        self._poll = select.epoll() if has_epoll else select.poll()
+        self._second = 1 if has_epoll else 1000  # in the unit of its timeout
         self._soon: deque[Callable[[], None]] = deque()
         self._slow = 0
         self._signals = 0
@@ -387,6 +85,8 @@ class Server(HTTPServer):
             self.server_activate()
         except OSError as e:
             raise UsageError(f'{address[0]}:{address[1]}: {e.strerror}; choose another with --bind or --port') from None
+        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def server_bind(self) -> None:
         """Binds, without the look-up of our own name that http.server makes here."""
@@ -397,26 +97,29 @@ class Server(HTTPServer):
     # --------------------------------------------------------------------------------------------------- the loop
 
     def serve(self) -> None:
-        """Runs until SIGTERM or SIGINT has drained it; a second one ends it at once. Call on the main thread."""
+        """Runs until SIGTERM or SIGINT has drained it; a second one ends it at once."""
+        _allow_descriptors(self.limits.connections + _SPARE_DESCRIPTORS)
         self.socket.setblocking(False)
-        self.watch(self.socket, _IN, self._accept)
-        self._register(self._wake_read, _IN, self._woken)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._register(self._wake_read, IN, self._woken)
         self.link.reconnect()
         try:
+            self._await_redis()
+            self.watch(self.socket, IN, self._accept)
             while not self._is_over():
                 self._turn()
         finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self._end()
 
+    def _await_redis(self) -> None:
+        """Leaves clients in the backlog until Redis is connected, or was given its time: no needless 503 at start."""
+        deadline = time.monotonic() + wire.TIMEOUT
+        while not self.link.is_up and not self._signals and time.monotonic() < deadline:
+            self._turn()
+
     def _turn(self) -> None:
-        busy = self._slow or (self.link.is_up and self.link.is_waiting)
-        timeout = 0.1 if busy or self.draining or self._paused_until else 1.0
-        events = self._poll.poll(timeout if isinstance(self._poll, select.epoll) else timeout * 1000)
+        hurries = self._slow or self.draining or self._paused_until or (self.link.is_up and self.link.is_waiting)
+        interval = 0.1 if hurries else 1.0
+        events = self._poll.poll(interval * self._second)
         for descriptor, mask in events:
             handler = self._handlers.get(descriptor)
             if handler is not None:
@@ -425,11 +128,10 @@ class Server(HTTPServer):
             self._soon.popleft()()
         self.link.flush()
         now = time.monotonic()
-        if now - self._swept >= (0.1 if busy else 1.0):
+        if now - self._swept >= interval:
             self._sweep(now)
         if self._lines:
-            sys.stderr.write(''.join(self._lines))
-            sys.stderr.flush()
+            _say(''.join(self._lines))
             self._lines.clear()
 
     def _sweep(self, now: float) -> None:
@@ -438,9 +140,9 @@ class Server(HTTPServer):
         self.link.expire(now)
         for connection in list(self.connections):
             connection.expire(now)
-        if self._paused_until and now > self._paused_until:
+        if self._paused_until and now > self._paused_until and not self.draining:
             self._paused_until = 0.0
-            self.watch(self.socket, _IN, self._accept)
+            self.watch(self.socket, IN, self._accept)
 
     def _is_over(self) -> bool:
         if self._signals and not self.draining:
@@ -451,14 +153,18 @@ class Server(HTTPServer):
 
     def _drain(self) -> None:
         """Takes no more connections; those without a request close, the others once they are answered."""
+        self._accept(0)  # who came before the signal
         self.draining = True
         self._drain_until = time.monotonic() + self.limits.drain_secs
         self.unwatch(self.socket)
         self.socket.close()
         for connection in list(self.connections):
-            connection.close_if_idle()
+            connection.drain()
 
     def _end(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         for connection in list(self.connections):
             connection.close()
         self.link.close()
@@ -491,10 +197,10 @@ class Server(HTTPServer):
             if self._handlers.pop(descriptor, None) is not None:
                 self._poll.unregister(descriptor)
         elif sock.fileno() in self._handlers:
-            self._poll.modify(sock.fileno(), _IN | _OUT if want_write else _IN)
+            self._poll.modify(sock.fileno(), IN | OUT if want_write else IN)
         else:
             self._redis_descriptor = sock.fileno()
-            self._register(sock.fileno(), _IN, lambda _mask: self.link.on_readable())
+            self._register(sock.fileno(), IN, lambda _mask: self.link.on_readable())
 
     _redis_descriptor = -1
 
@@ -519,6 +225,8 @@ class Server(HTTPServer):
                 sock, address = self.get_request()
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:
+                continue
             except OSError:
                 self._paused_until = time.monotonic() + 0.1  # out of descriptors, say: clients wait in the backlog
                 self.unwatch(self.socket)
@@ -527,7 +235,11 @@ class Server(HTTPServer):
             if over >= 64:
                 sock.close()
                 continue
-            connection = Connection(sock, address, self)
+            try:
+                connection = Connection(sock, address, self)
+            except OSError:  # gone already
+                sock.close()
+                continue
             if over >= 0:
                 connection.reject(Unavailable('too many connections', code='too-many-connections', retry_after=1))
 
@@ -538,7 +250,7 @@ class Server(HTTPServer):
         try:
             answer = self.application.handle(request)
         except Exception as e:  # a request must not end the server
-            connection.answer(request, self._failed(request, e))
+            connection.answer(request, self.failed(request, e))
             return
         if isinstance(answer, Response):
             connection.answer(request, answer)
@@ -557,56 +269,61 @@ class Server(HTTPServer):
         """Runs a step to its next command, or to its end."""
         try:
             command = go()
+            data = command.pack(self._store)
         except StopIteration as end:
             self._finish(connection, request, end.value)
             return
         except Exception as e:  # as above
-            self._finish(connection, request, self._failed(request, e))
+            self._finish(connection, request, self.failed(request, e))
             return
 
-        def resume(reply: Any) -> None:
+        def send(reply: Any) -> Command:
             try:
                 value = command.result(reply)
             except TownError as e:
-                error = e
-                self._advance(connection, request, step, lambda: step.throw(error))
-            else:
-                self._advance(connection, request, step, lambda: step.send(value))
+                return step.throw(e)
+            return step.send(value)
+
+        def resume(reply: Any) -> None:
+            self._advance(connection, request, step, lambda: send(reply))
 
         whole = (lambda: command.pack(self._store, whole=True)) if command.script else None
-        self.link.submit(wire.Request(command.pack(self._store), whole, resume))
+        self.link.submit(wire.Request(data, whole, resume))
 
     def _finish(self, connection: Connection, request: Request, response: Response) -> None:
         connection.answer(request, response)
         connection.process()
 
     def _run_slow(self, connection: Connection, request: Request, step: Generator[Command, Any, Response]) -> None:
-        if self._slow >= MOST_SLOW:
-            busy = Unavailable(f'{MOST_SLOW} slow operations are under way', code='busy', retry_after=1)
-            connection.answer(request, problem(busy, request.id))
-            return
-        self._slow += 1
-        request.deadline = request.began + self._timeout
+        def work() -> None:
+            try:
+                response = self._store.run(step)
+            except Exception as e:  # as above
+                response = self.failed(request, e)
+            finally:
+                self._store.close()
+            self.call_soon(lambda: done(response))
 
         def done(response: Response) -> None:
             self._slow -= 1
             self._finish(connection, request, response)
 
-        def work() -> None:
-            try:
-                response = self._store.run(step)
-            except Exception as e:  # as above
-                response = self._failed(request, e)
-            finally:
-                self._store.close()
-            self.call_soon(lambda: done(response))
+        try:
+            if self._slow >= MOST_SLOW:
+                raise RuntimeError
+            threading.Thread(target=work, name=f'slow-{request.id}', daemon=True).start()
+        except RuntimeError:  # also of the machine, when it has no more threads
+            busy = Unavailable(f'{self._slow} slow operations are under way', code='busy', retry_after=1)
+            connection.answer(request, problem(busy, request.id))
+        else:
+            self._slow += 1
+            request.deadline = request.began + self._timeout
 
-        threading.Thread(target=work, name=f'slow-{request.id}', daemon=True).start()
-
-    def _failed(self, request: Request, error: Exception) -> Response:
+    def failed(self, request: Request, error: Exception) -> Response:
+        """The answer for a request that raised: what a TownError says; for a fault of ours no more than its id."""
         if isinstance(error, TownError):
             return problem(error, request.id)
-        print(f'request {request.id} failed:\n{traceback.format_exc()}', file=sys.stderr, flush=True)
+        _say(f'request {request.id} failed:\n{"".join(traceback.format_exception(error))}')
         return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
     def log(self, request: Request, response: Response, address: Any) -> None:
@@ -622,6 +339,22 @@ class Server(HTTPServer):
             record |= {'ms': round(took, 2), 'bytes': len(response.body)}
             self._lines.append(json.dumps(record) + '\n')
         else:
-            self._lines.append(
-                f'{now} {peer} {request.method} {request.path} {response.status} {took:.1f}ms {request.id}\n'
-            )
+            path = quote(request.path)  # one word, whatever it holds
+            self._lines.append(f'{now} {peer} {request.method} {path} {response.status} {took:.1f}ms {request.id}\n')
+
+
+def _say(text: str) -> None:
+    """Writes to the log. One that can't be written (a full disk, a closed pipe) must not end the service."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """Raises our limit of open files, often 1,024, as far as we may and need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,8 +1,8 @@
 """The Redis protocol (RESP2) on a socket: pack, read, and two ways to wait for replies.
 
-`redis` the package makes connections (TLS, passwords, unix sockets); what goes over them is packed and read here,
-because its client costs 45 µs of wrappers a call and its defaults repeat writes whose reply was lost (ten times, since
-version 8). Nothing here ever sends a command twice.
+`redis` the package makes connections that need more than a plain unix socket (TLS, passwords, databases). What goes
+over a connection is packed and read here, because the package's client costs 45 µs of wrappers a call and by default
+repeats writes whose reply was lost (ten times, since version 8). Nothing here ever sends a command twice.
 
 `Wire` is one connection used synchronously, `Link` one that an event loop feeds: it pipelines the commands of all
 requests that are ready together, so that they share one write and, on the server, one fsync.
@@ -10,8 +10,10 @@ requests that are ready together, so that they share one write and, on the serve
 
 from __future__ import annotations
 
+import re
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ from .errors import TownError, Unavailable, UsageError
 
 TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
 _MORE: Final = object()  # the reader has no whole reply yet
+_INTEGER: Final = re.compile(rb'-?[0-9]{1,19}')
 
 Part = bytes | str | int
 
@@ -106,17 +109,15 @@ class Reader:
             return _MORE
         kind, line = buffer[at], bytes(buffer[at + 1 : end])
         self._at = end + 2
-        if kind == 0x24:  # $
-            return self._bulk(int(line))
-        if kind == 0x3A:  # :
-            return int(line)
-        if kind == 0x2A:  # *
-            return self._array(int(line))
         if kind == 0x2B:  # +
             return line
         if kind == 0x2D:  # -
             return RedisError(line.decode('utf-8', 'replace'))
-        raise gone(f'spoke something else than its protocol ({line[:40]!r})')
+        if kind not in b'$*:' or not _INTEGER.fullmatch(line):
+            raise gone(f'spoke something else than its protocol ({bytes(buffer[at : at + 40])!r})')
+        if kind == 0x24:  # $
+            return self._bulk(int(line))
+        return int(line) if kind == 0x3A else self._array(int(line))
 
     def _bulk(self, length: int) -> Any:
         if length < 0:
@@ -141,6 +142,8 @@ class Reader:
 
 def parse_address(url: str) -> dict[str, Any]:
     """The `redis` package's connection arguments for a URL. Raises UsageError for one that it can't use."""
+    if plain := re.fullmatch(r'unix://(/[^?#%]+)', url):
+        return {'path': plain[1]}  # a plain socket needs no package, whose import takes 0.1 s
     import redis
 
     try:
@@ -154,25 +157,8 @@ class Wire:
 
     def __init__(self, address: dict[str, Any], timeout: float = TIMEOUT) -> None:
         """Connects. Raises Unavailable."""
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
-        arguments = dict(address)
-        kind = arguments.pop('connection_class', redis.Connection)
-        self._connection = kind(
-            **arguments,
-            protocol=2,
-            driver_info=None,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-        )
-        try:
-            self._connection.connect()
-        except (redis.RedisError, OSError) as e:
-            raise gone(f'is not there: {e}') from None
-        self.sock: socket.socket = self._connection._sock
+        self._package = None if address.keys() == {'path'} else _connect(address, timeout)
+        self.sock = self._package._sock if self._package else _connect_unix(address['path'], timeout)
         self.reader = Reader()
 
     def request(self, data: bytes, timeout: float = TIMEOUT) -> Any:
@@ -200,11 +186,54 @@ class Wire:
 
     def is_stale(self) -> bool:
         """Whether the server has closed an idle connection (it was restarted, say)."""
-        return self.sock.fileno() < 0 or bool(select.select([self.sock], [], [], 0)[0])
+        if self.sock.fileno() < 0:
+            return True
+        idle = select.poll()  # select.select() takes no descriptor above 1023
+        idle.register(self.sock, select.POLLIN)
+        return bool(idle.poll(0))
 
     def close(self) -> None:
-        self._connection.disconnect()
+        if self._package:
+            self._package.disconnect()
         self.sock.close()
+
+    def __del__(self) -> None:  # a thread's connection goes with the thread
+        if hasattr(self, 'sock'):
+            self.close()
+
+
+def _connect_unix(path: str, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError as e:
+        sock.close()
+        raise gone(f'is not there: {path}: {e.strerror or e}') from None
+    return sock
+
+
+def _connect(address: dict[str, Any], timeout: float) -> Any:
+    """A connection of the `redis` package: TLS, passwords, databases are its concern."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    arguments = dict(address)
+    kind = arguments.pop('connection_class', redis.Connection)
+    connection = kind(
+        **arguments,
+        protocol=2,
+        driver_info=None,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+    )
+    try:
+        connection.connect()
+    except (redis.RedisError, OSError) as e:
+        raise gone(f'is not there: {e}') from None
+    return connection
 
 
 class Request:
@@ -243,6 +272,7 @@ class Link:
         self._unsent: list[bytes] = []
         self._blocked = b''
         self._closed = threading.Event()
+        self._said = ''
 
     @property
     def is_up(self) -> bool:
@@ -336,15 +366,22 @@ class Link:
                     self._call_soon(partial(self._attach, wire))
                     return
                 wire.close()
-            except (TownError, UsageError, OSError):
-                pass
+            except Exception as e:  # whatever it is, the link must come back
+                self._say(str(e))
             self._closed.wait(0.2)
+
+    def _say(self, what: str) -> None:
+        """Notes why there is no connection, when that changes."""
+        if what != self._said:
+            self._said = what
+            print(f'redis: {what}', file=sys.stderr, flush=True)
 
     def _attach(self, wire: Wire) -> None:
         if self._closed.is_set():
             wire.close()
             return
         wire.sock.setblocking(False)
+        self._said = ''
         self._wire = wire
         self._watch(wire.sock, False)
 

@@ -15,13 +15,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
-from . import clis, redis_server
+from . import clis, redis_server, reports
 from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import Cli
@@ -29,17 +31,17 @@ from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .job import Job, Log
 from .model import rfc3339
-from .processes import MARK, become_subreaper, identify, reap_orphans, stop_tree
+from .processes import MARK, become_subreaper, identify, python, python_path, reap_orphans, stop_tree, tree
 from .store import Command, Store, text
 from .town import Town
 
-BEAT_SECS: Final = 5.0
+BEAT_SECS: Final = 5.0  # at most; and three fit into a lease
 MOST_MESSAGES: Final = 100
 _END_GRACE: Final = 2.0  # for what a CLI leaves running when it ends
 
 
 class Terminated(BaseException):
-    """SIGTERM came while nothing was under way."""
+    """SIGTERM or SIGINT: the worker is to end."""
 
 
 class Worker:
@@ -55,16 +57,18 @@ class Worker:
         self.cli: Cli
         self._most_rounds = 0
         self._rounds = 0
-        self._seen = {'u': '0-0', 'n': '0-0'}
         self._terminated = False
         self._may_raise = False
+        self._woken, self._waker = os.pipe()
         self._lease_ms = town.config.agent.lease_secs * 1000
+        self._beat_secs = min(BEAT_SECS, town.config.agent.lease_secs / 3)
 
     # ------------------------------------------------------------------------------------------------- life
 
     def start(self) -> None:
         """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
-        self._replay()
+        for file, report in reports.waiting(self.town.root, self.id):
+            self._deliver(file, report)
         me = identify(os.getpid())
         hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
         name, cli, most, _, head = self.town.store.call(hello)
@@ -79,9 +83,9 @@ class Worker:
         """Works until it is told to stop, is fenced, or has done its rounds. The exit status of the process."""
         try:
             while True:
-                found = self._ask(self.town.store.pickup(self.id, self.instance, self._lease_ms, MOST_MESSAGES))
                 if self._terminated:
                     raise Terminated
+                found = self._ask(self.town.store.pickup(self.id, self.instance, self._lease_ms, MOST_MESSAGES))
                 if found[0] == b'work':
                     self._round(found[1], found[2], json.loads(found[3]))
                 elif found[1] == b'Draining':
@@ -95,18 +99,28 @@ class Worker:
         except (Conflict, NotFound) as e:
             self.note(f'ending: {e.detail}')
             return 0
+        except Exception as e:
+            self.note(traceback.format_exc())
+            self._leave('Error', f'its worker failed: {e}')
+            return 1
 
     def _rest(self, state: str, urgent: str, normal: str) -> None:
         """Blocks until something has come in since the last look, or it is time for a heartbeat."""
         after = {'c': '0-0'}
         if state != 'Paused':
             after |= {'t': '0-0', 'u': urgent, 'n': normal}
-        with self._may_be_terminated():
-            self._ask(self.town.store.doorbell(self.id, after, int(BEAT_SECS * 1000)))
+        doorbell = self.town.store.doorbell(self.id, after, int(self._beat_secs * 1000))
+        self._insist(partial(self._listen, doorbell))
+        reap_orphans()
         self._ask(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))
+
+    def _listen(self, doorbell: Command) -> None:
+        with self._may_be_terminated():
+            self.town.store.call(doorbell)
 
     def _end_by_signal(self) -> int:
         """Whoever stops an agent has said so (it is Draining) and settles its record once no process is left."""
+        self._clean_up()
         try:
             state = self.town.store.call(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))[0]
         except TownError as e:
@@ -119,22 +133,28 @@ class Worker:
 
     def _leave(self, state: str, why: str) -> int:
         self.note(f'stopping: {why}')
-        stop_tree(None, self.instance, _END_GRACE)
+        self._clean_up()
         try:
+            self.town.store.run(reports.deliver_all(self.town.store, self.town.root, self.id))
             self.town.store.call(self.town.store.depart(self.id, self.instance, state, why, 'backlog'))
         except TownError as e:
             self.note(f'could not say so: {e.detail}')
         return 0
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._terminated = True
+        if not self._terminated:
+            self._terminated = True
+            os.write(self._waker, b'!')
         if self._may_raise:
             self._may_raise = False
             raise Terminated
 
     @contextmanager
     def _may_be_terminated(self) -> Iterator[None]:
-        """Within, a signal ends the wait at once; elsewhere it is looked at when what is under way is done."""
+        """Within, a signal ends the wait at once; elsewhere it is looked at when what is under way is done.
+
+        So only a wait on which nothing hangs may stand within: a run of the CLI has the pipe to be woken by.
+        """
         self._may_raise = True
         try:
             if self._terminated:
@@ -145,10 +165,13 @@ class Worker:
 
     def _ask(self, command: Command) -> Any:
         """A round trip, repeated while Redis is away: every script that a worker calls may be repeated."""
+        return self._insist(partial(self.town.store.call, command))
+
+    def _insist(self, ask: Callable[[], Any]) -> Any:
         pause = 0.1
         while True:
             try:
-                return self.town.store.call(command)
+                return ask()
             except Unavailable as e:
                 self.note(f'waiting for Redis: {e.detail}')
                 with self._may_be_terminated():
@@ -164,7 +187,7 @@ class Worker:
             task_id, attempt, head, tags = task
             work = Work(text(task_id), attempt, json.loads(head + b'}')['description'], json.loads(tags))
         held = (work.id, str(work.attempt)) if work else ()
-        if work and self._beat(held):
+        if self._terminated or (work and self._beat(held)):
             return  # it was taken away before it began
         self._rounds += 1
         self.note(
@@ -174,23 +197,26 @@ class Worker:
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
-            job = Job(self.cli, prompt, self._prompt_file(), self.town.root, self._environment(work), self.log)
+            env, file = self._environment(work), reports.prompt_file(self.town.root, self.id)
+            job = Job(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
         except OSError as e:
             self._cannot_run(e)
-        try:
-            with self._may_be_terminated():
-                ended = job.wait(lambda: self._beat(held), BEAT_SECS)
-        except Terminated:
-            job.stop(self.instance)
-            raise
+        ended = job.wait(lambda: self._is_over(job, held), self._beat_secs)
         if not ended:
             job.stop(self.instance)
-            self.note('the round was ended: its task is no longer ours')
+            self.note('the round was ended: ' + ('by a signal' if self._terminated else 'its task is no longer ours'))
         elif work:
             self._report(work, job)
         self._clean_up()
+        if self._terminated and not ended:
+            raise Terminated
         acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if ended else []
         self._ask(self.town.store.round_done(self.id, self.instance, acknowledged))
+
+    def _is_over(self, job: Job, held: tuple[str, ...]) -> bool:
+        """Whether a run is to be ended, asked at every heartbeat of it."""
+        reap_orphans(but=job.pid)
+        return self._terminated or self._beat(held)
 
     def _beat(self, held: tuple[str, ...]) -> bool:
         """Says that the worker lives and holds its task. Whether it has lost it."""
@@ -202,16 +228,18 @@ class Worker:
             return False  # can't tell: the lease goes on, and what we report is checked
         return bool(reply[1])
 
-    def _cannot_run(self, error: OSError) -> None:
+    def _cannot_run(self, error: OSError) -> NoReturn:
         why = f'{self.cli.argv[0]} can not be run: {error}'
         self.note(why)
         self._ask(self.town.store.depart(self.id, self.instance, 'Error', why, 'inbox'))
         raise Conflict(why)
 
     def _clean_up(self) -> None:
-        """Ends what the CLI left running, so that no round leaves orphans."""
-        if reap_orphans():
-            left = stop_tree(None, self.instance, _END_GRACE)
+        """Ends what the CLI left running: all that is below us, for we adopt orphans, and all that bears our mark."""
+        reap_orphans()
+        me = identify(os.getpid())
+        if tree(me, self.instance):
+            left = stop_tree(me, self.instance, _END_GRACE)
             self.note(f'ended processes that the CLI had left{f"; {left} could not be" if left else ""}')
             reap_orphans()
 
@@ -229,47 +257,26 @@ class Worker:
             env |= {'TINYTOWN_TASK_ID': work.id, 'TINYTOWN_ATTEMPT': str(work.attempt)}
         return env
 
-    def _prompt_file(self) -> Path:
-        return self.town.root / '.tt' / 'agents' / f'{self.id}.prompt'
-
     # ------------------------------------------------------------------------------------------------- reports
 
     def _report(self, work: Work, job: Job) -> None:
         """Tells the end of a task. It is on disk before it is sent, and stays there until it was received."""
         outcome, result, error = job.outcome()
         report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
-        self._spool().mkdir(mode=0o700, exist_ok=True)
-        file = self._spool() / f'{work.id}-{work.attempt}.json'
-        write_atomically(file, json.dumps(report), 0o600)
+        file = None
+        try:
+            file = reports.keep(self.town.root, self.id, report)
+        except OSError as e:
+            self.note(f'task {work.id}: its report could not be kept: {e}')
         self._deliver(file, report)
 
-    def _deliver(self, file: Path, report: dict[str, Any]) -> None:
-        result, error = (
-            json.dumps(report['result'], ensure_ascii=False),
-            json.dumps(report['error'], ensure_ascii=False),
-        )
-        finish = self.town.store.finish(report['task'], report['attempt'], report['outcome'], result, error)
-        finish.by = self.name or self.id
-        try:
-            reply = self._ask(finish)
-        except (Conflict, NotFound) as e:
-            self.note(f'task {report["task"]}: report refused: {e.detail}')
-        else:
-            self.note(f'task {report["task"]}: {text(reply[1])}' + (' already' if reply[0] == b'already' else ''))
-        file.unlink(missing_ok=True)
+    def _deliver(self, file: Path | None, report: dict[str, Any]) -> None:
+        def once() -> str:
+            return self.town.store.run(reports.deliver(self.town.store, report, self.name or self.id))
 
-    def _replay(self) -> None:
-        """Delivers the reports that an earlier process of this agent left."""
-        for file in sorted(self._spool().glob('*.json')):
-            try:
-                report = json.loads(file.read_text())
-            except ValueError:
-                file.rename(file.with_suffix('.unreadable'))
-                continue
-            self._deliver(file, report)
-
-    def _spool(self) -> Path:
-        return self.town.root / '.tt' / 'agents' / f'{self.id}.spool'
+        self.note(self._insist(once))
+        if file:
+            file.unlink(missing_ok=True)
 
     def note(self, what: str) -> None:
         self.log.line(f'{rfc3339(time.time())} tinytown: {what}')
@@ -285,8 +292,7 @@ def install_tt(root: Path) -> Path:
     """A directory that holds a `tt` of this very installation."""
     directory = root / '.tt' / 'bin'
     directory.mkdir(mode=0o700, exist_ok=True)
-    package = shlex.quote(str(Path(__file__).parents[1]))
-    script = f'#!/bin/sh\nPYTHONPATH={package} exec {shlex.quote(sys.executable)} -m tinytown.cli "$@"\n'
+    script = f'#!/bin/sh\nPYTHONPATH={shlex.quote(python_path())} exec {shlex.join(python("tinytown.cli"))} "$@"\n'
     file = directory / 'tt'
     if not file.exists() or file.read_text() != script:
         write_atomically(file, script, 0o700)
@@ -322,7 +328,8 @@ def main(argv: list[str] | None = None) -> int:
         except (TownError, UsageError) as e:
             starter.sendall(str(e).encode())
             return 1
-        starter.sendall(b'ok')
+        with suppress(OSError):  # who started us may have died: the agent is there all the same
+            starter.sendall(b'ok')
     return worker.run()
 
 

@@ -1,0 +1,241 @@
+"""A town whose workers are played by the test, calling scripts as a worker does; and the invariants of its state."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinytown.agents import enlist as enlist_step
+from tinytown.model import CONDUCTOR_ID, LIVE
+from tinytown.store import Command, text
+from tinytown.town import Call, Town
+from tinytown.wire import _MORE, Part, RedisError, Wire
+
+from .support import OPERATOR, Place
+
+STATES = ('pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')
+LEASE_MS = 60_000
+
+
+def redis(place: Place, *parts: Part) -> Any:
+    """A plain command."""
+    return place.store.call(Command(None, parts))
+
+
+def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
+    """Runs many commands with one write, so that several fall into one millisecond. Their results."""
+    wire = Wire(place.store.address, timeout=20)
+    try:
+        wire.sock.sendall(b''.join(command.pack(place.store, whole=True) for command in commands))
+        replies: list[Any] = []
+        while len(replies) < len(commands):
+            if (reply := wire.reader.next()) is _MORE:
+                received = wire.sock.recv(1 << 20)
+                assert received, 'Redis closed the connection'
+                wire.reader.feed(received)
+            else:
+                assert not isinstance(reply, RedisError), reply
+                replies.append(reply)
+        return [command.result(reply) for command, reply in zip(commands, replies, strict=True)]
+    finally:
+        wire.close()
+
+
+@dataclass
+class Puppet:
+    """An agent whose worker is the test."""
+
+    place: Place
+    id: str
+    name: str
+    instance: str
+
+    def hello(self) -> None:
+        self.place.store.call(self.place.store.hello(self.id, self.instance, 'host', 'boot', 7, '1'))
+
+    def pickup(self, most: int = 100) -> list[Any]:
+        found: list[Any] = self.place.store.call(self.place.store.pickup(self.id, self.instance, LEASE_MS, most))
+        return found
+
+    def take(self) -> tuple[str, int]:
+        """Takes the next task: its id and attempt."""
+        found = self.pickup()
+        assert found[0] == b'work', found
+        assert found[1], 'a round without a task'
+        return text(found[1][0]), found[1][1]
+
+    def beat(self, *held: Part) -> list[str]:
+        """The tasks of `held` (task, attempt, …) that are lost."""
+        return [text(task) for task in self.place.store.call(self._beat(held))[1]]
+
+    def _beat(self, held: Iterable[Part]) -> Command:
+        return self.place.store.beat(self.id, self.instance, LEASE_MS, held)
+
+    def finish(self, task: str, attempt: int | str, outcome: str = 'completed') -> list[str]:
+        reply = self.place.store.call(self.place.store.finish(task, str(attempt), outcome, '"done"', 'null'))
+        return [text(each) for each in reply]
+
+    def round_done(self, *entries: str) -> None:
+        self.place.store.call(self.place.store.round_done(self.id, self.instance, entries))
+
+    def depart(self, state: str = 'Stopped', to: str = 'backlog') -> list[str]:
+        reply = self.place.store.call(self.place.store.depart(self.id, self.instance, state, 'test', to))
+        return [text(each) for each in reply[0]]
+
+    def revive(self, instance: str) -> None:
+        """A new process for an agent that is at rest."""
+        self.place.store.call(self.place.store.restarting(self.id, 100, instance))
+        self.instance = instance
+        self.hello()
+
+    def show(self) -> dict[str, Any]:
+        shown: dict[str, Any] = self.place.do('agent.get', agent=self.id)
+        return shown
+
+
+def enlist(place: Place, name: str, hello: bool = True) -> Puppet:
+    """A new agent; with `hello` its worker is up."""
+    puppet = Puppet(place, '', name, '')
+
+    def start(_town: Town, agent_id: str, _name: str, instance: str) -> None:
+        puppet.id, puppet.instance = agent_id, instance
+        if hello:
+            puppet.hello()
+
+    place.store.run(enlist_step(Call(place.town, OPERATOR), name, None, None, None, None, None, start))
+    return puppet
+
+
+# -------------------------------------------------------------------------------------------------------- invariants
+
+_READ = {
+    b'hash': ('HGETALL',),
+    b'zset': ('ZRANGE', 0, -1, 'WITHSCORES'),
+    b'set': ('SMEMBERS',),
+    b'stream': ('XRANGE', '-', '+'),
+    b'list': ('LLEN',),
+}
+
+
+def snapshot(place: Place) -> dict[str, Any]:
+    """Every key of the town but its events, without prefix: dict, {member: score}, set, [(id, fields)] or a length."""
+    prefix = text(place.store.prefix)
+    keys = [key for key in redis(place, 'KEYS', prefix.replace('[', '\\[') + '*') if not key.endswith(b':events')]
+    kinds = pipeline(place, [Command(None, ('TYPE', key)) for key in keys])
+    reads = [(_READ[kind][0], key, *_READ[kind][1:]) for key, kind in zip(keys, kinds, strict=True)]
+    replies = pipeline(place, [Command(None, read) for read in reads])
+    return {
+        text(key).removeprefix(prefix): _plain(kind, reply)
+        for key, kind, reply in zip(keys, kinds, replies, strict=True)
+    }
+
+
+def _plain(kind: bytes, reply: Any) -> Any:
+    if kind in (b'hash', b'zset'):
+        parts = [text(part) for part in reply]
+        return dict(zip(parts[::2], parts[1::2], strict=True))
+    if kind == b'set':
+        return {text(part) for part in reply}
+    if kind == b'stream':
+        return [(text(entry), [text(part) for part in fields]) for entry, fields in reply]
+    return reply
+
+
+def check(place: Place) -> dict[str, Any]:
+    """Asserts that indexes, inboxes, leases and rendered records of a town agree. Returns the snapshot it looked at."""
+    state = snapshot(place)
+    tasks = {key[5:]: value for key, value in state.items() if key.startswith('task:') and key.count(':') == 1}
+    agents = {key[6:]: value for key, value in state.items() if key.startswith('agent:') and key.count(':') == 1}
+    _check_task_indexes(state, tasks)
+    _check_agent_indexes(state, agents)
+    _check_inboxes(state, tasks, agents)
+    for task_id, task in tasks.items():
+        _check_task(task_id, task)
+    for agent_id, agent in agents.items():
+        _check_agent(agent_id, agent, tasks)
+    return state
+
+
+def _check_task_indexes(state: dict[str, Any], tasks: dict[str, Any]) -> None:
+    expected: dict[str, dict[str, str]] = defaultdict(dict)
+    for task_id, task in tasks.items():
+        keys = ['tasks', f'tasks:{task["state"]}']
+        if task['agent']:
+            keys += [f'agent:{task["agent"]}:tasks', f'agent:{task["agent"]}:tasks:{task["state"]}']
+        for key in keys:
+            expected[key][task_id] = task['born']
+    indexes = {key: value for key, value in state.items() if key.startswith('tasks') or ':tasks' in key}
+    assert indexes == expected
+    logs = {key[5:-4] for key in state if key.startswith('task:') and key.endswith(':log')}
+    assert logs == set(tasks)
+    ended: dict[str, int] = defaultdict(int)
+    for task in tasks.values():
+        ended[task['state']] += task['ended'] != ''
+    totals = state.get('totals', {})
+    assert all(int(totals.get(outcome, 0)) >= count for outcome, count in ended.items() if count)
+
+
+def _check_agent_indexes(state: dict[str, Any], agents: dict[str, Any]) -> None:
+    births = {agent_id: agent['born'] for agent_id, agent in agents.items()}
+    assert state.get('agents', {}) == births
+    assert state.get('ids', {}) == dict.fromkeys(agents, '0')
+    assert state.get('names', {}) == {agent['name'].lower(): agent_id for agent_id, agent in agents.items()}
+    assert state.get('live', {}) == {each: births[each] for each in agents if agents[each]['state'] in LIVE}
+
+
+def _check_inboxes(state: dict[str, Any], tasks: dict[str, Any], agents: dict[str, Any]) -> None:
+    boxes = {key.split(':')[1] for key, entries in state.items() if key.startswith('inbox:') and entries}
+    assert boxes <= {*agents, CONDUCTOR_ID}
+    queued = sorted(
+        (key.split(':')[1], entry, fields[1])
+        for key, entries in state.items()
+        if key.startswith('inbox:') and key.endswith(':t')
+        for entry, fields in entries
+    )
+    held = {task_id: task for task_id, task in tasks.items() if task['state'] in ('assigned', 'running')}
+    assert queued == sorted((task['agent'], task['entry'], task_id) for task_id, task in held.items())
+    running = {task_id for task_id, task in tasks.items() if task['state'] == 'running'}
+    assert set(state.get('leases', {})) == running
+    taken = {key.split(':')[1]: value for key, value in state.items() if re.fullmatch('agent:[^:]+:running', key)}
+    assert {(agent, task) for agent, found in taken.items() for task in found} == {
+        (tasks[task]['agent'], task) for task in running
+    }
+    for agent, found in taken.items():
+        assert len(found) == 1, f'{agent} runs {found}'
+        assert agents[agent]['state'] in LIVE
+
+
+def _check_task(task_id: str, task: dict[str, str]) -> None:
+    shown = json.loads(task['j'] + ',"tags":' + task['tags'] + task['m'])
+    assert shown['task_id'] == task_id
+    assert shown['state'] == task['state']
+    assert (shown['agent_id'], shown['agent_name']) == (task['agent'] or None, task['name'] or None)
+    assert shown['attempt'] == int(task['attempt'])
+    assert (shown['result'], shown['error']) == (json.loads(task['result']), json.loads(task['error']))
+    assert shown['dead_letter'] == (task['dead'] == '1')
+    for field, name in (('born', 'created_at'), ('started', 'started_at'), ('ended', 'ended_at')):
+        assert bool(task[field]) == bool(shown[name])
+    assert bool(task['ended']) == (task['state'] in ('completed', 'failed', 'cancelled'))
+    if task['state'] == 'pending':
+        assert (task['agent'], task['name'], task['entry'], task['started']) == ('', '', '', '')
+    if task['state'] in ('assigned', 'running'):
+        assert task['agent']
+        assert bool(task['started']) == (task['state'] == 'running')
+
+
+def _check_agent(agent_id: str, agent: dict[str, str], tasks: dict[str, Any]) -> None:
+    shown = json.loads(agent['j'] + agent['m'] + '}')
+    assert (shown['id'], shown['name'], shown['state']) == (agent_id, agent['name'], agent['state'])
+    counts = {'rounds_completed': 'rounds', 'tasks_completed': 'done', 'restarts': 'restarts'}
+    assert all(shown[name] == int(agent[field]) for name, field in counts.items())
+    assert (shown['pid'] or '') == (int(agent['pid']) if agent['pid'] else '')
+    assert (shown['current_task'] or '') == agent['task']
+    assert bool(agent['instance']) == (agent['state'] in LIVE)
+    if agent['task']:
+        task = tasks[agent['task']]
+        assert (task['state'], task['agent']) == ('running', agent_id)
+        assert shown['current_scope'] == json.loads(task['brief'])

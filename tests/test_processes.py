@@ -1,0 +1,222 @@
+"""Processes: which one is meant, whether it lives, and that stopping a tree ends all of it and nothing else."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tinytown import processes
+from tinytown.model import CONDUCTOR_ID, new_id
+from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, tree, verdict
+
+from .support import PATIENCE, environment
+
+SAYS = 'sh -c "echo \\$\\$; read w <&3; :"'  # says its pid, and lives for as long as the input of its starter
+Start = Callable[..., 'subprocess.Popen[bytes]']
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a shell script that says a line when it is ready; it is ended with the test."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def run(script: str, **env: str) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(
+            ['sh', '-c', script],
+            env={'PATH': os.environ['PATH']} | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        running.append(child)
+        return child
+
+    yield run
+    for child in running:
+        child.kill()
+        child.wait()
+        assert child.stdin
+        assert child.stdout
+        child.stdin.close()
+        child.stdout.close()
+
+
+def said(child: subprocess.Popen[bytes]) -> str:
+    assert child.stdout
+    assert select.select([child.stdout], [], [], PATIENCE)[0], 'the script said nothing'
+    return child.stdout.readline().decode().strip()
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Lets a script that reads its input end, and leaves it unreaped."""
+    assert child.stdin
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.fixture(params=[True, False], ids=['proc', 'ps'])
+def _looking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to look at processes: /proc, and ps where there is none."""
+    monkeypatch.setattr(processes, 'HAS_PROC', request.param)
+
+
+@pytest.mark.usefixtures('_looking')
+def test_a_process_is_known_by_host_boot_pid_and_start(start: Start) -> None:
+    child = start('echo ready; read word')
+    said(child)
+    found = identify(child.pid)
+    assert verdict(found) == 'alive'
+    assert verdict(replace(found, start='1')) == 'dead', 'its pid is used again'
+    assert verdict(replace(found, boot='another')) == 'dead'
+    assert verdict(replace(found, host='another')) == 'unknown'
+    assert verdict(replace(found, host='another', boot='another')) == 'unknown'
+    assert verdict(replace(found, pid=0)) == 'unknown'
+    assert verdict(replace(found, start='')) == 'unknown'
+    end(child)
+    assert verdict(found) == 'dead', 'a zombie is dead'
+    child.wait()
+    assert verdict(found) == 'dead'
+    assert identify(child.pid).start == ''
+
+
+def test_the_start_of_a_process_reads_the_same_in_every_time_zone_and_language(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, 'HAS_PROC', False)
+    child = start('echo ready; read word')
+    said(child)
+    found = identify(child.pid)
+    monkeypatch.setenv('TZ', 'Asia/Tokyo')
+    monkeypatch.setenv('LC_ALL', 'de_DE.UTF-8')
+    assert verdict(found) == 'alive'
+
+
+@pytest.mark.usefixtures('_looking')
+def test_a_tree_is_all_that_is_below_a_process(start: Start) -> None:
+    mine = new_id()
+    child = start(f'exec 3<&0; {SAYS} & env -i PATH=$PATH setsid {SAYS} & (({SAYS}); :) & read w', **{MARK: mine})
+    below = {int(said(child)) for _ in range(3)}
+    found = set(tree(identify(child.pid), mine))
+    assert below < found
+    assert os.getpid() not in tree(identify(os.getpid()), mine)
+
+
+def test_what_carries_another_mark_is_another_tree(start: Start) -> None:
+    mine, other = new_id(), new_id()
+    child = start(
+        f'exec 3<&0; {SAYS} & '
+        f'{MARK}={other} sh -c "echo \\$\\$; env -i PATH=$PATH sh -c \'echo \\$\\$; read w <&3; :\'; :" & read w',
+        **{MARK: mine},
+    )
+    below = {int(said(child)) for _ in range(3)}
+    its = set(tree(None, other))
+    assert len(its & below) == 2, 'with what is below it'
+    assert set(tree(identify(child.pid), mine)) == set(tree(None, mine)) == below - its | {child.pid}
+
+
+@pytest.mark.parametrize('mark', ['', 'x', '*', '0', CONDUCTOR_ID[:-1], CONDUCTOR_ID + 'X'])
+def test_what_is_no_instance_id_marks_nothing(start: Start, mark: str) -> None:
+    said(start('echo ready; read word', **{MARK: mark}))
+    assert marked(mark) == []
+    assert tree(None, mark) == {}
+
+
+def test_a_mark_is_found_in_any_session_and_is_exact(start: Start) -> None:
+    instance = new_id()
+    bearer = start('echo ready; read word', **{MARK: instance})
+    namesake = start('echo ready; read word', **{f'X{MARK}': instance, 'Y': f'{MARK}={instance}'})
+    said(bearer)
+    said(namesake)
+    assert marked(instance) == [bearer.pid]
+
+
+def test_a_tree_is_asked_to_end_before_it_is_made_to(start: Start) -> None:
+    polite = start('trap "echo bye; exit 0" TERM; echo ready; while :; do read word; done')
+    said(polite)
+    assert stop_tree(identify(polite.pid), new_id(), PATIENCE) == []
+    assert said(polite) == 'bye'
+    assert polite.wait() == 0
+    stubborn = start('trap "" TERM; echo ready; while :; do read word; done')
+    said(stubborn)
+    assert stop_tree(identify(stubborn.pid), new_id(), 0.1) == []
+    assert stubborn.wait() == -signal.SIGKILL
+
+
+def test_a_stopped_process_can_be_ended(start: Start) -> None:
+    child = start('echo ready; read word')
+    said(child)
+    child.send_signal(signal.SIGSTOP)
+    assert stop_tree(identify(child.pid), new_id(), 0.1) == []
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_a_reused_pid_is_left_alone(start: Start) -> None:
+    child = start('echo ready; read word')
+    said(child)
+    found = identify(child.pid)
+    for stale in (replace(found, start='1'), replace(found, boot='another'), replace(found, start='')):
+        assert stop_tree(stale, new_id(), 0) == []
+        assert stop_one(stale, 0) == []
+    assert tree(None, new_id(), {child.pid: '1'}) == {}, 'one that was told before, and whose pid is used again'
+    assert verdict(found) == 'alive'
+
+
+def test_stopping_one_process_spares_its_children(start: Start) -> None:
+    parent = start(f'exec 3<&0; {SAYS} & read word')
+    child = identify(int(said(parent)))
+    assert stop_one(identify(parent.pid), 0) == []
+    assert parent.wait() == -signal.SIGKILL
+    assert verdict(child) == 'alive'
+
+
+def test_a_detached_process_outlives_its_starter_and_holds_nothing_of_its(directory: Path) -> None:
+    os.mkfifo(directory / 'gate')
+    gate = os.open(directory / 'gate', os.O_RDWR)
+    script = (
+        'import os, sys; from pathlib import Path; from tinytown.processes import start_detached\n'
+        'held = os.open("/", os.O_RDONLY); os.set_inheritable(held, True); before = os.listdir("/proc/self/fd")\n'
+        'here = Path(sys.argv[1])\n'
+        'print(start_detached(["sh", "-c", "exec cat gate"], here, {"PATH": os.environ["PATH"]}, here / "log"))\n'
+        'assert len(os.listdir("/proc/self/fd")) == len(before)\n'
+    )
+    starter = subprocess.run(  # it returns when nobody holds the pipes any more
+        [sys.executable, '-c', script, str(directory)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    detached = int(starter.stdout)
+    try:
+        held = {file.name: str(file.readlink()) for file in Path(f'/proc/{detached}/fd').iterdir()}
+        assert {held.pop(n) for n in ('0', '1', '2')} == {'/dev/null', str(directory / 'log')}
+        assert set(held.values()) <= {str(directory / 'gate')}
+        assert os.getsid(detached) == detached
+    finally:
+        os.kill(detached, signal.SIGKILL)
+        os.close(gate)
+
+
+def test_orphans_are_collected_and_the_child_that_is_waited_for_is_not() -> None:
+    script = (
+        'import os, subprocess; from tinytown.processes import *\n'
+        'become_subreaper()\n'
+        'child = subprocess.Popen(["sh", "-c", "exec 3<&0; (read x <&3; exit 1) & echo $!; read x"],\n'
+        '    stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n'
+        'orphan = int(child.stdout.readline()); fd = os.pidfd_open(orphan)\n'
+        'child.kill(); os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)\n'
+        'reap_orphans(but=child.pid); assert child.wait() == -9\n'
+        'child.stdin.close(); import select; select.select([fd], [], [])\n'
+        'assert os.path.exists(f"/proc/{orphan}"); reap_orphans(); assert not os.path.exists(f"/proc/{orphan}")\n'
+    )
+    subprocess.run([sys.executable, '-c', script], env=environment(), check=True, timeout=PATIENCE)

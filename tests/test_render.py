@@ -1,0 +1,144 @@
+"""What a person sees: columns that align, colour where it helps, and nothing that steers the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import unicodedata
+from typing import Any
+
+import pytest
+
+from tinytown.model import CONDUCTOR_ID
+from tinytown.operations import TABLE
+from tinytown.render import as_json, clean, render, table
+
+from .support import Place, environment
+
+HOSTILE = 'a\x1b[2J\x1b]0;title\x07\x9b31m\x7f\r\x00\x08\u202e\u2066\u2028\udc80z'
+AGENT = {
+    'id': 'i', 'name': 'backend', 'nickname': None, 'role_id': None, 'cli': 'demo', 'state': 'Idle',
+    'rounds_completed': 1, 'tasks_completed': 2, 'inbox_len': 3, 'urgent_len': 1, 'current_scope': None,
+}  # fmt: skip
+TASK = {'task_id': 't', 'description': 'd', 'tags': ['x'], 'state': 'running', 'agent_name': 'a', 'attempt': 1}
+
+
+def test_columns_align_under_their_heads() -> None:
+    rows = [['a', 'bb', 'c'], ['日本', 'é', 'd'], ['e\u0301', 'longer', 'x  \n y']]
+    lines = table(('ONE', 'TWO', 'THREE'), rows, 'nothing').splitlines()
+    assert len(lines) == 4
+    starts = {columns(line[: re.search(r'\S+( y)?$', line).start()]) for line in lines}  # type: ignore[union-attr]
+    assert len(starts) == 1
+    assert not any(line.endswith(' ') for line in lines)
+    assert table(('ONE',), [], 'nothing') == 'nothing'
+
+
+def columns(text: str) -> int:
+    wide = sum(unicodedata.east_asian_width(each) == 'W' for each in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+@pytest.mark.parametrize('text', ['x' * 500, '日' * 500, 'é' * 500])
+def test_a_long_cell_is_cut_where_it_is_too_wide(text: str) -> None:
+    cell = table(('TEXT',), [[text]], '').splitlines()[1]
+    assert cell.endswith('…')
+    assert 71 <= columns(cell) <= 72
+
+
+def test_states_are_coloured_only_if_colour_is_wanted() -> None:
+    answer = {'agents': [AGENT, AGENT | {'state': 'Error', 'name': 'b'}], 'count': 2}
+    plain, coloured = render('agent.list', answer, False), render('agent.list', answer, True)
+    assert re.sub(r'\x1b\[\d+m', '', coloured) == plain
+    assert re.findall(r'\x1b\[(\d+)m(\w+)\x1b\[0m', coloured) == [('32', 'Idle'), ('31', 'Error')]
+    assert '\x1b' not in plain
+
+
+def example(schema: dict[str, Any], text: str) -> Any:
+    """A value of a JSON Schema, with `text` wherever text is."""
+    kind = schema.get('type')
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == 'object':
+        return {name: example(each, text) for name, each in schema.get('properties', {'x': {'type': 'string'}}).items()}
+    if kind == 'array':
+        return [example(schema['items'], text)] * 2
+    return {'string': text, 'integer': 7, 'number': 1.5, 'boolean': True}.get(str(kind))
+
+
+@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.name)
+def test_no_answer_steers_the_terminal_whatever_it_holds(op: Any) -> None:
+    answer = example(op.output, HOSTILE)
+    for shown in (render(op.name, answer, False), re.sub(r'\x1b\[\d+m', '', render(op.name, answer, True))):
+        assert shown.strip()
+        assert not [each for each in shown if each != '\n' and unicodedata.category(each)[0] == 'C'], repr(shown)
+    text = as_json(answer, ascii_only=False)
+    assert json.loads(text) == answer
+    assert not [each for each in text if unicodedata.category(each)[0] == 'C']
+
+
+@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.name)
+def test_every_answer_has_words_of_its_own_even_if_it_is_empty(op: Any) -> None:
+    empty = {
+        name: None if 'null' in each['type'] else {'array': [], 'integer': 0, 'object': {}}.get(each['type'], 'x')
+        for name, each in op.output['properties'].items()
+        if name != 'next_cursor'
+    }
+    shown = render(op.name, empty, False)
+    assert shown
+    assert '{' not in shown.replace('{}', '')
+    assert ': .' not in shown
+
+
+def test_text_that_is_plain_stays_as_it_is() -> None:
+    assert clean('Größe\t日本 🚀\n') == 'Größe\t日本 🚀\n'
+    assert clean(HOSTILE).strip('az').count('\ufffd') == 12
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert render('agent.prune', {'removed': 1, 'agents': ['a']}, False) == 'Removed 1 agent: a.'
+    assert render('agent.prune', {'removed': 2, 'agents': ['a', 'b']}, False) == 'Removed 2 agents: a, b.'
+    assert render('town.reset', {'agents': 1, 'tasks': 0}, False) == 'Removed 1 agent and 0 tasks.'
+    reclaimed = {'reclaimed': 1, 'destination': 'backlog'}
+    assert render('recovery.reclaim_tasks', reclaimed, False) == 'Moved 1 task to backlog.'
+
+
+def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
+    sender = '1234abcd-0000-4000-8000-000000000000'
+    messages = [
+        {'id': 'm1', 'from': sender, 'type': 'query', 'summary': 'x' * 100},
+        {'id': 'm2', 'from': CONDUCTOR_ID, 'type': 'info', 'summary': 'a\nb'},
+    ]
+    shown = render('agent.inbox', {'agent': 'a', 'total': 2, 'urgent': 0, 'messages': messages}, False)
+    assert shown == (
+        'a: 2 messages, 0 urgent\n\nID  FROM       TYPE   TEXT\n'
+        f'm1  1234abcd   query  {"x" * 100}\nm2  conductor  info   a b'
+    )
+
+
+def test_lines_of_a_text_stand_under_its_first() -> None:
+    shown = render('task.get', TASK | {'description': 'one\ntwo', 'result': None, 'dead_letter': False}, False)
+    assert 'description  one\n             two\n' in shown
+    assert 'dead_letter  no' in shown
+    assert 'tags         x\n' in shown
+
+
+@pytest.mark.parametrize(('no_color', 'terminal', 'colour'), [('', True, True), ('1', True, False), ('', False, False)])
+def test_a_terminal_gets_colour_unless_no_color_says_otherwise(
+    place: Place, no_color: str, terminal: bool, colour: bool
+) -> None:
+    task = place.do('backlog.add', description='\x85\x9b2Jx')['task_id']
+    ours, its = pty.openpty() if terminal else os.pipe()
+    env = environment(**({'NO_COLOR': no_color} if no_color else {}))
+    argv = [sys.executable, '-m', 'tinytown.cli', 'task', 'list']
+    done = subprocess.run(argv, cwd=place.root, env=env, stdout=its, stderr=subprocess.PIPE, check=False)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    os.close(its)
+    assert (done.returncode, done.stderr) == (0, b'')
+    assert task in shown
+    assert ('\x1b[33mpending\x1b[0m' in shown) == colour
+    assert ('\x1b' in shown) == colour
+    assert '\x9b' not in shown

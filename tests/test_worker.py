@@ -1,0 +1,618 @@
+"""Workers: what runs when an agent is spawned, what becomes of its tasks, and what is left when it is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown import reports
+from tinytown.errors import TownError
+from tinytown.model import CONDUCTOR_ID, new_id
+from tinytown.processes import identify, start_time, verdict
+
+from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis
+
+CLIS = {
+    'runs': shell_cli('sed -n "s/^RUN //p" >script.$$; exec sh script.$$ </dev/null'),  # a task's text is a script
+    'cat': 'cat',
+    'file': "sh -c 'cat $0; echo $$ >up; read word <down' {prompt_file}",
+    'stdin': shell_cli('cat; echo $$ >up; read word <down'),
+    'literal': "printf %s '$(touch pwned); `touch pwned`' '*'",
+    'own': './own-cli --flag',
+}
+GATE = 'echo $$ >up; read word <down; echo "$word"'  # says its pid, and waits to be told to go on
+
+
+class Gate:
+    """Named pipes between a CLI and a test: it says its pid on `up`, goes on when told on `down`, or `never`."""
+
+    def __init__(self, root: Path) -> None:
+        for name in ('up', 'down', 'never'):
+            os.mkfifo(root / name)
+        self._up, self._down = (os.open(root / name, os.O_RDWR) for name in ('up', 'down'))
+        self._heard = b''
+
+    def pid(self) -> int:
+        """The next process id that a CLI says."""
+        while b'\n' not in self._heard:
+            assert select.select([self._up], [], [], PATIENCE)[0], 'the CLI said nothing'
+            self._heard += os.read(self._up, 4096)
+        line, _, self._heard = self._heard.partition(b'\n')
+        return int(line)
+
+    def go(self, word: str = 'done') -> None:
+        os.write(self._down, word.encode() + b'\n')
+
+    def close(self) -> None:
+        os.close(self._up)
+        os.close(self._down)
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """One town for all tests here; take `place`."""
+    made = make_town(
+        tmp_path_factory.mktemp('w'),
+        max_agents=4,
+        agent={'lease_secs': 6, 'pass_env': ['PYTHONHOME']},
+        retention={'log_bytes': 65536},
+        agent_clis=CLIS,
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def place(shared: Place) -> Iterator[Place]:
+    """The town; afterwards it is emptied of agents, tasks, events, logs and files."""
+    assert shared.town
+    yield shared
+    for hall in shared.halls:
+        hall.kill()
+    shared.halls.clear()
+    shared.do('town.reset', force=True)
+    logs = shared.root / '.tt' / 'logs'
+    for file in (*shared.root.iterdir(), *logs.iterdir()):
+        if file.name not in ('.tt', 'tinytown.toml'):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+@pytest.fixture
+def gate(place: Place) -> Iterator[Gate]:
+    made = Gate(place.root)
+    yield made
+    made.close()
+
+
+def spawn(place: Place, name: str = 'w', cli: str = 'runs', **more: Any) -> int:
+    """A new agent; the pid of its worker."""
+    place.do('agent.spawn', name=name, cli=cli, **more)
+    return worker_pid(place, name)
+
+
+def worker_pid(place: Place, name: str = 'w') -> int:
+    pid: int = place.do('agent.get', agent=name)['pid']
+    return pid
+
+
+def give(place: Place, script: str, name: str = 'w') -> str:
+    task_id: str = place.do('task.assign', agent=name, task=f'RUN {script}')['task_id']
+    return task_id
+
+
+def task(place: Place, task_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = place.do('task.get', task_id=task_id)
+    return found
+
+
+def agent(place: Place, name: str = 'w') -> dict[str, Any]:
+    found: dict[str, Any] = place.do('agent.get', agent=name)
+    return found
+
+
+def await_exit(pid: int) -> None:
+    """Waits until a process is no more, or a zombie."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], PATIENCE)[0], f'process {pid} still runs'
+    finally:
+        os.close(descriptor)
+
+
+def is_gone(pid: int) -> bool:
+    return start_time(pid) == ''
+
+
+def when(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event['at']).timestamp()
+
+
+# ------------------------------------------------------------------------------------------------------------- life
+
+
+def test_a_worker_runs_when_its_spawn_is_answered(hall: Hall, place: Place) -> None:
+    spawned = hall.post('/v1/agents', {'name': 'w', 'cli': 'cat', 'role_id': 'worker', 'nickname': 'Wanda'})
+    found = hall.get('/v1/agents/w').json
+    assert spawned.status == 201
+    assert spawned.json == {
+        'agent_id': found['id'],
+        'name': 'w',
+        'cli': 'cat',
+        'role_id': 'worker',
+        'nickname': 'Wanda',
+        'parent_agent_id': None,
+    }
+    assert found['state'] == 'Idle'
+    assert verdict(identify(found['pid'])) == 'alive'
+    assert place.log('w').count('is up') == 1
+
+
+def test_a_task_is_taken_at_once_by_a_worker_that_does_not_poll(place: Place) -> None:
+    def calls() -> int:
+        said = place.store.call(place.store.info('commandstats')).decode()
+        return sum(map(int, re.findall(r'cmdstat_(?:evalsha|xread|eval):calls=(\d+)', said)))
+
+    spawn(place)
+    before = calls()
+    assert place.store.call(place.store.next_event(place.history()[-1]['id'], 3000)) is None  # three idle seconds
+    assert calls() - before <= 8, 'two heartbeats of three commands each, and what this test asked'
+    task_id = give(place, 'echo quick')
+    assert place.await_end(task_id)['result'] == 'quick'
+    taken, given = place.await_event('task.started'), place.await_event('task.assigned')
+    assert when(taken) - when(given) < 0.5
+
+
+@pytest.mark.parametrize('cli', ['stdin', 'file'])
+def test_a_prompt_is_read_by_its_cli_and_shown_to_nobody(place: Place, gate: Gate, cli: str) -> None:
+    spawn(place, cli=cli)
+    task_id = give(place, 'the secret of the-blue-door')
+    gate.pid()
+    shown = [file.read_bytes() for file in Path('/proc').glob('[0-9]*/cmdline') if file.exists()]
+    gate.go()
+    assert not [argv for argv in shown if b'the-blue-door' in argv]
+    assert 'the secret of the-blue-door' in place.await_end(task_id)['result']
+
+
+def test_a_cli_sees_who_it_is_and_none_of_townhalls_secrets(
+    place: Place, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('DATABASE_PASSWORD', 'hunter2-hunter2')
+    monkeypatch.setenv('TINYTOWN_REDIS_URL', '')
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-for-the-cli')
+    worker = spawn(place)
+    task_id = give(place, GATE)
+    cli = gate.pid()
+    seen = [Path(f'/proc/{pid}/environ').read_bytes() for pid in (worker, cli)]
+    gate.go()
+    assert not [environ for environ in seen if b'hunter2' in environ or b'TINYTOWN_REDIS' in environ]
+    env = dict(entry.decode().split('=', 1) for entry in seen[1].split(b'\0') if entry)
+    assert env['OPENAI_API_KEY'] == 'sk-for-the-cli'
+    assert env['PATH'].split(':')[0] == str(place.root / '.tt' / 'bin')
+    assert env.pop('TINYTOWN_INSTANCE')
+    assert {name: value for name, value in env.items() if name.startswith('TINYTOWN_')} == {
+        'TINYTOWN_TOWN': str(place.root),
+        'TINYTOWN_AGENT_ID': agent(place)['id'],
+        'TINYTOWN_AGENT_NAME': 'w',
+        'TINYTOWN_TASK_ID': task_id,
+        'TINYTOWN_ATTEMPT': '1',
+    }
+
+
+def test_no_shell_reads_a_task_or_a_command_line(place: Place) -> None:
+    text = '$(touch pwned); `touch pwned` && touch pwned > pwned | "touch" \'pwned\' \\ * ~ \t{prompt_file}'
+    spawn(place, 'a', 'cat')
+    spawn(place, 'b', 'literal')
+    first = place.do('task.assign', agent='a', task=text)['task_id']
+    second = place.do('task.assign', agent='b', task=text)['task_id']
+    assert text in place.await_end(first)['result']
+    assert place.await_end(second)['result'] == '$(touch pwned); `touch pwned`*'
+    assert not (place.root / 'pwned').exists()
+
+
+def test_the_end_of_a_run_is_the_end_of_its_task(place: Place) -> None:
+    cases = {
+        'echo out; echo err >&2': ('completed', 'out', None),
+        'true': ('completed', '', None),
+        'echo out; echo bad >&2; exit 3': ('failed', None, 'exit status 3: bad'),
+        'echo only; exit 4': ('failed', None, 'exit status 4: only'),
+        'exit 5': ('failed', None, 'exit status 5'),
+        'kill -9 $$': ('failed', None, 'ended by signal 9'),
+        'yes é | tr -d "\\n" | head -c 20000; echo; echo end': ('completed', 'é' * 2045 + '\nend', None),
+        'tt task complete --result mine; exit 3': ('completed', 'mine', None),
+        'tt task fail --error stuck': ('failed', None, 'stuck'),
+    }
+    spawn(place)
+    given = {script: give(place, script) for script in cases}
+    ended = {script: place.await_end(task_id) for script, task_id in given.items()}
+    assert {s: (t['state'], t['result'], t['error']) for s, t in ended.items()} == cases
+    assert all('echo out' not in line for line in place.log('w').splitlines() if 'tinytown:' in line)
+    assert 'bad\n' in place.log('w')
+    assert agent(place)['tasks_completed'] == 4
+
+
+def test_a_towns_own_python_files_are_not_imported_by_its_workers(place: Place) -> None:
+    for name in ('json.py', 'redis.py', 'tinytown/__init__.py', 'select.py'):
+        (place.root / name).parent.mkdir(exist_ok=True)
+        (place.root / name).write_text('raise SystemExit("a file of the town was imported")')
+    spawn(place)
+    assert place.await_end(give(place, 'tt task complete --result fine'))['result'] == 'fine'
+
+
+def test_a_log_is_rotated_once_it_is_full(place: Place) -> None:
+    spawn(place)
+    place.await_end(give(place, 'yes line | head -c 300000; echo the last'))
+    logs = place.root / '.tt' / 'logs'
+    assert 0 < (logs / 'w.log').stat().st_size <= 65536
+    assert 0 < (logs / 'w.log.1').stat().st_size <= 65536
+    assert 'the last' in place.log('w')
+    (logs / 'w.log').unlink()  # as a person may; the work goes on
+    assert place.await_end(give(place, 'yes line | head -c 300000; echo more'))['state'] == 'completed'
+    assert 'more' in place.log('w')
+
+
+# --------------------------------------------------------------------------------------------------------- steering
+
+
+def test_interrupt_resume_and_close_are_obeyed_between_rounds(place: Place, gate: Gate) -> None:
+    spawn(place)
+    first, second, third = (give(place, GATE) for _ in range(3))
+    gate.pid()
+    assert place.do('agent.interrupt', agent='w') == {'status': 'paused', 'agent': 'w'}
+    gate.go()
+    assert place.await_end(first)['state'] == 'completed'
+    assert place.do('agent.resume', agent='w')['status'] == 'idle'
+    gate.pid()
+    assert place.do('agent.close', agent='w')['status'] == 'draining'
+    gate.go()
+    assert place.await_end(second)['state'] == 'completed'
+    stopped = place.await_event('agent.stopped')
+    assert when(stopped) - when(place.await_event('task.completed', task_id=second)) < 1
+    resumed = next(e['id'] for e in place.history() if e['type'] in ('agent.idle', 'agent.working'))
+    assert place.await_event('task.started', task_id=second)['id'] > resumed
+    assert task(place, third)['state'] == 'assigned'
+
+
+def test_an_idle_agent_is_closed_at_once_and_waited_for(place: Place) -> None:
+    pid = spawn(place)
+    assert place.do('agent.wait', agent='w', timeout=0) == {'agent': 'w', 'state': 'Idle', 'done': False}
+
+    def wait() -> Any:
+        try:
+            return place.do('agent.wait', agent='w', timeout=20)
+        finally:
+            place.store.close()
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(wait)
+        place.do('agent.close', agent='w')
+        assert waiting.result() == {'agent': 'w', 'state': 'Stopped', 'done': True}
+    await_exit(pid)
+    assert when(place.await_event('agent.stopped')) - when(place.await_event('agent.draining')) < 1
+
+
+def test_max_rounds_stops_a_worker_and_leaves_the_rest_queued(place: Place) -> None:
+    spawn(place, max_rounds=2)
+    tasks = [give(place, 'true') for _ in range(3)]
+    place.await_event('agent.stopped')
+    assert [task(place, each)['state'] for each in tasks] == ['completed', 'completed', 'assigned']
+
+
+def test_queries_become_work_and_information_waits_for_it(place: Place, gate: Gate) -> None:
+    spawn(place, cli='stdin')
+    place.do('message.send', to='w', message='the sky is blue', kind='info')
+    place.do('message.send', to='w', message='all is well', kind='ack')
+    place.do('message.send', to='w', message='what colour is the sky?', kind='query')
+    gate.pid()
+    assert place.do('agent.inbox', agent='w')['total'] == 3, 'acknowledged when the round is done, not before'
+    place.do('agent.close', agent='w')
+    gate.go()
+    place.await_event('agent.stopped')
+    assert place.do('agent.inbox', agent='w')['total'] == 0
+    assert agent(place)['rounds_completed'] == 1
+    log = place.log('w')
+    assert 'a question from' in log
+    assert 'the sky is blue' in log
+    assert '1 received.' in log
+
+
+# --------------------------------------------------------------------------------------------------- the end of them
+
+# A child in a session of its own, one that also hides where it comes from, and one of the plain kind; all say who they
+# are, and none minds TERM.
+STUBBORN = (
+    "trap '' TERM; "
+    "setsid sh -c 'echo $$ >up; while :; do read word <never; done' & "
+    "env -i PATH=$PATH setsid sh -c 'echo $$ >up; while :; do read word <never; done' & "
+    "sh -c 'echo $$ >up; while :; do read word <never; done' & "
+)
+
+
+@pytest.mark.parametrize('force', [False, True])
+def test_kill_leaves_no_process_and_returns_the_task(place: Place, gate: Gate, force: bool) -> None:
+    worker = spawn(place)
+    task_id = give(place, STUBBORN + 'echo $$ >up; while :; do wait; done')
+    pids = [gate.pid() for _ in range(4)]
+    began = time.monotonic()
+    assert place.do('agent.kill', agent='w', force=force) == {'status': 'stopped', 'agent': 'w'}
+    assert [pid for pid in (worker, *pids) if not is_gone(pid)] == []
+    assert (time.monotonic() - began < 4) is force, 'five seconds of grace, or none'
+    found = task(place, task_id)
+    assert (found['state'], found['attempt'], found['agent_id']) == ('pending', 1, None)
+    assert (agent(place)['state'], agent(place)['pid']) == ('Stopped', None)
+
+
+def test_killing_idle_agents_never_meets_their_own_goodbye(place: Place) -> None:
+    spawn(place)
+    for _ in range(6):
+        assert place.do('agent.kill', agent='w')['status'] == 'stopped'
+        assert place.do('agent.restart', agent='w')['status'] == 'restarted'
+
+
+def test_what_a_run_leaves_behind_is_ended_after_it(place: Place, gate: Gate) -> None:
+    spawn(place)
+    task_id = give(place, STUBBORN.replace("trap '' TERM; ", '') + 'read word <down')
+    pids = [gate.pid() for _ in range(3)]
+    gate.go()
+    assert place.await_end(task_id)['state'] == 'completed'
+    for pid in pids:
+        await_exit(pid)
+
+
+def test_what_a_run_leaves_behind_can_write_for_ever_and_delays_nobody(place: Place, gate: Gate) -> None:
+    spawn(place)
+    task_id = give(place, 'setsid yes & echo $! >up; exit 0')
+    pid = gate.pid()
+    assert place.await_end(task_id)['state'] == 'completed'
+    await_exit(pid)
+
+
+def test_an_agent_that_an_agent_spawned_is_a_tree_of_its_own(place: Place) -> None:
+    parent = spawn(place)
+    task_id = give(place, 'tt spawn child --cli cat --parent w')
+    assert place.await_end(task_id)['state'] == 'completed', place.log('w')
+    place.await_end(give(place, 'true'))  # a round later
+    child = worker_pid(place, 'child')
+    assert verdict(identify(child)) == 'alive'
+    place.do('agent.kill', agent='w', force=True)
+    assert is_gone(parent)
+    assert verdict(identify(child)) == 'alive'
+
+
+def test_a_cancelled_task_ends_its_run_within_a_heartbeat(place: Place, gate: Gate) -> None:
+    spawn(place)
+    task_id = give(place, 'echo $$ >up; exec yes')  # one that never stops talking
+    pid = gate.pid()
+    assert place.do('task.cancel', task_id=task_id)['state'] == 'cancelled'
+    await_exit(pid)
+    assert place.await_end(give(place, 'echo next'))['result'] == 'next'
+    assert task(place, task_id)['state'] == 'cancelled'
+
+
+def test_restart_keeps_the_work_of_an_agent(place: Place, gate: Gate) -> None:
+    worker = spawn(place)
+    first, second = give(place, GATE), give(place, GATE)
+    cli = gate.pid()
+    assert place.do('agent.restart', agent='w') == {'status': 'restarted', 'agent': 'w'}
+    assert is_gone(worker)
+    assert is_gone(cli)
+    for task_id, attempt in ((first, 2), (second, 1)):
+        gate.pid()
+        gate.go()
+        assert place.await_end(task_id)['attempt'] == attempt
+    assert agent(place)['restarts'] == 1
+
+
+def test_a_worker_that_is_terminated_gives_its_task_back(place: Place, gate: Gate) -> None:
+    worker = spawn(place)
+    task_id = give(place, GATE)
+    cli = gate.pid()
+    os.kill(worker, signal.SIGTERM)
+    place.await_event('agent.stopped')
+    assert is_gone(cli)
+    assert (task(place, task_id)['state'], task(place, task_id)['attempt']) == ('pending', 1)
+    await_exit(worker)
+
+
+def test_recover_frees_the_work_of_a_worker_that_died_and_ends_what_it_left(place: Place, gate: Gate) -> None:
+    spawn(place, 'healthy', 'cat')
+    worker = spawn(place)
+    running, waiting = give(place, GATE), give(place, GATE)
+    cli = gate.pid()
+    os.kill(worker, signal.SIGKILL)
+    await_exit(worker)
+    assert place.do('recovery.recover_agents') == {'checked': 2, 'recovered': 1, 'agents': ['w']}
+    assert is_gone(cli)
+    assert [task(place, each)['state'] for each in (running, waiting)] == ['pending', 'assigned']
+    assert place.do('recovery.recover_agents')['recovered'] == 0
+    assert agent(place)['state'] == 'Error'
+    assert agent(place, 'healthy')['state'] == 'Idle'
+
+
+def test_a_cli_that_has_vanished_is_an_error_and_the_task_stays_queued(place: Place) -> None:
+    own = place.root / 'own-cli'
+    own.write_text('#!/bin/sh\necho own "$@"\n')
+    own.chmod(0o755)
+    spawn(place, cli='own')
+    assert place.await_end(give(place, ''))['result'] == 'own --flag'
+    own.unlink()
+    task_id = give(place, '')
+    place.await_event('agent.error')
+    assert task(place, task_id)['state'] == 'assigned'
+    assert 'own-cli' in next(e['why'] for e in place.history() if e['type'] == 'agent.error')
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_report_reaches_a_redis_that_was_away(place: Place, gate: Gate) -> None:
+    spawn(place)
+    task_id = give(place, GATE)
+    cli = gate.pid()
+    redis = redis_pid(place)
+    os.kill(redis, signal.SIGKILL)
+    await_exit(redis)
+    gate.go('made while Redis was away')
+    await_exit(cli)
+    start_redis(place)
+    found = place.await_end(task_id)
+    assert (found['state'], found['attempt'], found['result']) == ('completed', 1, 'made while Redis was away')
+    assert list((place.root / '.tt' / 'agents').glob('*.spool/*')) == []
+
+
+@pytest.mark.parametrize('verb', ['recovery.recover_agents', 'agent.restart', 'agent.kill'])
+def test_a_report_that_its_worker_left_is_delivered_before_its_task_is_freed(
+    place: Place, gate: Gate, verb: str
+) -> None:
+    worker = spawn(place)
+    task_id = give(place, GATE)
+    gate.pid()
+    report = {'task': task_id, 'attempt': '1', 'outcome': 'completed', 'result': 'kept', 'error': None}
+    reports.keep(place.root, agent(place)['id'], report)
+    os.kill(worker, signal.SIGKILL)
+    await_exit(worker)
+    if verb == 'recovery.recover_agents':
+        place.do(verb)
+    else:
+        place.do(verb, agent='w')
+    found = task(place, task_id)
+    assert (found['state'], found['attempt'], found['result']) == ('completed', 1, 'kept')
+
+
+def test_the_older_of_two_processes_of_one_agent_ends(place: Place, gate: Gate) -> None:
+    older = spawn(place)
+    task_id = give(place, GATE)
+    cli = gate.pid()
+    found = agent(place)
+    instance = place.store.call(place.store.agent('w'))[4].decode()
+    place.store.call(place.store.depart(found['id'], instance, 'Stopped', 'taken for dead', 'inbox'))
+    place.do('agent.restart', agent='w')
+    gate.pid()
+    await_exit(cli)
+    await_exit(older)
+    gate.go('by the newer')
+    ended = place.await_end(task_id)
+    assert (ended['attempt'], ended['result']) == (2, 'by the newer')
+    assert worker_pid(place) != older
+
+
+def test_a_foreground_worker_is_stopped_without_the_redis_that_it_started(place: Place) -> None:
+    place.tt('stop', '--redis')
+    with subprocess.Popen(
+        [sys.executable, '-m', 'tinytown.cli', 'spawn', 'w', '--cli', 'runs', '--foreground'],
+        cwd=place.root,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    ) as foreground:
+        assert foreground.stdout
+        assert b'is up' in foreground.stdout.readline()
+        redis = redis_pid(place)
+        assert place.await_end(give(place, 'echo here'))['result'] == 'here'
+        place.do('agent.kill', agent='w')
+        assert foreground.wait(PATIENCE) == 0
+    assert redis_pid(place) == redis
+
+
+# --------------------------------------------------------------------------------------------------------- spawning
+
+
+def test_of_twenty_spawns_of_one_name_one_succeeds(hall: Hall) -> None:
+    names = ['same', 'SAME', 'Same', 'sAme'] * 5
+    with ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda name: hall.post('/v1/agents', {'name': name, 'cli': 'cat'}), names))
+    assert sorted(reply.status for reply in replies) == [201] + [409] * 19
+    assert {reply.json['code'] for reply in replies if reply.status == 409} == {'name-taken'}
+    agents = hall.get('/v1/agents').json
+    assert agents['count'] == 1
+    assert verdict(identify(agents['agents'][0]['pid'])) == 'alive'
+
+
+BAD_NAMES = ['', '../x', 'a/b', 'a b', 'a\nb', 'a\0b', 'a*', 'tt:{x}', '-x', '_x', 'é', 'a' * 64, 'a\n', '\u202ea']
+RESERVED = ['conductor', 'Supervisor', CONDUCTOR_ID, new_id()]
+
+
+def test_a_spawn_that_can_not_be_is_refused_with_the_reason(place: Place) -> None:
+    def refusal(**arguments: Any) -> TownError:
+        with pytest.raises(TownError) as caught:
+            place.do('agent.spawn', **arguments)
+        return caught.value
+
+    for name in (*BAD_NAMES, *RESERVED):
+        refused = refusal(name=name, cli='cat')
+        assert (refused.status, refused.errors and refused.errors[0]['pointer']) == (422, '/name'), name
+    unknown = refusal(name='w', cli='nonesuch')
+    assert unknown.status == 422
+    assert all(name in unknown.detail for name in ("'nonesuch'", 'claude', 'codex-mini', 'demo', 'runs'))
+    missing = refusal(name='w', cli='own')
+    assert missing.status == 422
+    assert "program './own-cli' is not installed" in missing.detail
+    assert refusal(name='w', cli='cat', parent_agent_id='nobody').status == 404
+    assert place.do('agent.list')['count'] == 0
+    for i in range(4):
+        spawn(place, 'n' * 62 + str(i), 'cat')
+    full = refusal(name='w', cli='cat')
+    assert (full.status, full.code) == (409, 'max-agents')
+
+
+def test_a_cli_that_is_not_installed_is_refused_with_how_to_install_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.town
+    monkeypatch.setenv('PATH', '/nowhere')
+    with pytest.raises(TownError, match='npm install -g @anthropic-ai/claude-code') as caught:
+        place.do('agent.spawn', name='w', cli='claude')
+    assert caught.value.status == 422
+
+
+def test_a_spawn_whose_worker_does_not_come_up_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn(place, 'stopped', 'cat')
+    place.do('agent.kill', agent='stopped')
+    monkeypatch.setenv('PYTHONHOME', '/nowhere')  # its interpreter ends before it reads what it is told
+    with pytest.raises(TownError, match="The worker of 'w' did not start") as caught:
+        place.do('agent.spawn', name='w', cli='cat')
+    assert (caught.value.status, caught.value.code) == (503, 'spawn-failed')
+    with pytest.raises(TownError):
+        place.do('agent.restart', agent='stopped')
+    monkeypatch.delenv('PYTHONHOME')
+    agents = place.do('agent.list')['agents']
+    assert [(each['name'], each['state']) for each in agents] == [('stopped', 'Error')]
+    spawn(place, 'w', 'cat')
+
+
+def test_workers_start_in_a_process_with_thousands_of_open_descriptors(place: Place) -> None:
+    assert place.town
+    place.do('agent.list')
+    opened = [os.dup(0) for _ in range(1100)]
+    try:
+        assert verdict(identify(spawn(place, 'w', 'cat'))) == 'alive'
+        place.do('agent.kill', agent='w')
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def test_pruning_an_agent_removes_what_was_kept_for_it(place: Place) -> None:
+    spawn(place, 'w')
+    spawn(place, 'other')
+    for name in ('w', 'other'):
+        place.await_end(give(place, 'true', name))
+    place.do('agent.kill', agent='w')
+    assert place.do('agent.prune') == {'removed': 1, 'agents': ['w']}
+    other = agent(place, 'other')['id']
+    assert {file.name.split('.')[0] for file in (place.root / '.tt' / 'agents').iterdir()} == {other}

@@ -1,0 +1,338 @@
+"""One client's connection: reads requests as they arrive, judges them, writes answers, and keeps its deadlines.
+
+A state machine that the server's loop drives: `on_event` when the socket is ready, `answer` when an answer is there,
+`expire` now and then. It never waits. Nothing is dispatched that was not received whole; every request gets one
+answer; every state has a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import socket
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from .config import Limits
+from .errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
+from .http1 import (
+    MOST_HEAD,
+    MOST_LINE,
+    Request,
+    Response,
+    body_length,
+    check_host,
+    judge_line,
+    long_line,
+    parse_head,
+    problem,
+    render,
+)
+from .store import Command
+
+IN: Final = select.POLLIN
+OUT: Final = select.POLLOUT
+_GONE: Final = select.POLLERR | select.POLLHUP
+
+LINGER_SECS: Final = 2.0
+_MOST_AHEAD: Final = 65536  # bytes that a client may send ahead while its request is under way
+_REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
+
+Answer = Response | Generator[Command, Any, Response]
+
+
+class Application(Protocol):
+    """What the server serves. `begin` judges a request by its head (raises TownError); `handle` answers it."""
+
+    def begin(self, request: Request) -> None: ...
+    def handle(self, request: Request) -> Answer: ...
+    def is_slow(self, request: Request) -> bool: ...
+
+
+class Owner(Protocol):
+    """What a connection needs of its server."""
+
+    application: Application
+    limits: Limits
+    allowed_hosts: frozenset[str]
+    connections: set[Connection]
+    draining: bool
+
+    def watch(self, sock: socket.socket, mask: int, handler: Callable[[int], None]) -> None: ...
+    def modify(self, sock: socket.socket, mask: int) -> None: ...
+    def unwatch(self, sock: socket.socket) -> None: ...
+    def run(self, connection: Connection, request: Request) -> None: ...
+    def failed(self, request: Request, error: Exception) -> Response: ...
+    def log(self, request: Request, response: Response, address: Any) -> None: ...
+
+
+@dataclass(slots=True)
+class _Refused:
+    """Stands as the target of a request that was refused by its head."""
+
+    error: TownError
+
+
+class Connection:
+    """One client. Reads a request, has it answered, and goes on; at most one request is under way."""
+
+    __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_in_process', '_judged', '_mask', '_out',
+                 '_peer_done', '_request', '_request_end', '_server', 'address', 'is_busy', 'sock')  # fmt: skip
+
+    def __init__(self, sock: socket.socket, address: Any, server: Owner) -> None:
+        self.sock = sock
+        self.address = address
+        self._server = server
+        self._buffer = bytearray()
+        self._judged = 0  # bytes of an unfinished head that were found good
+        self._request: Request | None = None  # whose head is read, or which is under way
+        self.is_busy = False  # whether it is being answered
+        self._in_process = False
+        self._body_at = self._request_end = 0
+        self._out = memoryview(b'')  # what is still to be written; nothing is read meanwhile
+        self._closing = False  # to be closed once everything is written, or closed
+        self._peer_done = False  # the client will send no more
+        self._mask = IN
+        self._deadline = time.monotonic() + server.limits.head_secs
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server.watch(sock, IN, self.on_event)
+        server.connections.add(self)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def on_event(self, mask: int) -> None:
+        """Reads or writes what can be read or written now."""
+        if mask & OUT:
+            self._write()
+        if mask & IN and self.sock.fileno() >= 0:
+            self._read()
+        elif mask & _GONE:
+            self.close()
+
+    def _read(self) -> None:
+        try:
+            data = self.sock.recv(65536)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        if not data:
+            self._peer_done = True
+            if self.is_busy or self._out:
+                self._set_mask(self._mask & ~IN)
+            else:
+                self.close()
+            return
+        if self._closing:
+            return  # a rejected client is still sending: discarded until it stops or the time is up
+        self._buffer += data
+        if not self.is_busy:
+            self.process()
+        elif len(self._buffer) > _MOST_AHEAD:
+            self._set_mask(self._mask & ~IN)
+
+    def process(self) -> None:
+        """Answers whole requests in the buffer until one is under way or more must arrive."""
+        if self._in_process:
+            return  # an answer that was there at once; the loop below goes on
+        self._in_process = True
+        try:
+            while self._buffer and not self.is_busy and not self._closing and not self._out:
+                if self._request is None and not self._take_head():
+                    break
+                if len(self._buffer) < self._request_end:
+                    break
+                self._dispatch()
+        except Exception as e:  # a fault of ours must not end the server either
+            self.reject(e)
+        finally:
+            self._in_process = False
+        if self._peer_done and not self.is_busy and not self._out:
+            self.close()  # what is left in the buffer will never be whole
+
+    def _take_head(self) -> bool:
+        """Reads the head of the next request if it is here."""
+        buffer = self._buffer
+        if not self._judged:
+            if buffer.startswith(b'\r\n'):  # an empty line before a request is forgiven (RFC 9112, 2.2)
+                del buffer[:2]
+            self._deadline = min(self._deadline, time.monotonic() + self._server.limits.head_secs)
+        end = buffer.find(b'\r\n\r\n', max(self._judged - 4, 0))
+        if end < 0:
+            self._judge_partial()
+            return False
+        if end > MOST_HEAD:
+            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
+        self._judged = 0
+        request = parse_head(bytes(buffer[:end]))
+        request.began = time.monotonic()
+        given = request.field(b'x-request-id')
+        request.id = given if _REQUEST_ID.fullmatch(given) else _new_id()
+        self._request = request
+        self._body_at = end + 4
+        self._request_end = self._body_at + body_length(request, self._server.limits.body_bytes)
+        self._begin(request)
+        return True
+
+    def _judge_partial(self) -> None:
+        """Judges each line when its LF has arrived, so that a bad one is answered at once."""
+        buffer = self._buffer
+        while (end := buffer.find(b'\n', self._judged)) >= 0:
+            line = bytes(buffer[self._judged : end])
+            if line != b'\r':
+                judge_line(line[:-1] if line.endswith(b'\r') else line + b'\n', self._judged == 0)
+            self._judged = end + 1
+        if len(buffer) - self._judged > MOST_LINE + 2:
+            raise long_line(self._judged == 0)
+        if len(buffer) > MOST_HEAD:
+            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
+
+    def _begin(self, request: Request) -> None:
+        """Judges a request by its head. One whose body is here already is refused without closing the connection."""
+        expected = request.fields.get(b'expect')
+        if expected is not None and expected.lower() != b'100-continue':
+            raise ExpectationFailed(f'Expect: {expected[:40]!r} can not be met')
+        waits = len(self._buffer) < self._request_end
+        try:
+            check_host(request, self._server.allowed_hosts)
+            self._server.application.begin(request)
+        except TownError as e:
+            if waits:
+                raise
+            request.target = _Refused(e)
+        self._deadline = time.monotonic() + self._server.limits.body_secs
+        if waits and expected and request.minor:
+            self._send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _dispatch(self) -> None:
+        request = self._request
+        assert request is not None
+        request.body = bytes(self._buffer[self._body_at : self._request_end])
+        del self._buffer[: self._request_end]
+        self.is_busy = True
+        self._deadline = float('inf')
+        if isinstance(request.target, _Refused):
+            self.answer(request, problem(request.target.error, request.id))
+        else:
+            self._server.run(self, request)
+
+    def reject(self, error: Exception) -> None:
+        """Answers what is not read as a request, and closes: what follows can't be told from a body."""
+        request = self._request = self._request or Request('-', '-', '', 1, {}, id=_new_id(), began=time.monotonic())
+        self._closing = True
+        self.answer(request, self._server.failed(request, error))
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def answer(self, request: Request, response: Response) -> None:
+        """Sends the answer of the request under way, once; a later one (after a timeout) is dropped."""
+        if request.answered or self._request is not request:
+            return
+        request.answered = True
+        self._request, self.is_busy = None, False
+        if not request.keeps_alive or self._server.draining:
+            self._closing = True
+        if self._closing:
+            self._buffer.clear()
+        try:
+            data = render(response, request, self._closing)
+        except ValueError as e:
+            response = self._server.failed(request, e)
+            data = render(response, request, self._closing)
+        self._server.log(request, response, self.address)
+        if self.sock.fileno() < 0:
+            return
+        self._deadline = time.monotonic() + self._server.limits.idle_secs
+        self._send(data)
+        if not self._closing and not self._out and not self._mask & IN and not self._peer_done:
+            self._set_mask(self._mask | IN)
+
+    def _send(self, data: bytes) -> None:
+        self._out = memoryview(data)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            sent = self.sock.send(self._out)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        self._out = self._out[sent:]
+        if self._out:
+            if not self._mask & OUT:
+                self._deadline = time.monotonic() + self._server.limits.write_secs
+                self._set_mask(OUT)
+        elif self._closing or (self._peer_done and not self._buffer):
+            self._linger()
+        elif self._mask & OUT:
+            self._set_mask(IN)
+            limits = self._server.limits
+            self._deadline = time.monotonic() + (limits.body_secs if self._request else limits.idle_secs)
+            self.process()
+
+    def _linger(self) -> None:
+        """Closes without a reset: our side first; what the client still sends is dropped for a short while."""
+        if self._peer_done:
+            self.close()
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self._closing = True
+        self._deadline = time.monotonic() + LINGER_SECS
+        self._set_mask(IN)
+
+    # ------------------------------------------------------------------------------------------------- ending
+
+    def expire(self, now: float) -> None:
+        """Ends what has taken too long: a head or body with 408, an operation with 503, anything else by closing."""
+        request = self._request
+        if request is not None and self.is_busy:
+            if request.deadline and now > request.deadline:
+                self._closing = True
+                detail = 'the operation took too long; whether the change was made is not known'
+                self.answer(request, problem(Unavailable(detail, code='timeout', retry_after=1), request.id))
+        elif now > self._deadline:
+            if not self._closing and not self._out and (self._buffer or request):
+                self.reject(RequestTimeout('the request did not arrive in time'))
+            else:
+                self.close()
+
+    def drain(self) -> None:
+        """The server stops: a request that has arrived is still answered, a connection without one is closed."""
+        if self._is_idle:
+            self._read()
+        if self._is_idle:
+            self.close()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._request is None and not (self._buffer or self._out or self._closing)
+
+    def close(self) -> None:
+        """Closes at once. A request that is under way goes on; its answer is dropped."""
+        if self.sock.fileno() < 0:
+            return
+        self._closing = True
+        self._server.connections.discard(self)
+        self._server.unwatch(self.sock)
+        self.sock.close()
+
+    def _set_mask(self, mask: int) -> None:
+        if mask != self._mask and self.sock.fileno() >= 0:
+            self._mask = mask
+            self._server.modify(self.sock, mask)
+
+
+def _new_id() -> str:
+    return os.urandom(8).hex()
