@@ -18,7 +18,7 @@ from tinytown.wire import _MORE, Part, RedisError, Wire
 from .support import OPERATOR, Place
 
 STATES = ('pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')
-LEASE_MS = 60_000
+DELIVERIES = 3  # of one message
 
 
 def redis(place: Place, *parts: Part) -> Any:
@@ -58,7 +58,7 @@ class Puppet:
         self.place.store.call(self.place.store.hello(self.id, self.instance, 'host', 'boot', 7, '1'))
 
     def pickup(self, most: int = 100) -> list[Any]:
-        found: list[Any] = self.place.store.call(self.place.store.pickup(self.id, self.instance, LEASE_MS, most))
+        found: list[Any] = self.place.store.call(self.place.store.pickup(self.id, self.instance, most, DELIVERIES))
         return found
 
     def take(self) -> tuple[str, int]:
@@ -73,7 +73,7 @@ class Puppet:
         return [text(task) for task in self.place.store.call(self._beat(held))[1]]
 
     def _beat(self, held: Iterable[Part]) -> Command:
-        return self.place.store.beat(self.id, self.instance, LEASE_MS, held)
+        return self.place.store.beat(self.id, self.instance, held)
 
     def finish(self, task: str, attempt: int | str, outcome: str = 'completed') -> list[str]:
         reply = self.place.store.call(self.place.store.finish(task, str(attempt), outcome, '"done"', 'null'))
@@ -175,6 +175,9 @@ def _check_task_indexes(state: dict[str, Any], tasks: dict[str, Any]) -> None:
     ended: dict[str, int] = defaultdict(int)
     for task in tasks.values():
         ended[task['state']] += task['ended'] != ''
+    assert state.get('ended', {}) == {task_id: task['ended'] for task_id, task in tasks.items() if task['ended']}
+    letters = {key[5:] for key in state if key.startswith('dead:')}
+    assert set(state.get('dead', {})) == letters | {task_id for task_id, task in tasks.items() if task['dead'] == '1'}
     totals = state.get('totals', {})
     assert all(int(totals.get(outcome, 0)) >= count for outcome, count in ended.items() if count)
 
@@ -197,7 +200,11 @@ def _check_inboxes(state: dict[str, Any], tasks: dict[str, Any], agents: dict[st
         for entry, fields in entries
     )
     held = {task_id: task for task_id, task in tasks.items() if task['state'] in ('assigned', 'running')}
-    assert queued == sorted((task['agent'], task['entry'], task_id) for task_id, task in held.items())
+    delayed = {task_id for task_id, task in held.items() if not task['entry']}
+    assert set(state.get('delayed', {})) == delayed
+    assert all(held[task_id]['state'] == 'assigned' for task_id in delayed)
+    in_streams = sorted((task['agent'], task['entry'], task_id) for task_id, task in held.items() if task['entry'])
+    assert queued == in_streams
     running = {task_id for task_id, task in tasks.items() if task['state'] == 'running'}
     assert set(state.get('leases', {})) == running
     taken = {key.split(':')[1]: value for key, value in state.items() if re.fullmatch('agent:[^:]+:running', key)}

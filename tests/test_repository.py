@@ -102,7 +102,7 @@ def test_modules_import_only_from_lower_layers() -> None:
             (
                 'errors model config',
                 'schema wire store processes redis_server clis',
-                'town messages tasks backlog reports agents recovery',
+                'town messages tasks backlog deadletter reports agents recovery caretaker',
                 'auth operations',
                 'http1 router connection web rest client',
                 'briefing job worker demo',

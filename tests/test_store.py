@@ -234,14 +234,15 @@ def test_a_heartbeat_does_not_lose_what_was_finished_under_the_same_attempt(grou
     check(ground)
 
 
-def test_a_heartbeat_extends_the_lease(ground: Place) -> None:
+def test_a_heartbeat_counts_for_the_task_that_is_held(ground: Place) -> None:
     agent = enlist(ground, 'a')
     ground.do('task.assign', agent='a', task='x')
     task, attempt = agent.take()
     leases = ground.store.prefix + b'leases'
     before = int(redis(ground, 'ZSCORE', leases, task))
-    ground.store.call(ground.store.beat(agent.id, agent.instance, 600_000, (task, attempt)))
-    assert int(redis(ground, 'ZSCORE', leases, task)) >= before + 500_000
+    agent.beat(task, attempt)
+    agent.beat()
+    assert int(redis(ground, 'ZSCORE', leases, task)) == before + 1
 
 
 # ----------------------------------------------------------------------------------------------------------- fencing

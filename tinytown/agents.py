@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Annotated, Any, Final, TypedDict
 
 from . import clis, reports
 from . import config as configuration
@@ -25,6 +25,9 @@ from .model import (
     AgentState,
     CliName,
     Cursor,
+    Everything,
+    Field,
+    Force,
     Limit,
     NewAgentName,
     Nickname,
@@ -40,6 +43,8 @@ from .store import Page, Step, text
 from .tasks import listing
 from .town import Call, Town
 
+MOST_AT_ONCE: Final = 200  # of what one script moves: a script blocks the server
+OnlyLive = Annotated[bool, Field('Only agents that are live')]
 START_SECS: Final = 10.0  # how long a worker may take to come up
 
 
@@ -98,9 +103,11 @@ def look_up(call: Call, ref: str) -> Step[Known]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def list_agents(call: Call, *, open: bool = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[AgentPage]]:
+def list_agents(
+    call: Call, *, open: OnlyLive = False, limit: Limit = 500, cursor: Cursor = ''
+) -> Step[Page[AgentPage]]:
     """List the agents with their state, current task and inbox; with open, only those that are live."""
-    reply = yield call.store.agents_open() if open else call.store.agents(limit, cursor)
+    reply = yield call.store.agents_open(limit, cursor) if open else call.store.agents(limit, cursor)
     return Page(listing('agents', reply))
 
 
@@ -191,7 +198,7 @@ def enlist(
     return spawned
 
 
-def kill(call: Call, *, agent: AgentRef, force: bool = False) -> Step[Acted]:
+def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
     """Stop an agent now: its whole process tree gets TERM, and KILL after 5 seconds (at once with force).
 
     When this answers no process of it is left, and its unfinished task is back in the backlog with its attempt
@@ -249,7 +256,7 @@ def revive(call: Call, agent_id: str, name: str, start: Any) -> Step[None]:
         raise
 
 
-def prune(call: Call, *, all: bool = False) -> Step[Pruned]:
+def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
     """Forget the agents that are Stopped or in Error; with all, every agent, live ones being killed first.
 
     Nothing of theirs is lost: queued tasks return to the backlog, messages go to the conductor's mailbox.
@@ -262,12 +269,19 @@ def prune(call: Call, *, all: bool = False) -> Step[Pruned]:
             found = yield from look_up(call, text(agent_id))
             if all:
                 yield from stop_process(call, found, 'pruned', GRACE_SECS)
+            yield from _empty(call, found.id)
             yield call.store.remove(found.id)
         except (Conflict, NotFound):
             continue  # alive again, or gone meanwhile: it stays out of the list
         reports.forget(call.town.root, found.id)
         removed.append(found.name)
     return {'removed': len(removed), 'agents': removed}
+
+
+def _empty(call: Call, agent_id: str) -> Step[None]:
+    """Returns the queued tasks of an agent that does not run to the backlog, a bounded number at a time."""
+    while (yield call.store.reclaim(agent_id, '', MOST_AT_ONCE))[0] == MOST_AT_ONCE:
+        pass
 
 
 def _steer(call: Call, agent: str, verb: str) -> Step[Acted]:

@@ -32,6 +32,7 @@ _TOPICS: Final = {
     'task': 'Tasks',
     'backlog': 'Backlog',
     'message': 'Messages',
+    'deadletter': 'Dead letters',
     'recovery': 'Recovery',
     'access': 'Access',
 }

@@ -74,6 +74,7 @@ class Townhall:
 @dataclass(frozen=True)
 class Retention:
     events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
+    finished_tasks_days: int = _set(30, 'how long finished tasks and dead letters are kept', 1, 36500)
     log_bytes: int = _set(10_485_760, 'largest log of an agent; then it is rotated once', 65536, 1 << 40)
 
 
@@ -81,7 +82,14 @@ class Retention:
 class AgentSettings:
     max_rounds: int = _set(0, 'rounds after which a worker stops; 0: no limit', 0, 1_000_000)
     lease_secs: int = _set(60, 'how long a taken task stays with a worker that is not heard of', 6, 86400)
-    max_attempts: int = _set(3, 'how often a task is tried', 1, 1000)
+    max_attempts: int = _set(
+        3, 'how often a task is tried, or a message delivered, before it is a dead letter', 1, 1000
+    )
+    retry_backoff_secs: list[int] = _set(
+        [1, 5, 25], 'pauses after the attempts of a task, and before restarts', 0, 86400
+    )
+    restart: Literal['never', 'on-failure'] = _set('never', 'whether an agent whose worker died is started again')
+    restart_cap: int = _set(5, 'how often in a row, without a completed task between', 1, 1_000_000)
     pass_env: list[str] = _set([], 'further environment variables that a coding CLI sees')
 
 
@@ -144,9 +152,17 @@ class Setting:
                 return 'give a text of printable characters'
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
         if get_origin(kind) is list:
-            return '' if isinstance(value, list) and all(isinstance(v, str) for v in value) else 'give a list of texts'
+            return self._item_violation(value)
         fits = isinstance(value, dict) and all(map(_is_command, value, value.values()))
         return '' if fits else 'give a table of name = "command --flag"'
+
+    def _item_violation(self, value: Any) -> str:
+        of = get_args(self.kind)[0]
+        if not isinstance(value, list) or any(type(each) is not of for each in value):
+            return f'give a list of {"whole numbers" if of is int else "texts"}'
+        low, high = self.low or 0, self.high or 0
+        fits = of is str or all(low <= each <= high for each in value)
+        return '' if fits else f'give numbers from {low} to {high}'
 
     def read(self, text: str, source: str) -> Any:
         """The value that a text (of a flag or the environment) stands for."""
@@ -157,6 +173,8 @@ class Setting:
             value = {'true': True, '1': True, 'false': False, '0': False}.get(text.strip().lower(), text)
         elif get_origin(self.kind) is list:
             value = [part.strip() for part in text.split(',') if part.strip()]
+            if get_args(self.kind)[0] is int and all(part.isdecimal() for part in value):
+                value = [int(part) for part in value]
         return self.check(value, source)
 
 

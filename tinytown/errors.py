@@ -145,6 +145,8 @@ REFUSALS: dict[str, tuple[type[TownError], str]] = {
     'stale-instance': (Conflict, "Process {1} no longer speaks for agent '{0}'; a newer one does, or it was stopped"),
     'task-not-found': (NotFound, "Task '{0}' not found"),
     'task-not-pending': (Conflict, "Task '{0}' is {1}, not in the backlog"),
+    'task-not-running': (Conflict, "Task '{0}' is {1}; only a running task can be released"),
+    'no-dead-letter': (NotFound, "'{0}' is not among the dead letters"),
     'task-not-failed': (Conflict, "Task '{0}' is {1}; only a failed or cancelled task can be retried"),
     'task-finished': (Conflict, "Task '{0}' is {1} already"),
     'stale-attempt': (Conflict, "Attempt {1} of task '{0}' is not the current one; the task is at attempt {2}"),

@@ -100,7 +100,7 @@ def _start(arguments: argparse.Namespace) -> int:
         if verdict(process) == 'alive':
             answer = {'url': url, 'started': False, 'pid': process.pid}
             return say(arguments, answer, f'{town.name} is open already on {url}')
-    log = root / '.tt' / 'logs' / 'townhall.log'
+    log = root / '.tt' / 'townhall.log'
     began = log.stat().st_size if log.exists() else 0
     env = {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
     argv = python('tinytown.townhall', 'rest', '--town', str(root))

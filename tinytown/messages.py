@@ -6,7 +6,7 @@ import json
 from typing import Literal, NotRequired, TypedDict
 
 from .errors import Invalid
-from .model import AgentRef, InboxCursor, Limit, MessageIds, MessageKind, MessageText, new_id
+from .model import AgentRef, Everything, InboxCursor, Limit, MessageIds, MessageKind, MessageText, Urgent, new_id
 from .store import Page, Step, text
 from .town import Call
 
@@ -52,7 +52,7 @@ def send(
     message: MessageText,
     from_: AgentRef | None = None,
     kind: MessageKind = 'task',
-    urgent: bool = False,
+    urgent: Urgent = False,
 ) -> Step[Sent]:
     """Send a message to an agent, or to `conductor`, the mailbox of the people who run the town.
 
@@ -74,7 +74,9 @@ def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: InboxCurso
     return Page(b'%b%b]%b}' % (head, messages, after))
 
 
-def acknowledge(call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: bool = False) -> Step[Acknowledged]:
+def acknowledge(
+    call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: Everything = False
+) -> Step[Acknowledged]:
     """Clear messages out of a mailbox: those with the given ids, or all of them. Queued tasks stay.
 
     This is how a person empties the conductor's mailbox; an agent's own messages are cleared by its rounds.

@@ -162,6 +162,9 @@ InboxCursor = Annotated[
     str,
     Field('Where to go on: next_cursor of the page before', r'[unt]-[0-9]{1,15}-[0-9]{1,15}', 'what next_cursor gave'),
 ]
+Force = Annotated[bool, Field('At once, without a grace period for what runs')]
+Urgent = Annotated[bool, Field('Before all messages that are not urgent')]
+Everything = Annotated[bool, Field('All of them')]
 WaitSeconds = Annotated[int, Field('How long to wait, in seconds', minimum=0, maximum=25)]
 
 # ------------------------------------------------------------------------------------------------ shapes of answers

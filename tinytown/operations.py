@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from . import agents, backlog, messages, recovery, tasks, town
+from . import agents, backlog, deadletter, messages, recovery, tasks, town
 from .errors import Forbidden, TownError
 from .model import ADMIN, MANAGE, READ, WRITE, Principal, Scope
 from .schema import Parameter, input_schema, output_schema, signature, validate
@@ -101,6 +101,8 @@ TABLE: Final = (
     Op('task.get', tasks.show, READ, 'GET', '/v1/tasks/{task_id}', 'task show'),
     Op('task.complete', tasks.complete, WRITE, 'POST', '/v1/tasks/{task_id}/complete', 'task complete'),
     Op('task.fail', tasks.fail, WRITE, 'POST', '/v1/tasks/{task_id}/fail', 'task fail'),
+    Op('task.release', tasks.release, WRITE, 'POST', '/v1/tasks/{task_id}/release', 'task release'),
+    Op('task.history', tasks.history, READ, 'GET', '/v1/tasks/{task_id}/history', 'task why'),
     Op('task.cancel', tasks.cancel, WRITE, 'POST', '/v1/tasks/{task_id}/cancel', 'task cancel'),
     Op('task.retry', tasks.retry, WRITE, 'POST', '/v1/tasks/{task_id}/retry', 'task retry'),
 
@@ -109,6 +111,10 @@ TABLE: Final = (
     Op('backlog.assign_all', backlog.assign_all, WRITE, 'POST', '/v1/backlog/assign-all', 'backlog assign-all'),
     Op('backlog.claim', backlog.claim, WRITE, 'POST', '/v1/backlog/{task_id}/claim', 'backlog claim'),
     Op('backlog.remove', backlog.remove, WRITE, 'DELETE', '/v1/backlog/{task_id}', 'backlog remove'),
+
+    Op('deadletter.list', deadletter.list_dead, READ, 'GET', '/v1/deadletter', 'deadletter list'),
+    Op('deadletter.retry', deadletter.retry, WRITE, 'POST', '/v1/deadletter/{id}/retry', 'deadletter retry'),
+    Op('deadletter.drop', deadletter.drop, WRITE, 'POST', '/v1/deadletter/{id}/drop', 'deadletter drop'),
 
     Op('message.send', messages.send, WRITE, 'POST', '/v1/messages/send', 'send', status=201),
 

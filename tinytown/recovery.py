@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from . import reports
-from .agents import look_up, prune, stop_process
+from .agents import MOST_AT_ONCE, look_up, prune, stop_process
 from .errors import Conflict, NotFound
-from .model import AT_REST, LIVE, AgentRef
+from .model import AT_REST, LIVE, AgentRef, Field
 from .processes import GRACE_SECS, Identity, stop_tree, verdict
 from .store import Step, text
 from .town import Call
 
-MOST_AT_ONCE = 200
+ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]
+AgentsOnly = Annotated[bool, Field('Keep tasks, messages and events')]
+KillFirst = Annotated[bool, Field('Kill live agents first')]
 
 
 class Recovered(TypedDict):
@@ -74,9 +76,9 @@ def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, str, str, Id
 
 
 def reclaim(
-    call: Call, *, to_backlog: bool = False, to: AgentRef | None = None, from_: AgentRef | None = None
+    call: Call, *, to_backlog: ToBacklog = False, to: AgentRef | None = None, from_: AgentRef | None = None
 ) -> Step[Reclaimed]:
-    """Move the tasks that wait in the inboxes of agents that do not run: to the backlog, or to an agent.
+    """Move queued tasks away from agents that do not run: to the backlog, or to an agent.
 
     from names one such agent; without it all are searched. Messages go along to an agent, and stay where they are when
     the tasks go to the backlog. Without a destination the tasks go to the backlog.
@@ -92,9 +94,9 @@ def reclaim(
     moved = 0
     for source in sources:
         while True:
-            tasks, _ = yield call.store.reclaim(source, destination.id if destination else '', MOST_AT_ONCE)
+            tasks, messages = yield call.store.reclaim(source, destination.id if destination else '', MOST_AT_ONCE)
             moved += tasks
-            if tasks < MOST_AT_ONCE:
+            if max(tasks, messages) < MOST_AT_ONCE:
                 break
     return {'reclaimed': moved, 'destination': destination.name if destination else 'backlog'}
 
@@ -112,7 +114,7 @@ def orphan_tasks(call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 
     return {'action': action, 'count': len(orphans), 'orphans': orphans}
 
 
-def reset(call: Call, *, agents_only: bool = False, force: bool = False) -> Step[Reset]:
+def reset(call: Call, *, agents_only: AgentsOnly = False, force: KillFirst = False) -> Step[Reset]:
     """Empty the town: forget its agents and, unless agents_only, its tasks, messages and events.
 
     While agents are live it is refused, unless force is given; then they are killed first.

@@ -144,6 +144,8 @@ local function set_task(id, ...)
     redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks', was[3], id)
     redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks:' .. is[1], was[3], id)
   end
+  local ended = redis.call('HGET', key, 'ended')
+  if ended ~= '' then redis.call('ZADD', P .. 'ended', ended, id) else redis.call('ZREM', P .. 'ended', id) end
   render_task(id)
 end
 
@@ -171,6 +173,7 @@ local function detach_task(id)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'entry')
   if v[2] ~= '' then redis.call('XDEL', P .. 'inbox:' .. v[1] .. ':t', v[2]) end
   redis.call('ZREM', P .. 'leases', id)
+  redis.call('ZREM', P .. 'delayed', id)
   if v[1] ~= '' then
     redis.call('SREM', P .. 'agent:' .. v[1] .. ':running', id)
     if redis.call('HGET', P .. 'agent:' .. v[1], 'task') == id then set_agent(v[1], 'task', '') end
@@ -183,6 +186,57 @@ local function task_to_backlog(id, why)
   local agent = detach_task(id)
   set_task(id, 'state', 'pending', 'agent', '', 'name', '', 'entry', '', 'started', '')
   event('task.requeued', id, 'agent_id', agent, 'agent_name', v[1], 'attempt', tonumber(v[2]), 'why', why)
+end
+
+-- A message that was delivered as often as it may be becomes a dead letter.
+local function bury_message(agent, name, lane, entry, tries)
+  local record = entry[2][2]
+  local id = string.match(record, '^{"id":"([^"]*)"')
+  redis.call('XDEL', P .. 'inbox:' .. agent .. ':' .. lane, entry[1])
+  redis.call('HDEL', P .. 'inbox:' .. agent .. ':tries', lane .. entry[1])
+  redis.call('ZADD', P .. 'dead', NOW, id)
+  redis.call('HSET', P .. 'dead:' .. id, 'agent', agent, 'lane', lane, 'message', record, 'k', entry[2][4], 'j',
+    table.concat({'{"id":"', id, '","kind":"message","agent_name":', cjson.encode(name),
+      ',"text":', cjson.encode(cjson.decode(record).summary), ',"attempts":', tries,
+      ',"why":"it was delivered so often and never acknowledged","died_at":"', iso(now), '"}'}))
+  event('message.dead_lettered', nil, 'agent_id', agent, 'agent_name', name, 'message_id', id)
+end
+
+-- An attempt that its holder failed (it died, or was not heard of): the task is queued again, for the same agent (inbox)
+-- after a pause, or for any (backlog); after its last attempt it is given up and becomes a dead letter.
+-- pauses: seconds, comma-separated, by attempt; the last one counts for the rest.
+local function fail_attempt(id, why, to, pauses)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'attempt', 'max', 'agent', 'name')
+  local attempt = tonumber(v[1])
+  if attempt >= tonumber(v[2]) then
+    detach_task(id)
+    redis.call('ZADD', P .. 'dead', NOW, id)
+    redis.call('HINCRBY', P .. 'totals', 'dead', 1)
+    set_task(id, 'state', 'failed', 'dead', '1', 'ended', NOW, 'entry', '',
+      'error', cjson.encode('given up after attempt ' .. v[1] .. ': ' .. why))
+    event('task.dead_lettered', id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', attempt, 'why', why)
+    return
+  end
+  if to == 'backlog' then return task_to_backlog(id, why) end
+  local pause, n = '0', 0
+  for each in string.gmatch(pauses, '[^,]+') do
+    n = n + 1
+    if n <= attempt then pause = each end
+  end
+  detach_task(id)
+  redis.call('ZADD', P .. 'delayed', pause, id)
+  set_task(id, 'state', 'assigned', 'started', '', 'entry', '')
+  event('task.requeued', id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', attempt, 'why', why, 'pause', tonumber(pause))
+end
+
+-- A failed or cancelled task gets a full set of attempts again. Its attempt number goes on rising, so that a report of
+-- an old attempt stays stale.
+local function retry_task(id)
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'attempt', 'tries')
+  redis.call('ZREM', P .. 'dead', id)
+  set_task(id, 'state', 'pending', 'agent', '', 'name', '', 'entry', '', 'started', '', 'ended', '', 'result', 'null',
+    'error', 'null', 'dead', '0', 'max', string.format('%.0f', tonumber(v[1]) + tonumber(v[2])))
+  event('task.retried', id, 'attempt', tonumber(v[1]))
 end
 
 -- Queues again, in place, what an agent's process was running.
@@ -203,6 +257,8 @@ local function delete_task(id)
   set_task(id, 'agent', '')
   redis.call('ZREM', P .. 'tasks:' .. redis.call('HGET', P .. 'task:' .. id, 'state'), id)
   redis.call('ZREM', P .. 'tasks', id)
+  redis.call('ZREM', P .. 'ended', id)
+  redis.call('ZREM', P .. 'dead', id)
   redis.call('DEL', P .. 'task:' .. id, P .. 'task:' .. id .. ':log')
 end
 
@@ -285,7 +341,7 @@ redis.call('HSET', P .. 'names', string.lower(name), id)
 redis.call('ZADD', P .. 'ids', 0, id)
 redis.call('ZADD', P .. 'agents', BIRTH, id)
 redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
-  'done', '0', 'restarts', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
+  'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
 set_agent(id, 'state', 'Starting')
 event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
 return {1, id}
@@ -298,7 +354,8 @@ local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
 if LIVE[state] then return refuse('agent-live', name, state) end
 if redis.call('ZCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
 redis.call('HINCRBY', P .. 'agent:' .. id, 'restarts', 1)
-set_agent(id, 'state', 'Starting', 'instance', A[3])
+redis.call('SREM', P .. 'revive', id)
+set_agent(id, 'state', 'Starting', 'instance', A[3], 'pid', '')
 event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
 return {1, id, name}
 
@@ -319,14 +376,15 @@ event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
 return {1, v[1], v[2], v[3], v[4], v[5]}
 
 -- @script pickup oom
--- What an agent does next. A: agent id, instance, lease in ms, most messages.
+-- What an agent does next. A: agent id, instance, most messages, most deliveries of one.
+-- A message that was delivered so often and never acknowledged becomes a dead letter.
 -- Taking a task counts its attempt and starts its lease; asking again while this instance holds one gives the same
 -- attempt (the reply may have been lost). Every entry that is looked at is started or dropped, so the caller always
 -- makes progress. Information and confirmations alone start no round: they wait for the next one, unless there are so
 -- many that they would hide what comes after them.
 -- Returns {1, 'rest', state, last urgent and normal entry seen}, or {1, 'work', task or false, messages, backlog}:
 -- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest, in brief.
-local id, instance, lease, most = unpack(A)
+local id, instance, most, tries = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
 if v[1] ~= instance or not LIVE[v[2]] then return refuse('stale-instance', v[3] or id, instance) end
@@ -346,7 +404,7 @@ else
     if t[1] == 'assigned' and t[2] == id and t[3] == entry[1] then
       local attempt = redis.call('HINCRBY', P .. 'task:' .. tid, 'attempt', 1)
       redis.call('SADD', key .. ':running', tid)
-      redis.call('ZADD', P .. 'leases', now + tonumber(lease), tid)
+      redis.call('ZADD', P .. 'leases', 0, tid)
       set_task(tid, 'state', 'running', 'started', NOW)
       event('task.started', tid, 'agent_id', id, 'agent_name', v[3], 'attempt', attempt)
       task = {tid, attempt, t[4], t[5]}
@@ -360,15 +418,20 @@ local seen = {u = '0-0', n = '0-0'}
 for _, lane in ipairs({'u', 'n'}) do
   for _, entry in ipairs(redis.call('XRANGE', P .. 'inbox:' .. id .. ':' .. lane, '-', '+', 'COUNT', most - #messages) or {}) do
     local kind = entry[2][4]
-    messages[#messages + 1] = {lane, entry[1], kind, entry[2][2]}
-    seen[lane] = entry[1]
-    actionable = actionable or kind == 'task' or kind == 'query'
+    if tonumber(redis.call('HGET', P .. 'inbox:' .. id .. ':tries', lane .. entry[1]) or 0) >= tonumber(tries) then
+      bury_message(id, v[3], lane, entry, tries)
+    else
+      messages[#messages + 1] = {lane, entry[1], kind, entry[2][2]}
+      seen[lane] = entry[1]
+      actionable = actionable or kind == 'task' or kind == 'query'
+    end
   end
 end
 if not actionable and #messages < tonumber(most) then
   if v[2] ~= 'Idle' then set_agent(id, 'state', 'Idle', 'idle', NOW) end
   return {1, 'rest', 'Idle', seen.u, seen.n}
 end
+for _, each in ipairs(messages) do redis.call('HINCRBY', P .. 'inbox:' .. id .. ':tries', each[1] .. each[2], 1) end
 local state = v[2] == 'Idle' and 'Working' or v[2]
 set_agent(id, 'state', state, 'task', task and task[1] or '', 'beat', NOW)
 local backlog = {}
@@ -379,21 +442,22 @@ end
 return {1, 'work', task, messages, '[' .. table.concat(backlog, ',') .. ']'}
 
 -- @script beat oom
--- A worker is alive and holds these tasks. A: agent id, instance, lease in ms, then task, attempt, …
--- Extends the leases of those it still holds. Returns {1, state, the tasks that are no longer its own}: one that was
+-- A worker is alive and holds these tasks. A: agent id, instance, then task, attempt, …
+-- Counts a beat for the agent, and for each task that it still holds. Returns {1, state, the tasks that are no longer its own}: one that was
 -- finished under the same attempt is not lost, one that was cancelled or taken over is.
-local id, instance, lease = A[1], A[2], A[3]
+local id, instance = A[1], A[2]
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
 if v[1] ~= instance then return refuse('stale-instance', v[3] or id, instance) end
+redis.call('HINCRBY', key, 'beats', 1)
 set_agent(id, 'beat', NOW)
 local lost = {}
-for i = 4, #A, 2 do
+for i = 3, #A, 2 do
   local t = redis.call('HMGET', P .. 'task:' .. A[i], 'state', 'attempt', 'agent')
   if t[2] ~= A[i + 1] or t[3] ~= id or t[1] == 'cancelled' or t[1] == 'assigned' or t[1] == 'pending' then
     lost[#lost + 1] = A[i]
   elseif t[1] == 'running' then
-    redis.call('ZADD', P .. 'leases', now + tonumber(lease), A[i])
+    redis.call('ZINCRBY', P .. 'leases', 1, A[i])
   end
 end
 return {1, v[2], lost}
@@ -418,6 +482,7 @@ if redis.call('EXISTS', P .. 'agent:' .. v[3]) == 1 then
   redis.call('HSET', P .. 'agent:' .. v[3], 'last', id)
   if outcome == 'completed' then
     redis.call('HINCRBY', P .. 'agent:' .. v[3], 'done', 1)
+    redis.call('HSET', P .. 'agent:' .. v[3], 'crashes', '0')
     render_agent(v[3])
   end
 end
@@ -433,7 +498,10 @@ local id, instance = A[1], A[2]
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
 if v[1] ~= instance then return refuse('stale-instance', v[3] or id, instance) end
-for i = 3, #A, 2 do redis.call('XDEL', P .. 'inbox:' .. id .. ':' .. A[i], A[i + 1]) end
+for i = 3, #A, 2 do
+  redis.call('XDEL', P .. 'inbox:' .. id .. ':' .. A[i], A[i + 1])
+  redis.call('HDEL', P .. 'inbox:' .. id .. ':tries', A[i] .. A[i + 1])
+end
 local rounds = redis.call('HINCRBY', key, 'rounds', 1)
 local state = v[2] == 'Working' and 'Idle' or v[2]
 set_agent(id, 'state', state, 'task', '', 'idle', NOW)
@@ -449,6 +517,7 @@ local v = redis.call('HMGET', key, 'instance', 'name', 'state')
 if not v[2] then return refuse('agent-not-found', id) end
 if instance ~= '' and v[1] ~= instance then return refuse('stale-instance', v[2], instance) end
 local tasks
+redis.call('SREM', P .. 'revive', id)
 if to == 'inbox' then tasks = keep_running(id, v[2], why)
 else
   tasks = redis.call('SMEMBERS', key .. ':running')
@@ -491,9 +560,10 @@ end
 for _, lane in ipairs({'u', 'n'}) do
   while move_messages(id, CONDUCTOR, lane, 100) > 0 do end
 end
-redis.call('DEL', key, key .. ':running', inbox .. ':u', inbox .. ':n', inbox .. ':t', inbox .. ':c')
+redis.call('DEL', key, key .. ':running', inbox .. ':u', inbox .. ':n', inbox .. ':t', inbox .. ':c', inbox .. ':tries')
 redis.call('HDEL', P .. 'names', string.lower(v[1]))
 redis.call('ZREM', P .. 'ids', id)
+redis.call('SREM', P .. 'revive', id)
 redis.call('ZREM', P .. 'agents', id)
 event('agent.removed', nil, 'agent_id', id, 'agent_name', v[1])
 return {1, v[1]}
@@ -553,15 +623,11 @@ event('task.cancelled', A[1], 'agent_id', v[2], 'agent_name', v[3], 'attempt', t
 return {1, A[1]}
 
 -- @script retry
--- Puts a failed or cancelled task back into the backlog, with a full set of attempts. A: task. Returns {1, task}.
--- The attempt number goes on rising, so a report of an old attempt stays stale.
-local key = P .. 'task:' .. A[1]
-local v = redis.call('HMGET', key, 'state', 'attempt', 'tries')
-if not v[1] then return refuse('task-not-found', A[1]) end
-if v[1] ~= 'failed' and v[1] ~= 'cancelled' then return refuse('task-not-failed', A[1], v[1]) end
-set_task(A[1], 'state', 'pending', 'agent', '', 'name', '', 'entry', '', 'started', '', 'ended', '', 'result', 'null',
-  'error', 'null', 'dead', '0', 'max', string.format('%.0f', tonumber(v[2]) + tonumber(v[3])))
-event('task.retried', A[1], 'attempt', tonumber(v[2]))
+-- Puts a failed or cancelled task back into the backlog. A: task. Returns {1, task}.
+local state = redis.call('HGET', P .. 'task:' .. A[1], 'state')
+if not state then return refuse('task-not-found', A[1]) end
+if state ~= 'failed' and state ~= 'cancelled' then return refuse('task-not-failed', A[1], state) end
+retry_task(A[1])
 return {1, A[1]}
 
 -- @script send
@@ -791,7 +857,8 @@ return {1, #ids, redis.call('ZCARD', P .. 'tasks')}
 -- @script purge_rest oom
 -- Deletes what a town without agents and tasks still holds: the conductor's mailbox, events, totals. Returns {1}.
 local inbox = P .. 'inbox:' .. CONDUCTOR
-redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'totals')
+for _, id in ipairs(redis.call('ZRANGE', P .. 'dead', 0, -1)) do redis.call('DEL', P .. 'dead:' .. id) end
+redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'totals', P .. 'dead')
 redis.call('XTRIM', P .. 'events', 'MAXLEN', 0) -- not deleted: its ids must go on rising
 event('town.reset', nil)
 return {1}
@@ -819,3 +886,144 @@ else
   redis.call('EXPIRE', key, A[3])
 end
 return {1}
+
+-- @script care oom
+-- Which townhall is the caretaker. A: token; then token and count of another one that has not moved for too long, or ''.
+-- Counts are compared and not times, so that no clock has a say. Returns {1, token, count} of the caretaker, which the
+-- caller is if the token is its own.
+local key = P .. 'caretaker'
+local v = redis.call('HMGET', key, 'token', 'count')
+if not v[1] or v[1] == A[1] or (v[1] == A[2] and v[2] == A[3]) then
+  redis.call('HSET', key, 'token', A[1])
+  return {1, A[1], redis.call('HINCRBY', key, 'count', 1)}
+end
+return {1, v[1], v[2]}
+
+-- @script care_no_more oom
+-- The caretaker ends, and another may begin at once. A: token. Returns {1}.
+if redis.call('HGET', P .. 'caretaker', 'token') == A[1] then redis.call('HDEL', P .. 'caretaker', 'token') end
+return {1}
+
+-- @script vitals oom
+-- What a caretaker looks at. Returns {1, workers, leases, delayed, crashed}:
+-- live agents {id, name, state, instance, host, boot id, pid, process start, beats}; running tasks {task, beats for it,
+-- agent}; tasks that pause between two attempts {task, seconds}; agents to be started again {id, name, crashes, host}.
+local workers, leases, delayed, crashed = {}, {}, {}, {}
+for i, id in ipairs(redis.call('SMEMBERS', P .. 'live')) do
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beats')
+  workers[i] = {id, v[1], v[2], v[3], v[4] or '', v[5] or '', v[6] or '', v[7] or '', v[8] or '0'}
+end
+local held = redis.call('ZRANGE', P .. 'leases', 0, -1, 'WITHSCORES')
+for i = 1, #held, 2 do
+  leases[#leases + 1] = {held[i], held[i + 1], redis.call('HGET', P .. 'task:' .. held[i], 'agent')}
+end
+local waiting = redis.call('ZRANGE', P .. 'delayed', 0, 999, 'WITHSCORES')
+for i = 1, #waiting, 2 do delayed[#delayed + 1] = {waiting[i], waiting[i + 1]} end
+for i, id in ipairs(redis.call('SMEMBERS', P .. 'revive')) do
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'crashes', 'host')
+  crashed[i] = {id, v[1], v[2], v[3] or ''}
+end
+return {1, workers, leases, delayed, crashed}
+
+-- @script died oom
+-- An agent's process is proven dead. A: agent id, instance, state it ends in, why, pauses between attempts in seconds
+-- (comma-separated), how often in a row it is started again (0: never).
+-- What it was running goes back to its inbox if it is started again, else to the backlog; or to the dead letters.
+-- Returns {1, how many tasks}.
+local id, instance, state, why, pauses, cap = unpack(A)
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'name', 'state')
+if not v[2] then return refuse('agent-not-found', id) end
+if v[1] ~= instance or not LIVE[v[3]] then return refuse('stale-instance', v[2], instance) end
+local crashes = redis.call('HINCRBY', key, 'crashes', 1)
+local again = crashes <= tonumber(cap)
+local tasks = redis.call('SMEMBERS', key .. ':running')
+for _, task in ipairs(tasks) do fail_attempt(task, why, again and 'inbox' or 'backlog', pauses) end
+redis.call('DEL', P .. 'inbox:' .. id .. ':c')
+set_agent(id, 'instance', '', 'pid', '', 'task', '', 'state', state)
+redis.call(again and 'SADD' or 'SREM', P .. 'revive', id)
+event('agent.' .. string.lower(state), nil, 'agent_id', id, 'agent_name', v[2], 'why', why)
+return {1, #tasks}
+
+-- @script expire oom
+-- Takes a task from a holder that has not been heard of for a lease. A: task, beats for it when it was last heard of,
+-- where it goes (inbox, backlog), pauses. Nothing happens if it was heard of since. Returns {1, whether it moved}.
+if redis.call('ZSCORE', P .. 'leases', A[1]) ~= A[2] then return {1, 0} end
+fail_attempt(A[1], 'its holder was not heard of for a lease', A[3], A[4])
+return {1, 1}
+
+-- @script due oom
+-- The pause between two attempts of a task is over: it is queued again, or returns to the backlog if its agent neither
+-- runs nor will run again. A: task. Returns {1}.
+local id = A[1]
+if redis.call('ZREM', P .. 'delayed', id) == 0 then return {1} end
+local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'name')
+local state = redis.call('HGET', P .. 'agent:' .. v[1], 'state')
+if state and (LIVE[state] or redis.call('SISMEMBER', P .. 'revive', v[1]) == 1) then queue_task(id, v[1], v[2])
+else task_to_backlog(id, 'its agent does not run') end
+return {1}
+
+-- @script forget oom
+-- Deletes tasks that ended long ago, and messages that were given up long ago. A: age in ms, most of each.
+-- Returns {1, how many tasks}.
+local before = string.format('%.0f', now - tonumber(A[1]))
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'dead', '-inf', before, 'LIMIT', 0, A[2])) do
+  if redis.call('DEL', P .. 'dead:' .. id) == 1 then redis.call('ZREM', P .. 'dead', id) end
+end
+local old = redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', before, 'LIMIT', 0, A[2])
+for _, id in ipairs(old) do delete_task(id) end
+return {1, #old}
+
+-- @script history oom
+-- What happened to a task, oldest first. A: task. Returns {1, joined}.
+if redis.call('EXISTS', P .. 'task:' .. A[1]) == 0 then return refuse('task-not-found', A[1]) end
+return {1, table.concat(redis.call('LRANGE', P .. 'task:' .. A[1] .. ':log', 0, -1), ',')}
+
+-- @script release
+-- Gives a running task back to the backlog, its attempt counted. A: task, attempt ('' for an operator's override).
+-- Returns {1, task}.
+local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'attempt')
+if not v[1] then return refuse('task-not-found', A[1]) end
+if A[2] ~= '' and (A[2] ~= v[2] or v[1] ~= 'running') then return refuse('stale-attempt', A[1], A[2], v[2]) end
+if v[1] ~= 'running' then return refuse('task-not-running', A[1], v[1]) end
+task_to_backlog(A[1], A[2] == '' and 'released by an operator' or 'released')
+return {1, A[1]}
+
+-- @script deadletter oom
+-- A page of the dead letters, oldest first. A: most, cursor.
+return page(P .. 'dead', A[2], A[1], false, function(id)
+  local letter = redis.call('HGET', P .. 'dead:' .. id, 'j')
+  if letter then return letter end
+  local v = redis.call('HMGET', P .. 'task:' .. id, 'name', 'brief', 'attempt', 'error', 'ended')
+  return table.concat({'{"id":"', id, '","kind":"task","agent_name":', json_string(v[1]), ',"text":', v[2],
+    ',"attempts":', v[3], ',"why":', v[4], ',"died_at":', json_time(v[5]), '}'})
+end)
+
+-- @script deadletter_retry
+-- A dead letter gets another chance: a task in the backlog, a message in the inbox it came from (the conductor's, if that
+-- agent is gone). A: id. Returns {1, kind}.
+local id = A[1]
+if not redis.call('ZSCORE', P .. 'dead', id) then return refuse('no-dead-letter', id) end
+local v = redis.call('HMGET', P .. 'dead:' .. id, 'agent', 'lane', 'message', 'k')
+if v[1] then
+  local to = redis.call('EXISTS', P .. 'agent:' .. v[1]) == 1 and v[1] or CONDUCTOR
+  redis.call('XADD', P .. 'inbox:' .. to .. ':' .. v[2], '*', 'j', v[3], 'k', v[4])
+  redis.call('DEL', P .. 'dead:' .. id)
+  redis.call('ZREM', P .. 'dead', id)
+  event('message.retried', nil, 'message_id', id)
+  return {1, 'message'}
+end
+retry_task(id)
+return {1, 'task'}
+
+-- @script deadletter_drop
+-- A dead letter is given up: a task stays failed, a message is deleted. A: id. Returns {1, kind}.
+local id = A[1]
+if redis.call('ZREM', P .. 'dead', id) == 0 then return refuse('no-dead-letter', id) end
+if redis.call('DEL', P .. 'dead:' .. id) == 1 then
+  event('message.dropped', nil, 'message_id', id)
+  return {1, 'message'}
+end
+set_task(id, 'dead', '0')
+event('task.dropped', id)
+return {1, 'task'}

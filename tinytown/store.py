@@ -7,18 +7,26 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     ids                  zset    agent ids, all of score 0, for look-up by the start of an id
     agents               zset    agent ids by birth
     live                 zset    those in a live state, by birth
-    agent:<id>           hash    j m name state instance host boot pid start beat idle task last cli max_rounds rounds
-                                 done restarts born; j is immutable JSON with its brace left open, m the rendered rest
+    agent:<id>           hash    j m name state instance host boot pid start beat beats idle task last cli max_rounds
+                                 rounds done restarts crashes born; j is immutable JSON with its brace left open, m the
+                                 rendered rest
     agent:<id>:running   set     tasks that its process has taken
     agent:<id>:tasks     zset    its tasks by birth, and agent:<id>:tasks:<state> those in one state
     inbox:<id>:u n       stream  urgent and normal messages: j (JSON as listed), k (kind)
     inbox:<id>:t         stream  queued tasks: t (task id); the entry stays until the task is finished
+    inbox:<id>:tries     hash    how often a message was delivered, by lane and entry
     inbox:<id>:c         stream  control: rings the worker after a change of its state
     task:<id>            hash    j brief tags m from state agent name entry attempt max tries result error dead born
                                  started ended
     task:<id>:log        list    its history, one JSON object a change
     tasks                zset    all tasks by birth, and tasks:<state>; tasks:pending is the backlog
-    leases               zset    running tasks by the end of their lease, ms
+    leases               zset    running tasks by how often their holder has beaten for them
+    delayed              zset    tasks that pause between two attempts, by seconds
+    ended                zset    tasks that ended, by when, ms
+    dead                 zset    dead letters by when they were given up, ms: tasks, and messages with a
+    dead:<id>            hash    j (JSON as listed), agent, lane, message, k
+    revive               set     ids of crashed agents that are to be started again
+    caretaker            hash    token, count: which townhall looks after the town, and that it does
     events               stream  j: one JSON object an event, its braces left off
     totals               hash    how many tasks ever ended, by outcome
     idem:<p> <op> <key>  hash    f r: fingerprint and reply of a principal's request with an idempotency key
@@ -237,7 +245,7 @@ class Store:
     def agents(self, limit: int, cursor: str) -> Command:
         return self._script('agents', limit, cursor)
 
-    def agents_open(self, limit: int = 500, cursor: str = '') -> Command:
+    def agents_open(self, limit: int, cursor: str) -> Command:
         return self._script('agents_open', limit, cursor)
 
     def agent_result(self, ref: str) -> Command:
@@ -254,8 +262,8 @@ class Store:
     def hello(self, agent: str, instance: str, host: str, boot: str, pid: int, start: str) -> Command:
         return self._script('hello', agent, instance, host, boot, pid, start)
 
-    def pickup(self, agent: str, instance: str, lease_ms: int, most: int) -> Command:
-        return self._script('pickup', agent, instance, lease_ms, most)
+    def pickup(self, agent: str, instance: str, most: int, deliveries: int) -> Command:
+        return self._script('pickup', agent, instance, most, deliveries)
 
     def doorbell(self, agent: str, after: dict[str, str], block_ms: int) -> Command:
         """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more."""
@@ -263,8 +271,8 @@ class Store:
         parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', *keys, *after.values())
         return Command(None, parts, block=block_ms / 1000)
 
-    def beat(self, agent: str, instance: str, lease_ms: int, held: Iterable[Part]) -> Command:
-        return self._script('beat', agent, instance, lease_ms, *held)
+    def beat(self, agent: str, instance: str, held: Iterable[Part]) -> Command:
+        return self._script('beat', agent, instance, *held)
 
     def round_done(self, agent: str, instance: str, entries: Iterable[str]) -> Command:
         return self._script('round_done', agent, instance, *entries)
@@ -288,6 +296,12 @@ class Store:
 
     def cancel(self, task: str) -> Command:
         return self._script('cancel', task)
+
+    def release(self, task: str, attempt: str) -> Command:
+        return self._script('release', task, attempt)
+
+    def history(self, task: str) -> Command:
+        return self._script('history', task)
 
     def retry(self, task: str) -> Command:
         return self._script('retry', task)
@@ -345,6 +359,40 @@ class Store:
     def purge_rest(self) -> Command:
         return self._script('purge_rest')
 
+    # the caretaker
+
+    def care(self, token: str, rival: str, count: str) -> Command:
+        return self._script('care', token, rival, count)
+
+    def care_no_more(self, token: str) -> Command:
+        return self._script('care_no_more', token)
+
+    def vitals(self) -> Command:
+        return self._script('vitals')
+
+    def died(self, agent: str, instance: str, state: str, why: str, pauses: Iterable[int], again: int) -> Command:
+        return self._script('died', agent, instance, state, why, _joined(pauses), again)
+
+    def expire(self, task: str, beats: str, to: str, pauses: Iterable[int]) -> Command:
+        return self._script('expire', task, beats, to, _joined(pauses))
+
+    def due(self, task: str) -> Command:
+        return self._script('due', task)
+
+    def forget(self, age_ms: int, most: int) -> Command:
+        return self._script('forget', age_ms, most)
+
+    # dead letters
+
+    def deadletter(self, limit: int, cursor: str) -> Command:
+        return self._script('deadletter', limit, cursor)
+
+    def deadletter_retry(self, letter: str) -> Command:
+        return self._script('deadletter_retry', letter)
+
+    def deadletter_drop(self, letter: str) -> Command:
+        return self._script('deadletter_drop', letter)
+
     # idempotency of operations that are more than one step
 
     def begin(self, key: str, fingerprint: str, seconds: int) -> Command:
@@ -352,3 +400,7 @@ class Store:
 
     def settle(self, key: str, answer: bytes) -> Command:
         return self._script('settle', key, answer, IDEMPOTENCY_SECS)
+
+
+def _joined(seconds: Iterable[int]) -> str:
+    return ','.join(map(str, seconds))

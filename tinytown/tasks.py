@@ -49,6 +49,30 @@ class Cancelled(TypedDict):
     state: Literal['cancelled']
 
 
+class Released(TypedDict):
+    task_id: str
+    state: Literal['pending']
+
+
+class Change(TypedDict):
+    """One change of a task. `at` is RFC 3339; `pause` the seconds until it is queued again."""
+
+    type: str
+    at: str
+    task_id: str
+    agent_id: NotRequired[str]
+    agent_name: NotRequired[str]
+    attempt: NotRequired[int]
+    why: NotRequired[str]
+    pause: NotRequired[int]
+    by: NotRequired[str]
+
+
+class History(TypedDict):
+    task_id: str
+    history: list[Change]
+
+
 class Retried(TypedDict):
     task_id: str
     state: Literal['pending']
@@ -139,6 +163,18 @@ def _final(reply: list[bytes]) -> Literal['completed', 'failed']:
     return 'completed' if reply[1] == b'completed' else 'failed'
 
 
+def release(call: Call, *, task_id: TaskId, attempt: Attempt | None = None) -> Step[Released]:
+    """Give a running task back to the backlog, its attempt counted. An agent gives the attempt it holds."""
+    yield call.store.release(task_id, str(attempt or ''))
+    return {'task_id': task_id, 'state': 'pending'}
+
+
+def history(call: Call, *, task_id: TaskId) -> Step[Page[History]]:
+    """Tell why a task is where it is: each change of it, with when, by whom, which attempt and why."""
+    reply = yield call.store.history(task_id)
+    return Page(b'{"task_id":"%b","history":[%b]}' % (task_id.encode(), reply[0]))
+
+
 def cancel(call: Call, *, task_id: TaskId) -> Step[Cancelled]:
     """Cancel a task that is not finished, wherever it is. A worker that runs it stops within a heartbeat."""
     yield call.store.cancel(task_id)
@@ -146,6 +182,6 @@ def cancel(call: Call, *, task_id: TaskId) -> Step[Cancelled]:
 
 
 def retry(call: Call, *, task_id: TaskId) -> Step[Retried]:
-    """Put a failed or cancelled task back into the backlog with a full set of attempts."""
+    """Try a failed or cancelled task again: it returns to the backlog with a full set of attempts."""
     yield call.store.retry(task_id)
     return {'task_id': task_id, 'state': 'pending'}

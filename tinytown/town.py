@@ -7,14 +7,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 from urllib.parse import urlsplit, urlunsplit
 
 from . import config as configuration
 from . import redis_server
 from .config import Config
 from .errors import UsageError
-from .model import Agent, Cursor, Limit, Principal, new_id
+from .model import Agent, Cursor, Field, Limit, Principal, new_id
 from .store import Page, Step, Store
 
 
@@ -99,6 +99,8 @@ def _identity(root: Path) -> str:
 
 # -------------------------------------------------------------------------------------------------------- operations
 
+Deep = Annotated[bool, Field('Also task counts and the latest events')]
+
 
 class TownInfo(TypedDict):
     name: str
@@ -131,7 +133,7 @@ def info(call: Call) -> Step[TownInfo]:
     return _info_of(call.town)
 
 
-def status(call: Call, *, deep: bool = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[TownStatus]]:
+def status(call: Call, *, deep: Deep = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[TownStatus]]:
     """Show the town and its agents; with deep, also how many tasks are in each state and the latest events.
 
     Begin here: it tells who is working on what.

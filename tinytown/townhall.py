@@ -81,6 +81,7 @@ def serve(town: Town) -> int:
     """Serves REST until a signal ends it. Raises UsageError when it can't listen."""
     settings = town.config.townhall
     from . import redis_server
+    from .caretaker import Caretaker
     from .local import note_townhall
     from .rest import Rest
     from .web import Server
@@ -102,9 +103,13 @@ def serve(town: Town) -> int:
     sys.stderr.write(f'townhall: {town.name} is open on {base}\n{hint}\n')  # at once: a reader may go after one line
     sys.stderr.flush()
     note = note_townhall(town.root, base)
+    caretaker = Caretaker(town)
+    if not settings.read_only:
+        caretaker.start()
     try:
         server.serve()
     finally:
+        caretaker.close()
         note.unlink(missing_ok=True)
     return 0
 

@@ -60,7 +60,7 @@ class Worker:
         self._terminated = False
         self._may_raise = False
         self._woken, self._waker = os.pipe()
-        self._lease_ms = town.config.agent.lease_secs * 1000
+        self._deliveries = town.config.agent.max_attempts
         self._beat_secs = min(BEAT_SECS, town.config.agent.lease_secs / 3)
 
     # ------------------------------------------------------------------------------------------------- life
@@ -85,7 +85,7 @@ class Worker:
             while True:
                 if self._terminated:
                     raise Terminated
-                found = self._ask(self.town.store.pickup(self.id, self.instance, self._lease_ms, MOST_MESSAGES))
+                found = self._ask(self.town.store.pickup(self.id, self.instance, MOST_MESSAGES, self._deliveries))
                 if found[0] == b'work':
                     self._round(found[1], found[2], json.loads(found[3]))
                 elif found[1] == b'Draining':
@@ -112,7 +112,7 @@ class Worker:
         doorbell = self.town.store.doorbell(self.id, after, int(self._beat_secs * 1000))
         self._insist(partial(self._listen, doorbell))
         reap_orphans()
-        self._ask(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))
+        self._ask(self.town.store.beat(self.id, self.instance, ()))
 
     def _listen(self, doorbell: Command) -> None:
         with self._may_be_terminated():
@@ -122,7 +122,7 @@ class Worker:
         """Whoever stops an agent has said so (it is Draining) and settles its record once no process is left."""
         self._clean_up()
         try:
-            state = self.town.store.call(self.town.store.beat(self.id, self.instance, self._lease_ms, ()))[0]
+            state = self.town.store.call(self.town.store.beat(self.id, self.instance, ()))[0]
         except TownError as e:
             self.note(f'ending by a signal: {e.detail}')
             return 0
@@ -221,7 +221,7 @@ class Worker:
     def _beat(self, held: tuple[str, ...]) -> bool:
         """Says that the worker lives and holds its task. Whether it has lost it."""
         try:
-            reply = self.town.store.call(self.town.store.beat(self.id, self.instance, self._lease_ms, held))
+            reply = self.town.store.call(self.town.store.beat(self.id, self.instance, held))
         except Conflict:
             return True
         except Unavailable:
