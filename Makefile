@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: run test setup lint clean
 
 run: .venv/run
-	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo
+	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo >/dev/null
 	@exec $(BIN)/townhall --town .town
 
 test: .venv/dev

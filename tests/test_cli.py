@@ -169,7 +169,7 @@ def test_every_command_of_the_table_works_here_and_through_a_townhall(town: Town
     assert town('orphans')['action'] == 'list'
     assert town('kill a')['status'] == 'stopped'
     assert town('prune')['agents'] == ['a']
-    assert town('reset')['tasks'] == 2
+    assert town('reset', '--force')['tasks'] == 2
     assert town.used == set(BY_NAME)
 
 

@@ -664,7 +664,7 @@ def test_requests_that_came_before_the_signal_are_answered(place: Place) -> None
     assert [task['description'] for task in place.do('backlog.list')['backlog']].count('just in time') == 10
 
 
-def test_a_second_signal_ends_it_at_once(place: Place) -> None:
+def test_a_second_signal_ends_it_at_once_and_says_that_the_outcome_is_unknown(place: Place) -> None:
     ending = place.hall()
     with begin_wait(ending, place, 20) as slow:
         ending.process.terminate()
@@ -672,7 +672,9 @@ def test_a_second_signal_ends_it_at_once(place: Place) -> None:
         assert ending.process.poll() is None
         ending.process.terminate()
         ending.process.wait(5)
-        assert read_all(slow) == b''
+        said = read_all(slow)
+        assert status_of(said) == 503
+        assert b'not known' in said
 
 
 def townhall(place: Place, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -685,7 +687,7 @@ def test_a_port_in_use_is_one_line_and_exit_2(place: Place, hall: Hall) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert f':{hall.port}' in done.stderr
-    assert '--port' in done.stderr
+    assert 'townhall.rest_port' in done.stderr
 
 
 @pytest.mark.parametrize('address', ['0.0.0.0', '::', '192.0.2.1', 'example.com', ''])  # noqa: S104

@@ -624,13 +624,13 @@ def test_reset_leaves_nothing_but_the_town_and_its_event_ids_go_on_rising(ground
     ground.do('message.send', to='conductor', message='x')
     with pytest.raises(Conflict) as caught:
         ground.do('town.reset')
-    assert caught.value.code == 'agents-live'
+    assert caught.value.code == 'force-needed'
     agent.depart()
     last = ground.history()[-1]['id']
-    assert ground.do('town.reset', agents_only=True) == {'agents': 1, 'tasks': 0}
+    assert ground.do('town.reset', agents_only=True, force=True) == {'agents': 1, 'tasks': 0}
     assert ground.do('backlog.list')['count'] == 11
     check(ground)
-    assert ground.do('town.reset') == {'agents': 0, 'tasks': 11}
+    assert ground.do('town.reset', force=True) == {'agents': 0, 'tasks': 11}
     assert set(snapshot(ground)) == {'town'}
     history = ground.history()
     assert [event['type'] for event in history] == ['town.reset']

@@ -106,7 +106,7 @@ def test_modules_import_only_from_lower_layers() -> None:
                 'auth operations',
                 'http1 router connection web rest client',
                 'briefing job worker demo',
-                'usage render local cli townhall',
+                'usage render doctor local cli townhall',
             )
         )
         for name in names.split()

@@ -147,7 +147,7 @@ def test_json_that_does_not_fit_is_422_and_points_at_every_wrong_place(
         'ünï 😀 \U0010ffff',
         "'; DROP TABLE x; $(reboot) `id`",
         'a\tb\nc\r\n',
-        '\u2028\x85',
+        'a\u2028\x85',
     ],
 )
 def test_a_text_is_kept_as_it_was_sent(shared: Place, rest: Hall, text: str) -> None:

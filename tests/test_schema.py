@@ -147,7 +147,7 @@ def test_null_for_an_optional_argument_is_as_if_it_were_left_out() -> None:
         ('agent', 'a' * 64, 'at most 63'),
         ('agent', 'bäckend', 'does not fit'),
         ('agent', 'tt:{test}:town', 'does not fit'),
-        ('text', '', 'is empty'),
+        ('text', '', 'not blank'),
         ('text', 'x' * 65537, 'is 65537 characters long; at most 65536 are taken'),
         ('text', 'a\x00b', 'holds U+0000'),
         ('text', 'a\x1b[2J', 'holds U+001B'),

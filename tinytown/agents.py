@@ -38,7 +38,7 @@ from .model import (
     is_uuid,
     new_id,
 )
-from .processes import GRACE_SECS, Identity, python, python_path, start_detached, stop_tree, this_host
+from .processes import GRACE_SECS, MARK, Identity, python, python_path, start_detached, stop_tree, this_host
 from .store import Page, Step, text
 from .tasks import listing
 from .town import Call, Town
@@ -211,6 +211,11 @@ def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
 
 def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'backlog') -> Step[None]:
     """Ends every process of an agent and says so in its record. Its unfinished task goes `to` the backlog or inbox."""
+    if found.instance and found.instance == os.environ.get(MARK):
+        raise Conflict(
+            f"'{found.name}' can't be stopped from within its own run; to end after this round:  tt close {found.name}",
+            code='own-run',
+        )
     if found.state in LIVE:
         if found.process.pid and found.process.host not in ('', this_host()):
             raise Conflict(
@@ -314,6 +319,7 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
     log = worker_log(town.root, name)
     env = clis.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
+    env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # by which doctor knows it
     try:
         ours, its = socket.socketpair()
         with ours, its:

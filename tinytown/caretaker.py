@@ -2,8 +2,9 @@
 
 Each townhall has one; one of them, the one that holds the caretaker's record in Redis, acts. It judges by what it sees
 change and not by the time of day: a heartbeat is a counter, and silence is the time, on a monotonic clock of its own,
-since that counter last moved. So a clock that is set by a day, a suspended machine or a task that waits in a queue for
-hours move nothing.
+since that counter last moved. Only silence that it has witnessed counts: after a while in which it did not look (it was
+stopped, or Redis was away and nobody could beat) it begins to listen anew. So a clock that is set by a day, a suspended
+machine or a task that waits in a queue for hours move nothing.
 
 Verdicts on a worker: *dead*, its process is proven gone: its work moves at once. *lost*, it has not been heard of for a
 lease: the task that it holds moves. *quiet*, not heard of for three heartbeats, and *alive*: nothing moves.
@@ -14,20 +15,25 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 from . import reports
-from .agents import START_SECS, revive, start_worker
-from .errors import TownError
-from .model import ALL_SCOPES, Principal, new_id
+from .agents import START_SECS, start_worker
+from .errors import TownError, UsageError
+from .model import new_id
 from .processes import Identity, reap, stop_tree, this_host, verdict
-from .store import Step, text
-from .town import Call, Town
+from .store import Command, text
+from .town import Town
 
 TICK_SECS: Final = 1.0
 TAKE_OVER_SECS: Final = 5.0  # a caretaker that is silent for so long is followed by another
+GAP_SECS: Final = 3.0  # between two looks: after a longer one what was seen before tells nothing
 RETENTION_SECS: Final = 30.0  # between two looks at what is past its retention
+MOST_AT_ONCE: Final = 200  # finished tasks that one look deletes
+BY: Final = 'caretaker'  # as the history of a task names it
 _LEFTOVER_GRACE: Final = 1.0  # for what a dead worker has left behind
 
 
@@ -55,27 +61,26 @@ class Caretaker(threading.Thread):
     ) -> None:
         super().__init__(name='caretaker', daemon=True)
         self.town = town
-        self._call = Call(town, Principal('caretaker', ALL_SCOPES))
         self._clock = clock
         self._start_worker = start
         self._token = new_id()
-        self._rival = ('', '')
-        self._rivals, self._workers, self._leases, self._pauses, self._errors = (Silence() for _ in range(5))
-        self._under_way: set[str] = set()
-        self._forgot = 0.0
+        self._rival, self._rival_since = ('', ''), 0.0
+        self._forget_at = 0.0
+        self._under_way: dict[str, threading.Thread] = {}
+        self._said = ''
         self._over = threading.Event()
+        self._begin(self._clock())
+
+    def _begin(self, now: float) -> None:
+        """Forgets what was seen: silence is counted from here on."""
+        self._looked = now
+        self._workers, self._leases, self._pauses, self._crashes = (Silence() for _ in range(4))
 
     def run(self) -> None:
         while not self._over.wait(TICK_SECS):
-            try:
-                self.tick(self._clock())
-            except TownError as e:
-                self._say(e.detail)
+            self._guard(self.tick, self._clock())
             reap()
-        try:
-            self._run(self._one(self.town.store.care_no_more(self._token)))
-        except TownError:
-            pass  # another takes over after TAKE_OVER_SECS
+        self._guard(self._do, self.town.store.care_no_more(self._token))  # else another takes over in a while
         self.town.store.close()
 
     def close(self) -> None:
@@ -90,114 +95,135 @@ class Caretaker(threading.Thread):
         """One look at the town, and what follows from it. Raises TownError when Redis is away."""
         if not self._is_mine(now):
             return
-        workers, leases, delayed, crashed = self._run(self._one(self.town.store.vitals()))
+        workers, leases, delayed, crashed = self._do(self.town.store.vitals())
+        if now - self._looked > GAP_SECS:
+            self._begin(now)
+        self._looked = now
         silent = self._judge_workers(workers, now)
         self._judge_leases(leases, silent, now)
         self._requeue_delayed(delayed, now)
         self._revive_crashed(crashed, now)
-        if now - self._forgot > RETENTION_SECS:
-            self._forgot = now
-            self._forget_old()
+        if now >= self._forget_at:
+            self._forget_old(now)
 
     def _is_mine(self, now: float) -> bool:
         """Whether this caretaker is the one that acts; it takes over from one whose count has stopped."""
-        silence = self._rivals.look([self._rival], now).get(self._rival[0], 0.0)
-        stale = self._rival if silence >= TAKE_OVER_SECS else ('', '')
-        token, count = map(text, self._run(self._one(self.town.store.care(self._token, *stale))))
-        self._rival = (token, count)
+        stale = self._rival if now - self._rival_since >= TAKE_OVER_SECS else ('', '')
+        token, count = map(text, self._do(self.town.store.care(self._token, *stale)))
+        if (token, count) != self._rival:
+            self._rival, self._rival_since = (token, count), now
         return token == self._token
 
     def _judge_workers(self, rows: list[list[bytes]], now: float) -> dict[str, float]:
         """Buries those who are proven dead, and those who never came up. The silence of each agent, in seconds."""
         workers = [[text(part) for part in row] for row in rows]
-        silence = self._workers.look([(row[3] or row[0], row[8]) for row in workers], now)
-        by_agent = {}
+        silence = self._workers.look(((row[3], row[8]) for row in workers), now)
         for agent_id, name, state, instance, host, boot, pid, start, _ in workers:
-            quiet = silence[instance or agent_id]
-            by_agent[agent_id] = quiet
+            quiet = silence[instance]
             process = Identity(host, boot, int(pid or 0), start)
             settling = state == 'Draining' and quiet < 3 * START_SECS  # whoever stops it settles its record
             stillborn = not pid and quiet > 3 * START_SECS
             if (stillborn or (pid and verdict(process) == 'dead')) and not settling:
-                self._apart(agent_id, self._bury, agent_id, name, state, instance)
-        return by_agent
+                self._apart(agent_id, self._bury, agent_id, name, instance)
+        return {row[0]: silence[row[3]] for row in workers}
 
-    def _bury(self, agent_id: str, name: str, state: str, instance: str) -> None:
+    def _bury(self, agent_id: str, name: str, instance: str) -> None:
         """Ends what a dead worker has left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
-        self._run(reports.deliver_all(self.town.store, self.town.root, agent_id))  # finished work is not done again
-        settings = self.town.config.agent
-        closing = state == 'Draining'
-        end = 'Stopped' if closing else 'Error'
-        again = 0 if closing or settings.restart == 'never' else settings.restart_cap
-        died = self.town.store.died(agent_id, instance, end, 'its process died', settings.retry_backoff_secs, again)
-        self._run(self._one(died))
+        store = self.town.store
+        store.run(reports.deliver_all(store, self.town.root, agent_id), BY)  # finished work is not done again
+        self._died(agent_id, instance, 'its process died')
         self._say(f"the worker of '{name}' died; what it held is queued again")
+
+    def _died(self, agent_id: str, instance: str, why: str) -> None:
+        """Frees what a process held that is no more; by policy the agent is to be started again."""
+        settings = self.town.config.agent
+        again = 0 if settings.restart == 'never' else settings.restart_cap
+        self._do(self.town.store.died(agent_id, instance, why, settings.retry_backoff_secs, again))
 
     def _judge_leases(self, rows: list[list[bytes]], silent: dict[str, float], now: float) -> None:
         """Takes a task from a holder that has not been heard of for a lease."""
         lease = self.town.config.agent.lease_secs
-        held = {text(task): (text(count), text(agent)) for task, count, agent in rows}
-        for task, quiet in self._leases.look(((task, count) for task, (count, _) in held.items()), now).items():
-            if quiet >= lease:
-                count, agent = held[task]
+        held = [tuple(map(text, row)) for row in rows]
+        silence = self._leases.look(((task, (attempt, beats)) for task, attempt, beats, _ in held), now)
+        for task, attempt, beats, agent in held:
+            if silence[task] >= lease:
                 to = 'inbox' if silent.get(agent, lease) < lease else 'backlog'
                 pauses = self.town.config.agent.retry_backoff_secs
-                self._run(self._one(self.town.store.expire(task, count, to, pauses)))
+                self._do(self.town.store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
         """Queues the tasks whose pause between two attempts is over."""
         pauses = {text(task): float(pause) for task, pause in rows}
         for task, waited in self._pauses.look(pauses.items(), now).items():
             if waited >= pauses[task]:
-                self._run(self._one(self.town.store.due(task)))
+                self._do(self.town.store.due(task))
 
     def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
         """Starts the agents again that crashed here and whose policy says so, after a pause that grows."""
         crashed = {
-            text(agent): (text(name), int(crashes)) for agent, name, crashes, host in rows if text(host) == this_host()
+            text(agent): (text(name), int(crashes))
+            for agent, name, crashes, host in rows
+            if text(host) in ('', this_host())
         }
         pauses = self.town.config.agent.retry_backoff_secs or [0]
-        for agent, waited in self._errors.look(crashed.items(), now).items():
+        for agent, waited in self._crashes.look(crashed.items(), now).items():
             name, crashes = crashed[agent]
-            if waited >= pauses[min(crashes, len(pauses)) - 1]:
+            if waited >= pauses[min(max(crashes, 1), len(pauses)) - 1]:
                 self._apart(agent, self._revive, agent, name)
 
     def _revive(self, agent_id: str, name: str) -> None:
-        self._run(revive(self._call, agent_id, name, self._start_worker))
+        """Starts a crashed agent. A start that fails is one more crash, with its pause, and counts for the cap."""
+        instance = new_id()
+        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance))
+        try:
+            self._start_worker(self.town, agent_id, name, instance)
+        except Exception:
+            stop_tree(None, instance, 0)
+            self._died(agent_id, instance, 'its worker did not start')
+            raise
         self._say(f"'{name}' runs again")
 
-    def _forget_old(self) -> None:
-        """Deletes finished tasks past their retention, a bounded number at a time."""
+    def _forget_old(self, now: float) -> None:
+        """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
         age = self.town.config.retention.finished_tasks_days * 86_400_000
-        while self._run(self._one(self.town.store.forget(age, 200)))[0] == 200 and not self._over.is_set():
-            pass
+        if self._do(self.town.store.forget(age, MOST_AT_ONCE))[0] < MOST_AT_ONCE:
+            self._forget_at = now + RETENTION_SECS
 
     # ---------------------------------------------------------------------------------------------------- running
 
     def _apart(self, key: str, what: Callable[..., None], *arguments: Any) -> None:
-        """Does what takes long on a thread of its own, once at a time for each agent."""
-        if key in self._under_way:
+        """Does what takes long on a thread of its own, one at a time for each agent."""
+        if key in self._under_way and self._under_way[key].is_alive():
             return
-        self._under_way.add(key)
 
         def work() -> None:
-            try:
-                what(*arguments)
-            except TownError as e:
-                self._say(e.detail)
-            finally:
-                self.town.store.close()
-                self._under_way.discard(key)
+            self._guard(what, *arguments)
+            self.town.store.close()
 
-        threading.Thread(target=work, name=f'caretaker-{key}', daemon=True).start()
+        self._under_way = {agent: thread for agent, thread in self._under_way.items() if thread.is_alive()}
+        self._under_way[key] = threading.Thread(target=work, name=f'caretaker-{key}', daemon=True)
+        self._under_way[key].start()
 
-    def _run(self, step: Step[Any]) -> Any:
-        return self.town.store.run(step)
+    def _guard(self, what: Callable[..., object], *arguments: Any) -> None:
+        """Does something that may fail: whatever it is, the caretaker goes on and tries again at its next look."""
+        try:
+            what(*arguments)
+        except (TownError, UsageError) as e:
+            self._complain(str(e))
+        except Exception:
+            self._complain(traceback.format_exc().rstrip())
 
-    def _one(self, command: Any) -> Step[Any]:
-        command.by = self._call.by.name
-        return (yield command)
+    def _complain(self, what: str) -> None:
+        """Says what is wrong once, and not at every look."""
+        if what != self._said:
+            self._said = what
+            self._say(what)
+
+    def _do(self, command: Command) -> Any:
+        command.by = BY
+        return self.town.store.call(command)
 
     def _say(self, what: str) -> None:
-        print(f'caretaker: {what}', file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody may be reading
+            print(f'caretaker: {what}', file=sys.stderr, flush=True)

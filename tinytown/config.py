@@ -131,7 +131,8 @@ class Setting:
         """The value if it is of the right kind. Raises UsageError that names the source, the value and the mend."""
         wrong = self._violation(value)
         if wrong:
-            raise UsageError(f'{source}: {self.path} = {value!r}: {wrong}')
+            shown = '' if isinstance(value, dict) else f' = {value!r}'
+            raise UsageError(f'{source}: {self.path}{shown}: {wrong}')
         return value
 
     def _violation(self, value: Any) -> str:
@@ -153,8 +154,10 @@ class Setting:
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
         if get_origin(kind) is list:
             return self._item_violation(value)
-        fits = isinstance(value, dict) and all(map(_is_command, value, value.values()))
-        return '' if fits else 'give a table of name = "command --flag"'
+        if not isinstance(value, dict):
+            return 'give a table of name = "command --flag"'
+        bad = next((name for name, command in value.items() if not _is_command(name, command)), None)
+        return '' if bad is None else f'{bad}: give a table of name = "command --flag"'
 
     def _item_violation(self, value: Any) -> str:
         of = get_args(self.kind)[0]

@@ -315,6 +315,13 @@ class Connection:
         if self._is_idle:
             self.close()
 
+    def break_off(self) -> None:
+        """The server ends now: a request that is still under way is told so, and that its outcome is unknown."""
+        if self._request is not None and self.is_busy:
+            detail = 'the server was stopped; whether the change was made is not known'
+            self.answer(self._request, problem(Unavailable(detail, code='stopped', retry_after=5), self._request.id))
+        self.close()
+
     @property
     def _is_idle(self) -> bool:
         return self._request is None and not (self._buffer or self._out or self._closing)

@@ -105,6 +105,11 @@ class Job:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """The exit status of the CLI, negative for a signal; None while it runs."""
+        return self._process.returncode
+
     def wait(self, every: Callable[[], bool], seconds: float) -> bool:
         """Waits for the CLI to end; asks `every` so many seconds whether to give up. Whether it ended by itself."""
         due = time.monotonic() + seconds

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, auth, clis, redis_server
+from . import agents, auth, clis, doctor, redis_server
 from . import config as configuration
 from .errors import TownError, UsageError
 from .model import ALL_SCOPES, LIVE, Principal
@@ -46,6 +46,8 @@ def add_town_commands(add: Add) -> None:
     add('town', 'start', 'Start Redis and townhall, detached', _start)
     stop = add('town', 'stop', 'Stop townhall and the workers', _stop)
     stop.add_argument('--redis', action='store_true', help='the managed Redis too')
+    mender = add('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor)
+    mender.add_argument('--fix', action='store_true', help='mend what is found')
     config = add('town', 'config', 'Show the configuration, or show or change one setting', _config)
     config.add_argument('key', nargs='?', help='a setting, as townhall.rest_port')
     config.add_argument('value', nargs='?', help='its new value')
@@ -191,6 +193,18 @@ def _stop_workers(root: Path, config: configuration.Config) -> list[str]:
     return town.store.run(stop_all())
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    town = open_meant(arguments)
+    call = Call(town, Principal('tt', ALL_SCOPES))
+    found = doctor.examine(call, bool(running_townhalls(town.root)))
+    if arguments.fix:
+        found = [doctor.mend(each) for each in found]
+    answer = {'findings': [each.shown() for each in found]}
+    lines = [f'{each.kind}: {each.what}. {each.advice}' for each in found]
+    say(arguments, answer, '\n'.join(lines) or 'Processes, records and tasks fit together.')
+    return 1 if any(not each.mended for each in found) else 0
+
+
 def _config(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     if arguments.key is None:
@@ -206,7 +220,11 @@ def _config(arguments: argparse.Namespace) -> int:
         return say(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
     file = root / configuration.FILE
     new = _change(file, setting, key, arguments.value)
-    return say(arguments, {arguments.key: new}, f'{arguments.key} = {configuration.to_toml(new)}  ({file})')
+    return say(
+        arguments,
+        {arguments.key: new},
+        f'{arguments.key} = {configuration.to_toml(new)}  ({file}; a townhall that runs takes it up at its next start)',
+    )
 
 
 def _config_lines(values: dict[str, Any]) -> list[str]:

@@ -96,7 +96,6 @@ class Field:
     description: str
     pattern: str = ''
     hint: str = ''  # the pattern in words
-    min_length: int = 0
     max_length: int = 0
     minimum: int | None = None
     maximum: int | None = None
@@ -136,8 +135,13 @@ Nickname = Annotated[
     str,
     Field('A name for people to see', r'[^\x00-\x1f\x7f-\x9f]{1,63}', '1 to 63 characters without control characters'),
 ]
-TaskText = Annotated[str, Field('What is to be done, in plain words', min_length=1, max_length=65536)]
-MessageText = Annotated[str, Field('What the message says', min_length=1, max_length=65536)]
+TaskText = Annotated[
+    str,
+    Field('What is to be done, in plain words', pattern=r'\s*\S[\s\S]*', hint='it is not blank', max_length=65536),
+]
+MessageText = Annotated[
+    str, Field('What the message says', pattern=r'\s*\S[\s\S]*', hint='it is not blank', max_length=65536)
+]
 Outcome = Annotated[str, Field('What came of it, for people to read', max_length=65536)]
 Tag = Annotated[
     str,

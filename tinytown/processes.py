@@ -188,13 +188,27 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 def _mark_of(pid: int) -> str:
     """The mark that a process carries in its environment; '' if none, or it is not to be seen."""
+    return _variable(pid, MARK)
+
+
+def _variable(pid: int, name: str) -> str:
+    """A variable of the environment that a process was started with; '' if it is not there, or not to be seen."""
     try:
         environ = Path(f'/proc/{pid}/environ').read_bytes()
     except OSError:
         return ''
-    prefix = f'{MARK}='.encode()
+    prefix = f'{name}='.encode()
     found = [entry for entry in environ.split(b'\0') if entry.startswith(prefix)]
     return found[0].removeprefix(prefix).decode('utf-8', 'replace') if found else ''
+
+
+def agents_processes(town: str) -> dict[str, list[int]]:
+    """The processes on this machine that belong to agents of the town in that directory, by the instance they carry."""
+    found: dict[str, list[int]] = {}
+    for pid in [int(name) for name in os.listdir('/proc') if name.isdigit()] if HAS_PROC else []:
+        if _variable(pid, 'TINYTOWN_TOWN') == town and _variable(pid, 'TINYTOWN_AGENT_ID') and start_time(pid):
+            found.setdefault(_mark_of(pid), []).append(pid)
+    return found
 
 
 def marked(instance: str) -> list[int]:

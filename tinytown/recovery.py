@@ -15,7 +15,7 @@ from .town import Call
 
 ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]
 AgentsOnly = Annotated[bool, Field('Keep tasks, messages and events')]
-KillFirst = Annotated[bool, Field('Kill live agents first')]
+Really = Annotated[bool, Field('Do it, and kill live agents first')]
 
 
 class Recovered(TypedDict):
@@ -114,15 +114,15 @@ def orphan_tasks(call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 
     return {'action': action, 'count': len(orphans), 'orphans': orphans}
 
 
-def reset(call: Call, *, agents_only: AgentsOnly = False, force: KillFirst = False) -> Step[Reset]:
+def reset(call: Call, *, agents_only: AgentsOnly = False, force: Really = False) -> Step[Reset]:
     """Empty the town: forget its agents and, unless agents_only, its tasks, messages and events.
 
-    While agents are live it is refused, unless force is given; then they are killed first.
+    It is refused, with what would go, unless force is given; live agents are killed first.
     """
     live = yield call.store.evidence(LIVE)
-    if live[1] and not force:
-        names = ', '.join(text(row[1]) for row in live[1])
-        raise Conflict(f'agents are live: {names}; kill them first, or give force', code='agents-live')
+    if not force:
+        going = f'{live[0]} agents ({len(live[1])} of them live)' + ('' if agents_only else ', all tasks and messages')
+        raise Conflict(f'this would remove {going}; give force to do it', code='force-needed')
     for row in live[1]:
         found = yield from look_up(call, text(row[0]))
         yield from stop_process(call, found, 'town reset', GRACE_SECS)

@@ -135,9 +135,10 @@ def _status(answer: Answer) -> str:
     if 'tasks' in answer:
         parts.append('Tasks: ' + ', '.join(f'{count} {name}' for name, count in answer['tasks'].items()))
         events = [
-            [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-'] for e in answer['recent_events']
+            [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-', e.get('why') or '-']
+            for e in answer['recent_events']
         ]
-        parts.append(table(('AT', 'EVENT', 'AGENT', 'TASK'), events, 'No events.'))
+        parts.append(table(('AT', 'EVENT', 'AGENT', 'TASK', 'WHY'), events, 'No events.'))
     return '\n\n'.join(parts)
 
 
@@ -168,6 +169,29 @@ def _inbox(answer: Answer) -> str:
 def _sender(agent_id: str) -> str:
     """A sender, short: the start of an id is as good as the id to answer it."""
     return 'conductor' if agent_id in (CONDUCTOR_ID, '') else agent_id[:8]
+
+
+def _history(answer: Answer) -> str:
+    rows = [
+        [
+            e['at'],
+            e['type'],
+            e.get('agent_name') or '-',
+            str(e.get('attempt', '-')),
+            e.get('by', '-'),
+            e.get('why', '-'),
+        ]
+        for e in answer['history']
+    ]
+    return table(('AT', 'CHANGE', 'AGENT', 'ATTEMPT', 'BY', 'WHY'), rows, 'No history.')
+
+
+def _dead_letters(answer: Answer) -> str:
+    rows = [
+        [d['id'], d['kind'], d['agent_name'] or '-', str(d['attempts']), d['why'] or '-', d['text']]
+        for d in answer['dead_letters']
+    ]
+    return table(('ID', 'KIND', 'AGENT', 'ATTEMPTS', 'WHY', 'TEXT'), rows, 'No dead letters.')
 
 
 def _orphans(answer: Answer) -> str:
@@ -219,6 +243,11 @@ _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'task.fail': _said('Task {task_id} is {state}.'),
     'task.cancel': _said('Task {task_id} is {state}.'),
     'task.retry': _said('Task {task_id} is {state}.'),
+    'task.release': _said('Task {task_id} is {state}.'),
+    'task.history': _history,
+    'deadletter.list': _dead_letters,
+    'deadletter.retry': _said('The {kind} {id} is {status}.'),
+    'deadletter.drop': _said('The {kind} {id} is {status}.'),
     'backlog.list': _backlog,
     'backlog.add': _said('Task {task_id} is in the backlog.'),
     'backlog.claim': _said('Task {task_id} waits in the inbox of {agent_name}.'),

@@ -54,7 +54,6 @@ def _constraints(field: Field) -> dict[str, Any]:
     named = {
         'description': field.description,
         'pattern': f'^(?:{field.pattern})$' if field.pattern else '',
-        'minLength': field.min_length,
         'maxLength': field.max_length,
         'maxItems': field.max_items,
     }
@@ -116,8 +115,6 @@ class Parameter:
                 return f'{_show(value)} is none of {", ".join(schema["enum"])}'
             if self._pattern and not self._pattern.fullmatch(value):
                 return f'{_show(value)} does not fit: {self.hint}'
-            if len(value) < schema.get('minLength', 0):
-                return 'is empty' if not value else f'is shorter than {schema["minLength"]} characters'
             if len(value) > schema.get('maxLength', len(value)):
                 return f'is {len(value)} characters long; at most {schema["maxLength"]} are taken'
             if not value.isprintable() and (bad := _FORBIDDEN.search(value)):

@@ -203,11 +203,13 @@ local function bury_message(agent, name, lane, entry, tries)
 end
 
 -- An attempt that its holder failed (it died, or was not heard of): the task is queued again, for the same agent (inbox)
--- after a pause, or for any (backlog); after its last attempt it is given up and becomes a dead letter.
+-- after a pause, or for any (backlog); after its last attempt it is given up and becomes a dead letter. But what is being
+-- stopped gives its task back: that someone stopped an agent says nothing of the task.
 -- pauses: seconds, comma-separated, by attempt; the last one counts for the rest.
 local function fail_attempt(id, why, to, pauses)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'attempt', 'max', 'agent', 'name')
   local attempt = tonumber(v[1])
+  if redis.call('HGET', P .. 'agent:' .. v[3], 'state') == 'Draining' then return task_to_backlog(id, why) end
   if attempt >= tonumber(v[2]) then
     detach_task(id)
     redis.call('ZADD', P .. 'dead', NOW, id)
@@ -906,16 +908,18 @@ return {1}
 
 -- @script vitals oom
 -- What a caretaker looks at. Returns {1, workers, leases, delayed, crashed}:
--- live agents {id, name, state, instance, host, boot id, pid, process start, beats}; running tasks {task, beats for it,
--- agent}; tasks that pause between two attempts {task, seconds}; agents to be started again {id, name, crashes, host}.
+-- live agents {id, name, state, instance, host, boot id, pid, process start, beats}; running tasks {task, attempt, beats
+-- for it, agent}; tasks that pause between two attempts {task, seconds}; agents to be started again {id, name, crashes,
+-- host}.
 local workers, leases, delayed, crashed = {}, {}, {}, {}
-for i, id in ipairs(redis.call('SMEMBERS', P .. 'live')) do
+for i, id in ipairs(redis.call('ZRANGE', P .. 'live', 0, -1)) do
   local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beats')
   workers[i] = {id, v[1], v[2], v[3], v[4] or '', v[5] or '', v[6] or '', v[7] or '', v[8] or '0'}
 end
 local held = redis.call('ZRANGE', P .. 'leases', 0, -1, 'WITHSCORES')
 for i = 1, #held, 2 do
-  leases[#leases + 1] = {held[i], held[i + 1], redis.call('HGET', P .. 'task:' .. held[i], 'agent')}
+  local v = redis.call('HMGET', P .. 'task:' .. held[i], 'attempt', 'agent')
+  leases[#leases + 1] = {held[i], v[1], held[i + 1], v[2]}
 end
 local waiting = redis.call('ZRANGE', P .. 'delayed', 0, 999, 'WITHSCORES')
 for i = 1, #waiting, 2 do delayed[#delayed + 1] = {waiting[i], waiting[i + 1]} end
@@ -926,17 +930,17 @@ end
 return {1, workers, leases, delayed, crashed}
 
 -- @script died oom
--- An agent's process is proven dead. A: agent id, instance, state it ends in, why, pauses between attempts in seconds
--- (comma-separated), how often in a row it is started again (0: never).
+-- An agent's process is proven dead. A: agent id, instance, why, pauses between attempts in seconds (comma-separated),
+-- how often in a row it is started again (0: never; nor is one that was being stopped).
 -- What it was running goes back to its inbox if it is started again, else to the backlog; or to the dead letters.
 -- Returns {1, how many tasks}.
-local id, instance, state, why, pauses, cap = unpack(A)
+local id, instance, why, pauses, cap = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'name', 'state')
 if not v[2] then return refuse('agent-not-found', id) end
 if v[1] ~= instance or not LIVE[v[3]] then return refuse('stale-instance', v[2], instance) end
-local crashes = redis.call('HINCRBY', key, 'crashes', 1)
-local again = crashes <= tonumber(cap)
+local state = v[3] == 'Draining' and 'Stopped' or 'Error'
+local again = state == 'Error' and redis.call('HINCRBY', key, 'crashes', 1) <= tonumber(cap)
 local tasks = redis.call('SMEMBERS', key .. ':running')
 for _, task in ipairs(tasks) do fail_attempt(task, why, again and 'inbox' or 'backlog', pauses) end
 redis.call('DEL', P .. 'inbox:' .. id .. ':c')
@@ -946,20 +950,21 @@ event('agent.' .. string.lower(state), nil, 'agent_id', id, 'agent_name', v[2], 
 return {1, #tasks}
 
 -- @script expire oom
--- Takes a task from a holder that has not been heard of for a lease. A: task, beats for it when it was last heard of,
--- where it goes (inbox, backlog), pauses. Nothing happens if it was heard of since. Returns {1, whether it moved}.
-if redis.call('ZSCORE', P .. 'leases', A[1]) ~= A[2] then return {1, 0} end
-fail_attempt(A[1], 'its holder was not heard of for a lease', A[3], A[4])
+-- Takes a task from a holder that has not been heard of for a lease. A: task, attempt, beats for it when it was last heard
+-- of, where it goes (inbox, backlog), pauses. Nothing happens if it was heard of since. Returns {1, whether it moved}.
+if redis.call('ZSCORE', P .. 'leases', A[1]) ~= A[3] then return {1, 0} end
+if redis.call('HGET', P .. 'task:' .. A[1], 'attempt') ~= A[2] then return {1, 0} end
+fail_attempt(A[1], 'its holder was not heard of for a lease', A[4], A[5])
 return {1, 1}
 
 -- @script due oom
--- The pause between two attempts of a task is over: it is queued again, or returns to the backlog if its agent neither
--- runs nor will run again. A: task. Returns {1}.
+-- The pause between two attempts of a task is over: it is queued again, or returns to the backlog if its agent takes no
+-- tasks and will not be started again. A: task. Returns {1}.
 local id = A[1]
 if redis.call('ZREM', P .. 'delayed', id) == 0 then return {1} end
 local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'name')
 local state = redis.call('HGET', P .. 'agent:' .. v[1], 'state')
-if state and (LIVE[state] or redis.call('SISMEMBER', P .. 'revive', v[1]) == 1) then queue_task(id, v[1], v[2])
+if ACCEPTING[state] or redis.call('SISMEMBER', P .. 'revive', v[1]) == 1 then queue_task(id, v[1], v[2])
 else task_to_backlog(id, 'its agent does not run') end
 return {1}
 

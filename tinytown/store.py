@@ -165,11 +165,15 @@ class Store:
         self.events = events
         self._local = threading.local()
 
-    def run(self, step: Step[T]) -> T:
-        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable."""
+    def run(self, step: Step[T], by: str = '') -> T:
+        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable.
+
+        `by` is who asks, where the commands do not say so.
+        """
         try:
             command = next(step)
             while True:
+                command.by = command.by or by
                 try:
                     reply = self.call(command)
                 except TownError as e:
@@ -370,11 +374,11 @@ class Store:
     def vitals(self) -> Command:
         return self._script('vitals')
 
-    def died(self, agent: str, instance: str, state: str, why: str, pauses: Iterable[int], again: int) -> Command:
-        return self._script('died', agent, instance, state, why, _joined(pauses), again)
+    def died(self, agent: str, instance: str, why: str, pauses: Iterable[int], again: int) -> Command:
+        return self._script('died', agent, instance, why, _joined(pauses), again)
 
-    def expire(self, task: str, beats: str, to: str, pauses: Iterable[int]) -> Command:
-        return self._script('expire', task, beats, to, _joined(pauses))
+    def expire(self, task: str, attempt: str, beats: str, to: str, pauses: Iterable[int]) -> Command:
+        return self._script('expire', task, attempt, beats, to, _joined(pauses))
 
     def due(self, task: str) -> Command:
         return self._script('due', task)

@@ -84,7 +84,9 @@ class Server(HTTPServer):
             self.server_bind()
             self.server_activate()
         except OSError as e:
-            raise UsageError(f'{address[0]}:{address[1]}: {e.strerror}; choose another with --bind or --port') from None
+            raise UsageError(
+                f'{address[0]}:{address[1]}: {e.strerror}; choose another: tt config townhall.rest_port N'
+            ) from None
         self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
@@ -166,7 +168,7 @@ class Server(HTTPServer):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         for connection in list(self.connections):
-            connection.close()
+            connection.break_off()
         self.link.close()
         self.socket.close()
         os.close(self._wake_read)

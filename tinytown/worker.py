@@ -204,13 +204,19 @@ class Worker:
         ended = job.wait(lambda: self._is_over(job, held), self._beat_secs)
         if not ended:
             job.stop(self.instance)
-            self.note('the round was ended: ' + ('by a signal' if self._terminated else 'its task is no longer ours'))
+        if self._terminated:  # whoever stops us stops the CLI too, so its end says nothing of the work
+            self.note('the round was ended by a signal')
+            self._clean_up()
+            raise Terminated
+        if not ended:
+            self.note('the round was ended: its task is no longer ours')
         elif work:
             self._report(work, job)
         self._clean_up()
-        if self._terminated and not ended:
-            raise Terminated
-        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if ended else []
+        well = ended and job.status == 0
+        if not well and messages:
+            self.note(f'exit status {job.status}: {len(messages)} messages stay for another round')
+        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if well else []
         self._ask(self.town.store.round_done(self.id, self.instance, acknowledged))
 
     def _is_over(self, job: Job, held: tuple[str, ...]) -> bool:
