@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinytown.agents import enlist as enlist_step
-from tinytown.model import CONDUCTOR_ID, LIVE
+from tinytown.model import CONDUCTOR_ID, LIVE, new_id
 from tinytown.store import Command, text
 from tinytown.town import Call, Town
 from tinytown.wire import _MORE, Part, RedisError, Wire
@@ -91,6 +91,20 @@ class Puppet:
         self.place.store.call(self.place.store.restarting(self.id, 100, instance))
         self.instance = instance
         self.hello()
+
+    def dies(self, again: int = 0, why: str = 'its process died', pauses: Iterable[int] = (0,)) -> None:
+        """Its process is proven dead; it is started again so often in a row."""
+        self.place.store.call(self.place.store.died(self.id, self.instance, why, pauses, again))
+
+    def die_of(self, task: str) -> str:
+        """Takes a task and dies, attempt by attempt, until the task is given up; then it is up once more."""
+        while self.take()[0] == task:
+            self.dies(9, 'it was poison')
+            self.revive(new_id())
+            if self.place.do('task.get', task_id=task)['dead_letter']:
+                return task
+            self.place.store.call(self.place.store.due(task))
+        raise AssertionError(f'{self.name} took another task')
 
     def show(self) -> dict[str, Any]:
         shown: dict[str, Any] = self.place.do('agent.get', agent=self.id)

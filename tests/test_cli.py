@@ -108,11 +108,19 @@ class Town:
     def __init__(self, tt: Tt, *way: str) -> None:
         self.tt, self.way, self.used = tt, way, set[str]()
 
+    def op(self, line: str) -> Op:
+        found = max((op for op in TABLE if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
+        self.used.add(found.name)
+        return found
+
+    def ask(self, line: str) -> Done:
+        """A command that is refused."""
+        self.op(line)
+        return self.tt(*self.way, *line.split())
+
     def __call__(self, line: str, *more: str, status: int = 0) -> Any:
-        words = (*line.split(), *more)
-        op = max((op for op in TABLE if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
-        self.used.add(op.name)
-        done = self.tt(*self.way, *words, '--json')
+        op = self.op(line)
+        done = self.tt(*self.way, *line.split(), *more, '--json')
         assert (done.status, done.err) == (status, ''), done
         answer = done.json
         assert set(op.output['required']) <= set(answer) <= set(op.output['properties'])
@@ -146,6 +154,11 @@ def test_every_command_of_the_table_works_here_and_through_a_townhall(town: Town
     assert town(f'task fail {other} --error', 'no way')['state'] == 'failed'
     assert town(f'task complete {task} --result', 'great work')['state'] == 'completed'
     assert town(f'task show {task}')['result'] == 'great work'
+    assert [each['type'] for each in town(f'task why {task}')['history']][-1] == 'task.completed'
+    assert_refused(town.ask(f'task release {task}'), 1, 'only a running task')
+    assert_refused(town.ask(f'deadletter retry {task}'), 1, 'not among the dead letters')
+    assert_refused(town.ask(f'deadletter drop {task}'), 1, 'not among the dead letters')
+    assert town('deadletter list')['count'] == 0
     assert town('result a')['task']['task_id'] == task
     assert {each['state'] for each in town('task list --agent a')['tasks']} == {'failed', 'completed'}
     assert [each['task_id'] for each in town('task list --state failed')['tasks']] == [other]

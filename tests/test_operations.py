@@ -192,6 +192,28 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     assert scene('task.retry', task_id=added[2]) == {'task_id': added[2], 'state': 'pending'}
     assert scene('task.cancel', task_id=added[3]) == {'task_id': added[3], 'state': 'cancelled'}
     assert scene('backlog.assign_all', agent='child') == {'assigned': 1, 'tasks': [added[2]]}
+    told = scene('task.history', task_id=task['task_id'])['history']
+    assert [each['type'] for each in told] == ['task.created', 'task.assigned', 'task.started', 'task.completed']
+    assert [each.get('by') for each in told] == ['operator', 'operator', None, 'backend']
+    puppet = enlist(place, 'puppet')
+    held_by_puppet = scene('task.assign', agent='puppet', task='hold')['task_id']
+    assert puppet.take() == (held_by_puppet, 1)
+    assert scene('task.release', task_id=held_by_puppet, attempt=1) == {'task_id': held_by_puppet, 'state': 'pending'}
+    letters = [puppet.die_of(scene('task.assign', agent='puppet', task=f'poison {i}')['task_id']) for i in range(2)]
+    listed = scene('deadletter.list')
+    assert listed['count'] == 2
+    assert listed['dead_letters'][0] | {'died_at': ''} == {
+        'id': letters[0],
+        'kind': 'task',
+        'agent_name': 'puppet',
+        'text': 'poison 0',
+        'attempts': 3,
+        'why': 'given up after attempt 3: it was poison',
+        'died_at': '',
+    }
+    assert scene('deadletter.retry', id=letters[0]) == {'id': letters[0], 'kind': 'task', 'status': 'retried'}
+    assert scene('deadletter.drop', id=letters[1]) == {'id': letters[1], 'kind': 'task', 'status': 'dropped'}
+    puppet.depart()
     assert scene('task.list')['count'] == 5
     agent = scene('agent.get', agent='backend')
     assert scene('agent.list')['agents'][0].keys() == agent.keys()

@@ -50,7 +50,7 @@ class Reset(TypedDict):
 def recover(call: Call) -> Step[Recovered]:
     """Find agents whose process is proven dead, and free what they held: a running task returns to the backlog.
 
-    Dead means that the process is gone or its machine was booted since; an agent that only has not been heard of, or
+    After its last attempt it becomes a dead letter. Dead means that the process is gone or its machine was booted since; an agent that only has not been heard of, or
     that runs on another host, is left alone.
     """
     reply = yield call.store.evidence(LIVE)
@@ -60,8 +60,9 @@ def recover(call: Call) -> Step[Recovered]:
         if process.pid and verdict(process) == 'dead':
             stop_tree(None, instance)  # what it left behind
             yield from reports.deliver_all(call.store, call.town.root, agent_id)
+            pauses = call.config.agent.retry_backoff_secs
             try:
-                yield call.store.depart(agent_id, instance, 'Error', 'its process died', 'backlog')
+                yield call.store.died(agent_id, instance, 'its process died', pauses, 0)
             except (Conflict, NotFound):
                 continue  # someone else was faster
             recovered.append(name)

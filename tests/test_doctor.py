@@ -1,0 +1,76 @@
+"""`tt doctor`: what does not fit together is found, explained, and mended on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown.model import new_id
+from tinytown.processes import MARK
+
+from .support import Place, make_town
+
+
+@pytest.fixture
+def place(directory: Path) -> Iterator[Place]:
+    made = make_town(directory, agent={'lease_secs': 6})
+    yield made
+    made.close()
+
+
+def findings(place: Place, *words: str) -> dict[str, Any]:
+    """What doctor finds, by kind. That nobody serves the town is found in all of these tests."""
+    done = place.tt('doctor', '--json', *words, check=False)
+    assert done.returncode == 1, done.stderr
+    found = {each['kind']: each for each in json.loads(done.stdout)['findings']}
+    assert found.pop('unserved')['mended'] is False
+    return found
+
+
+def test_a_town_that_is_served_and_whole_has_no_findings(place: Place) -> None:
+    place.hall()
+    place.do('agent.spawn', name='a')
+    done = place.tt('doctor')
+    assert done.stdout == 'Processes, records and tasks fit together.\n'
+
+
+def test_a_worker_that_died_is_found_and_what_it_held_is_freed(place: Place) -> None:
+    place.do('agent.spawn', name='a')
+    task = place.do('task.assign', agent='a', task='sleep 60')['task_id']
+    place.await_event('task.started', task_id=task)
+    pid = place.do('agent.get', agent='a')['pid']
+    os.kill(pid, signal.SIGKILL)
+    assert str(pid) in findings(place)['dead worker']['what']
+    assert findings(place, '--fix')['dead worker']['mended'] is True
+    assert place.do('task.get', task_id=task)['state'] == 'pending'
+    assert findings(place) == {}
+
+
+def test_a_process_whose_worker_is_no_more_is_found_and_ended(place: Place) -> None:
+    env = os.environ | {'TINYTOWN_TOWN': str(place.root), 'TINYTOWN_AGENT_ID': new_id(), MARK: new_id()}
+    with subprocess.Popen(
+        [sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE, env=env
+    ) as stray:
+        assert str(stray.pid) in findings(place)['stray processes']['what']
+        assert stray.poll() is None
+        assert findings(place, '--fix')['stray processes']['mended'] is True
+        assert stray.wait(10) == -signal.SIGTERM
+    assert findings(place) == {}
+
+
+def test_tasks_that_wait_for_a_stopped_agent_are_found_and_returned(place: Place) -> None:
+    place.do('agent.spawn', name='a')
+    place.do('agent.interrupt', agent='a')
+    task = place.do('task.assign', agent='a', task='later')['task_id']
+    place.do('agent.kill', agent='a')
+    assert findings(place)['orphaned tasks']['what'].startswith('1 unfinished')
+    assert findings(place, '--fix')['orphaned tasks']['mended'] is True
+    assert place.do('task.get', task_id=task)['state'] == 'pending'
