@@ -50,6 +50,7 @@ def soil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """One town for the tests of a module; take `ground`."""
     made = make_town(tmp_path_factory.mktemp(f's{next(_count)}'), max_agents=1000)
     yield made
+    made.store.call(Command(None, ('FLUSHALL',)))  # its agents have no processes that could be stopped
     made.close()
 
 

@@ -136,7 +136,8 @@ class Place:
             hall.kill()
         if hasattr(self, '_town'):
             self._town.store.close()
-        self.tt('stop', '--redis', check=False)
+        done = self.tt('stop', '--redis', check=False)
+        assert done.returncode == 0, done.stderr or done.stdout
 
 
 class Hall:

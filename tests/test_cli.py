@@ -503,7 +503,7 @@ def test_start_leaves_nothing_of_ours_behind_and_stop_nothing_at_all(directory: 
         assert start_time(answer['pid']) == ''
         assert start_time(worker) == ''
         assert place.do('agent.get', agent='a')['state'] == 'Stopped'
-        assert place.tt_json('stop', '--redis') == {'townhalls': 0, 'agents': [], 'redis': True}
+        assert place.tt_json('stop', '--redis') == {'townhalls': 0, 'agents': [], 'left': [], 'redis': True}
         assert start_time(redis) == ''
         assert list((directory / '.tt' / 'run').iterdir()) == []
         assert place.tt('stop', '--redis').stdout == 'Stopped 0 townhalls and 0 workers.\n'
@@ -531,7 +531,7 @@ def test_stop_in_a_town_that_never_ran_starts_nothing(directory: Path, tt: Tt) -
     run = directory / '.tt' / 'run'
     run.mkdir(parents=True)
     (run / 'townhall-1.json').write_text('[]')
-    assert tt('--town', str(directory), 'stop', '--json').json == {'townhalls': 0, 'agents': [], 'redis': False}
+    assert tt('--town', str(directory), 'stop', '--json').json == {'townhalls': 0, 'agents': [], 'left': [], 'redis': False}
     assert not (directory / '.tt' / 'redis.sock').exists()
 
 

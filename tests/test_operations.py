@@ -194,7 +194,7 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     assert scene('backlog.assign_all', agent='child') == {'assigned': 1, 'tasks': [added[2]]}
     told = scene('task.history', task_id=task['task_id'])['history']
     assert [each['type'] for each in told] == ['task.created', 'task.assigned', 'task.started', 'task.completed']
-    assert [each.get('by') for each in told] == ['operator', 'operator', None, 'backend']
+    assert [each.get('by') for each in told] == ['operator', 'operator', 'backend', 'backend']
     puppet = enlist(place, 'puppet')
     held_by_puppet = scene('task.assign', agent='puppet', task='hold')['task_id']
     assert puppet.take() == (held_by_puppet, 1)
@@ -214,7 +214,7 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     assert scene('deadletter.retry', id=letters[0]) == {'id': letters[0], 'kind': 'task', 'status': 'retried'}
     assert scene('deadletter.drop', id=letters[1]) == {'id': letters[1], 'kind': 'task', 'status': 'dropped'}
     puppet.depart()
-    assert scene('task.list')['count'] == 5
+    assert scene('task.list')['count'] == 8
     agent = scene('agent.get', agent='backend')
     assert scene('agent.list')['agents'][0].keys() == agent.keys()
     assert scene('agent.list', open=True)['count'] == 2
@@ -231,12 +231,12 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     assert {each['reason'] for each in orphans['orphans']} == {'agent_terminal'}
     assert {each['task_id'] for each in orphans['orphans']} == {held, added[2]}
     assert scene('recovery.reclaim_tasks', to_backlog=True) == {'reclaimed': 2, 'destination': 'backlog'}
-    assert scene('recovery.recover_agents') == {'checked': 2, 'recovered': 0, 'agents': []}
-    assert scene('agent.prune') == {'removed': 2, 'agents': ['backend', 'child']}
+    assert scene('recovery.recover_agents') == {'checked': 3, 'recovered': 0, 'agents': []}
+    assert scene('agent.prune') == {'removed': 3, 'agents': ['backend', 'child', 'puppet']}
     scene('agent.spawn', name='resumed')
     scene('agent.interrupt', agent='resumed')
     assert scene('agent.resume', agent='resumed')['status'] == 'idle'
-    assert scene('town.reset', force=True) == {'agents': 1, 'tasks': 5}
+    assert scene('town.reset', force=True) == {'agents': 1, 'tasks': 8}
     assert scene.done == set(BY_NAME)
     check(place)
 

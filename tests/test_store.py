@@ -371,16 +371,19 @@ class Fuzz:
 
     def acts(self) -> dict[Callable[[], object], int]:
         return {
-            self.spawn: 3,
+            self.spawn: 6,
             self.assign: 8,
             self.add: 6,
             self.claim: 6,
             self.operate: 12,
-            self.steer: 3,
+            self.steer: 2,
             self.send: 4,
             self.work: 40,
-            self.depart: 3,
+            self.depart: 5,
             self.recover: 2,
+            self.die: 6,
+            self.care: 8,
+            self.settle: 6,
         }
 
     def name(self) -> str:
@@ -410,7 +413,12 @@ class Fuzz:
         self.ids.append(self.place.do('task.assign', agent=self.name(), task='assigned')['task_id'])
 
     def add(self) -> None:
-        self.ids.append(self.place.do('backlog.add', description='added')['task_id'])
+        self.place.store.call(self.place.store.backlog_add(self.new(self.random.randint(1, 3))))
+
+    def new(self, attempts: int) -> tuple[str | int, ...]:
+        """A task that is tried so often."""
+        self.ids.append(new_id())
+        return (self.ids[-1], f'{{"task_id":"{self.ids[-1]}","description":"added"', '"added"', '[]', '', attempts)
 
     def claim(self) -> None:
         if self.random.random() < 0.1:
@@ -419,9 +427,10 @@ class Fuzz:
             self.place.do('backlog.claim', task_id=self.task(), agent=self.name())
 
     def operate(self) -> None:
-        operation = self.random.choice(['complete', 'fail', 'cancel', 'retry', 'retry', 'cancel', 'remove'])
+        operations = ['complete', 'fail', 'release', 'cancel', 'retry', 'retry', 'cancel', 'remove']
+        operation = self.random.choice(operations)
         more: dict[str, Any] = {}
-        if operation in ('complete', 'fail') and self.random.random() < 0.5:
+        if operation in ('complete', 'fail', 'release') and self.random.random() < 0.5:
             more = {'attempt': self.random.randint(1, 3)}
         group = 'backlog' if operation == 'remove' else 'task'
         self.place.do(f'{group}.{operation}', task_id=self.task(), **more)
@@ -440,7 +449,7 @@ class Fuzz:
         puppet, chance = self.puppet(), self.random.random()
         if chance < 0.1:
             puppet.hello()
-        found = puppet.pickup()
+        found = puppet.pickup(self.random.choice([1, 100]))
         if found[0] == b'rest':
             return
         task, attempt = (text(found[1][0]), found[1][1]) if found[1] else (self.task(), 1)
@@ -462,6 +471,39 @@ class Fuzz:
         if self.random.random() < 0.3:
             self.place.store.call(self.place.store.remove(puppet.id))
             self.puppets = [each for each in self.puppets if each.id != puppet.id]
+
+    def die(self) -> None:
+        puppet = self.puppet()
+        self.place.store.call(self.place.store.assign(puppet.name, self.new(1)))
+        puppet.pickup()
+        puppet.dies(self.random.choice([0, 1, 99]), pauses=self.random.choice([(), (0,), (1, 5, 25)]))
+
+    def care(self) -> None:
+        """As a caretaker does: on what it saw, which may be true no longer."""
+        store = self.place.store
+        _, leases, delayed, crashed = store.call(store.vitals())
+        for task, attempt, beats, _ in leases:
+            if self.random.random() < 0.2:
+                seen = self.random.choice([text(beats), text(beats), '99'])
+                to = self.random.choice(['inbox', 'backlog'])
+                store.call(store.expire(text(task), text(attempt), seen, to, (1, 5)))
+        for task, _ in delayed:
+            if self.random.random() < 0.5:
+                store.call(store.due(text(task)))
+        for agent, *_ in crashed:
+            puppet = next(each for each in self.puppets if each.id == text(agent))
+            if self.random.random() < 0.5:
+                puppet.revive(new_id())
+
+    def settle(self) -> None:
+        store = self.place.store
+        for letter in self.place.do('deadletter.list')['dead_letters']:
+            if self.random.random() < 0.7:
+                self.place.do(f'deadletter.{self.random.choice(["retry", "drop"])}', id=letter['id'])
+        if self.random.random() < 0.1:
+            store.call(store.forget(0, self.random.choice([1, 200])))
+        else:
+            self.place.do('deadletter.retry', id=self.task())
 
     def recover(self) -> None:
         if self.random.random() < 0.5:
@@ -488,7 +530,11 @@ def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
         except (AssertionError, TownError, RedisError) as e:
             e.add_note(f'after {step} operations; again with  FUZZ_SEED={seed}')
             raise
-    assert fuzz.refused >= {'stale-instance', 'stale-attempt', 'task-finished', 'task-not-pending', 'agent-not-found'}
+    refused = {'stale-instance', 'stale-attempt', 'task-finished', 'task-not-pending', 'agent-not-found'}
+    assert fuzz.refused >= refused | {'no-dead-letter', 'task-not-running'}
+    given_up = {'task.dead_lettered', 'message.dead_lettered'}
+    happened = {event['type'] for event in ground.history()}
+    assert happened >= given_up | {'task.retried', 'message.retried', 'task.dropped', 'message.dropped', 'agent.error'}
     counts = ground.do('town.get_status', deep=True)['tasks']
     assert counts == {state: ground.do('task.list', state=state, limit=1)['count'] for state in STATES}
 

@@ -78,10 +78,13 @@ class Caretaker(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(TICK_SECS):
-            self._guard(self.tick, self._clock())
+            self._guard(self._look)
             reap()
         self._guard(self._do, self.town.store.care_no_more(self._token))  # else another takes over in a while
         self.town.store.close()
+
+    def _look(self) -> None:
+        self.tick(self._clock())
 
     def close(self) -> None:
         """Ends it, and lets another begin at once."""

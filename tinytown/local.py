@@ -167,28 +167,32 @@ def _stop(arguments: argparse.Namespace) -> int:
     for file, process, _ in halls:
         stop_one(process, config.townhall.limits.drain_secs + 2)
         file.unlink(missing_ok=True)
-    stopped = _stop_workers(root, config)
+    stopped, left = _stop_workers(root, config)
     redis = arguments.redis and redis_server.stop(root, config)
-    answer = {'townhalls': len(halls), 'agents': stopped, 'redis': redis}
+    answer = {'townhalls': len(halls), 'agents': stopped, 'left': left, 'redis': redis}
     parts = [counted(len(halls), 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
     sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
-    return say(arguments, answer, sentence)
+    say(arguments, answer, '\n'.join([sentence, *left]))
+    return 1 if left else 0
 
 
-def _stop_workers(root: Path, config: configuration.Config) -> list[str]:
-    """Stops the workers of this town, if its Redis is there to tell of them; their names."""
+def _stop_workers(root: Path, config: configuration.Config) -> tuple[list[str], list[str]]:
+    """Stops the workers of this town, if its Redis is there to tell of them: their names, and what could not be."""
     if not config.redis.url and not redis_server.socket_path(root).exists():
-        return []
+        return [], []
     town = open_town(root)
     call = Call(town, Principal('tt', ALL_SCOPES))
 
-    def stop_all() -> Step[list[str]]:
-        names = []
+    def stop_all() -> Step[tuple[list[str], list[str]]]:
+        names, left = [], []
         for row in (yield town.store.evidence(LIVE))[1]:
-            found = yield from agents.look_up(call, text(row[0]))
-            yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
-            names.append(found.name)
-        return names
+            try:
+                found = yield from agents.look_up(call, text(row[0]))
+                yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
+                names.append(found.name)
+            except TownError as e:
+                left.append(e.detail)
+        return names, left
 
     return town.store.run(stop_all())
 

@@ -50,8 +50,8 @@ class Reset(TypedDict):
 def recover(call: Call) -> Step[Recovered]:
     """Find agents whose process is proven dead, and free what they held: a running task returns to the backlog.
 
-    After its last attempt it becomes a dead letter. Dead means that the process is gone or its machine was booted since; an agent that only has not been heard of, or
-    that runs on another host, is left alone.
+    After its last attempt it becomes a dead letter. Dead means that the process is gone or its machine was booted
+    since; an agent that only has not been heard of, or that runs on another host, is left alone.
     """
     reply = yield call.store.evidence(LIVE)
     checked, found = reply

@@ -38,15 +38,19 @@ local function json_time(ms) return (ms and ms ~= '') and '"' .. iso(tonumber(ms
 local function json_string(s) return (s and s ~= '') and cjson.encode(s) or 'null' end
 
 -- One event, and where it concerns a task a line of that task's history. fields: ordered name, value, name, value …
+-- Who asks is named by the door; a worker, who does not come through it, speaks for its agent.
 local function event(kind, task, ...)
   local parts = {'"type":"' .. kind .. '","at":"' .. iso(now) .. '"'}
   if task then parts[#parts + 1] = '"task_id":"' .. task .. '"' end
-  local fields = {...}
+  local fields, by = {...}, BY
   for i = 1, #fields, 2 do
     local value = fields[i + 1]
-    if value and value ~= '' then parts[#parts + 1] = '"' .. fields[i] .. '":' .. cjson.encode(value) end
+    if value and value ~= '' then
+      parts[#parts + 1] = '"' .. fields[i] .. '":' .. cjson.encode(value)
+      if by == '' and fields[i] == 'agent_name' then by = value end
+    end
   end
-  if BY ~= '' then parts[#parts + 1] = '"by":' .. cjson.encode(BY) end
+  if by ~= '' then parts[#parts + 1] = '"by":' .. cjson.encode(by) end
   local text = table.concat(parts, ',')
   redis.call('XADD', P .. 'events', 'MAXLEN', '~', ARGV[4], '*', 'j', text)
   if task then
@@ -932,7 +936,8 @@ return {1, workers, leases, delayed, crashed}
 -- @script died oom
 -- An agent's process is proven dead. A: agent id, instance, why, pauses between attempts in seconds (comma-separated),
 -- how often in a row it is started again (0: never; nor is one that was being stopped).
--- What it was running goes back to its inbox if it is started again, else to the backlog; or to the dead letters.
+-- What it was running goes back to its inbox if it is started again, else to the backlog; or to the dead letters. If it is
+-- not started again, what it had taken before and waits in its inbox for another attempt goes to the backlog too.
 -- Returns {1, how many tasks}.
 local id, instance, why, pauses, cap = unpack(A)
 local key = P .. 'agent:' .. id
@@ -943,6 +948,9 @@ local state = v[3] == 'Draining' and 'Stopped' or 'Error'
 local again = state == 'Error' and redis.call('HINCRBY', key, 'crashes', 1) <= tonumber(cap)
 local tasks = redis.call('SMEMBERS', key .. ':running')
 for _, task in ipairs(tasks) do fail_attempt(task, why, again and 'inbox' or 'backlog', pauses) end
+for _, task in ipairs(again and {} or queued_tasks(id, 200)) do
+  if redis.call('HGET', P .. 'task:' .. task, 'attempt') ~= '0' then task_to_backlog(task, why) end
+end
 redis.call('DEL', P .. 'inbox:' .. id .. ':c')
 set_agent(id, 'instance', '', 'pid', '', 'task', '', 'state', state)
 redis.call(again and 'SADD' or 'SREM', P .. 'revive', id)
