@@ -407,6 +407,17 @@ def test_the_task_of_an_agent_that_is_started_again_waits_for_it_in_its_inbox(gr
     check(ground)
 
 
+def test_a_crashed_agent_that_is_killed_is_not_started_again(ground: Place, a: Puppet) -> None:
+    watch = Watch(ground, restart='on-failure')
+    a.becomes(gone())
+    watch.look()
+    assert a.show()['state'] == 'Error'
+    assert ground.do('agent.kill', agent='a') == {'status': 'stopped', 'agent': 'a'}
+    watch.passes(60)
+    assert watch.starts == []
+    assert a.show()['state'] == 'Stopped'
+
+
 @pytest.mark.parametrize('fault', [Unavailable('no CLI'), OSError('no more processes'), ZeroDivisionError()])
 def test_a_restart_that_fails_counts_as_a_crash_and_frees_the_tasks_in_the_end(
     ground: Place, a: Puppet, fault: Exception, capsys: pytest.CaptureFixture[str]

@@ -222,6 +222,8 @@ def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'ba
                 f"Agent '{found.name}' runs on host {found.process.host}; stop it from there", code='other-host'
             )
         yield call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
+    elif found.state == 'Error':
+        yield call.store.steer(found.id, 'stop', 'Stopped', ('Error',))  # nor is it started again
     if found.instance:
         left = stop_tree(found.process if found.process.pid else None, found.instance, grace)
         if left:

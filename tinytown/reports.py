@@ -38,6 +38,8 @@ def waiting(root: Path, agent_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     for file in sorted(_spool(root, agent_id).glob('*.json')):
         try:
             report = json.loads(file.read_text())
+        except FileNotFoundError:
+            continue  # someone else has delivered it
         except ValueError:
             file.rename(file.with_suffix('.unreadable'))
         else:

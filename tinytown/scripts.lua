@@ -545,6 +545,7 @@ if state == target then return {1, name, state} end
 for i = 4, #A do legal = legal or A[i] == state end
 if not legal then return refuse('bad-transition', name, state, A[2]) end
 if target == 'Idle' and redis.call('SCARD', key .. ':running') > 0 then target = 'Working' end
+if target == 'Stopped' then redis.call('SREM', P .. 'revive', id) end
 set_agent(id, 'state', target)
 redis.call('XADD', P .. 'inbox:' .. id .. ':c', 'MAXLEN', 1, '*', 'v', A[2])
 event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
