@@ -1,12 +1,16 @@
 # make run    sets everything up, makes or opens the town in .town, and serves REST on 127.0.0.1:8787
 # make test   sets everything up and runs the tests
 # make setup  only installs;  make lint  is ruff and mypy --strict
+# make chaos  sabotages a town for SECONDS=60 and kills a worker at every command; SEED= repeats a campaign
 # Needs Python 3.11 or newer with venv; another one:  make PYTHON=python3.13 run
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test setup lint clean
+SECONDS ?= 60
+SEED ?=
+
+.PHONY: run test chaos setup lint clean
 
 run: .venv/run
 	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo >/dev/null
@@ -14,6 +18,11 @@ run: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n auto
+
+chaos: .venv/dev
+	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/test_crash_points.py
+	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/test_crash_points.py
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -1,9 +1,10 @@
 """`make chaos`: a town under sabotage, and a ledger that says whether anything was lost, done twice or done wrongly.
 
-Producers add tasks over REST and write down each acknowledgement. Workers run a CLI that notes each of its runs. A
-saboteur, seeded, kills and pauses workers, townhall and Redis, and flushes scripts. Then the sabotage ends, the town is
-given time to finish, and the sets are compared. Prints the seed and the counts; on a failure the history of what went
-wrong, and exits with status 1.
+Producers add tasks and send messages over REST and write down each acknowledgement. Workers run a CLI that notes each
+of its runs; some tasks leave processes behind, and some are poison: their run kills its own worker. A saboteur, seeded,
+kills and pauses workers, CLIs, townhalls and Redis, drops replies, cuts connections and flushes scripts. Then the town
+is given time to finish, and the sets are compared. Prints the seed, the counts and the times; on a failure what is
+wrong, with its history, and where the town was kept; and exits with status 1.
 """
 
 from __future__ import annotations
@@ -13,271 +14,622 @@ import http.client
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from tinytown.errors import TownError
-from tinytown.processes import marked
+from tinytown.processes import MARK
+from tinytown.store import Command, text
 
-from .support import Hall, Place, make_town, redis_pid, shell_cli
+from .proxy import Fate, Proxy, accepts
+from .support import Hall, Place, make_town
 
 AGENTS = 4
-POISON_EVERY = 40  # each so many tasks is one whose run kills its own worker
+PRODUCERS = 3
+LEASE_SECS = 6
+ATTEMPTS = 3
+LONGEST_REQUEUE = LEASE_SECS + 25  # lease + 5 s is promised while a townhall runs; it and Redis are killed, too
+EVENTS = 'task.completed', 'task.failed', 'task.dead_lettered', 'task.cancelled'
+CLI = r"""
+prompt=$(cat)
+[ "$TINYTOWN_TASK_ID" ] && echo "start $TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT" >>runs
+printf '%s\n' "$prompt" | sed -n 's/^- .*a question from .*: letter \([^ ]*\)$/\1/p' >>letters
+case $prompt in
+*'## Task
+
+poison'*) kill -9 $PPID; sleep 900 ;;
+*'## Task
+
+litter'*) setsid sleep 900 & setsid sh -c 'trap "" TERM; sleep 900' >/dev/null 2>&1 & ;;
+esac
+sleep 0.$(($$ % 3))$(($$ % 10))
+[ "$TINYTOWN_TASK_ID" ] && echo "end $TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT" >>runs
+echo "by attempt $TINYTOWN_ATTEMPT"
+"""
 
 
-class Campaign:
-    """One run: a town, its producers, its saboteur, and the ledger."""
+class Made(NamedTuple):
+    """What a producer asked for, and the id that was acknowledged; '' if it was refused for good."""
 
-    def __init__(self, root: Path, seed: int, seconds: float) -> None:
-        self.random = random.Random(seed)
-        self.seconds = seconds
-        self.runs = root / 'runs'
-        script = (
-            f'echo "$TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT start" >> {self.runs}; '
-            'grep -q poison && kill -9 $PPID; '
-            f'sleep 0.0$(($$ % 9)); echo "$TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT end" >> {self.runs}'
-        )
+    path: str
+    body: dict[str, Any]
+    id: str
+
+
+@dataclass
+class Ledger:
+    """What was asked and acknowledged, what was broken, and what was seen on the way."""
+
+    made: dict[str, Made] = field(default_factory=dict)  # by idempotency key
+    again: int = 0  # requests repeated because their outcome was unknown
+    repeated: int = 0  # acknowledged requests sent once more
+    wrong: list[str] = field(default_factory=list)
+    deeds: Counter[str] = field(default_factory=Counter)
+    worker_kills: list[tuple[float, str]] = field(default_factory=list)  # when, whose
+    cli_kills: set[str] = field(default_factory=set)  # 'task attempt'
+    outages: list[float] = field(default_factory=list)  # seconds from kill -9 of Redis to ready
+    events: list[str] = field(default_factory=list)  # the ids that an onlooker was shown
+    marks: set[str] = field(default_factory=set)
+
+    def acknowledged(self, path: str) -> dict[str, str]:
+        return {key: made.id for key, made in self.made.items() if made.id and made.path.startswith(path)}
+
+
+class Process(NamedTuple):
+    """A process of the town: one whose working directory is the town's."""
+
+    pid: int
+    parent: int
+    argv: list[str]
+    environ: dict[str, str]
+
+    @property
+    def agent(self) -> str:
+        """Whose worker it is; '' if it is none."""
+        return self.argv[4] if self.argv[2:4] == ['-m', 'tinytown.worker'] else ''
+
+
+def processes(root: Path, marks: set[str]) -> Iterator[Process]:
+    """The live processes below a directory, and those that carry a mark that was seen on one of these."""
+    for entry in Path('/proc').glob('[0-9]*'):
+        try:
+            fields = (entry / 'stat').read_text().rpartition(')')[2].split()
+            inside = (entry / 'cwd').readlink().is_relative_to(root)
+            words = [part.decode('utf-8', 'replace') for part in (entry / 'cmdline').read_bytes().split(b'\0')]
+            pairs = (entry / 'environ').read_text('utf-8', 'replace').split('\0')
+        except OSError:
+            continue
+        environ = dict(pair.split('=', 1) for pair in pairs if '=' in pair)
+        if fields[0] not in 'ZX' and (inside or environ.get(MARK) in marks):
+            yield Process(int(entry.name), int(fields[1]), words, environ)
+
+
+class Town:
+    """The town of a campaign: two townhalls, some agents, and a proxy that keeps taking Redis' place on its socket."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self.place: Place = make_town(
             root,
             default_cli='chaos',
-            agent={'lease_secs': 6, 'restart': 'on-failure', 'restart_cap': 1000, 'retry_backoff_secs': [0, 1]},
+            agent={
+                'lease_secs': LEASE_SECS,
+                'max_attempts': ATTEMPTS,
+                'restart': 'on-failure',
+                'restart_cap': 1_000_000,
+                'retry_backoff_secs': [0, 1],
+            },
             townhall={'access_log': 'off'},
-            agent_clis={'chaos': shell_cli(script)},
+            retention={'events': 10_000_000},
+            agent_clis={'chaos': 'sh cli'},
         )
-        self.runs.touch()
-        self.halls: list[Hall] = [self.place.hall() for _ in range(2)]
-        self.acknowledged: dict[str, str] = {}
-        self.sabotage: Counter[str] = Counter()
-        self.unknown = 0
-        self.over = threading.Event()
-        self._lock = threading.Lock()
+        (root / 'cli').write_text(CLI)
+        for name in ('runs', 'letters'):
+            (root / name).touch()
+        self.socket = Path(self.place.town.store.address['path'])
+        self.halls: list[Hall] = []
+        self._fates: list[Fate] = []
+        self._proxy: Proxy | None = None
+        self._over = threading.Event()
+        self._take_place()
+        self._watcher = threading.Thread(target=self._watch, name='watcher', daemon=True)
+        self._watcher.start()
 
-    # -------------------------------------------------------------------------------------------------- producing
+    def open_hall(self) -> Hall:
+        """A townhall, in spite of everything."""
+        for _ in range(20):
+            with suppress(AssertionError):
+                return self.place.hall()
+        raise AssertionError('no townhall could be opened')
 
-    def produce(self, number: int) -> None:
-        """Adds tasks until the campaign is over; what is not acknowledged is asked again under the same key."""
+    def doom(self, fate: Fate) -> None:
+        """Lets the next command, whoever sends it, meet a fate."""
+        self._fates.append(fate)
+
+    def _judge(self, pid: int, _name: str) -> Fate | None:
+        return self._fates.pop() if self._fates and pid != os.getpid() else None
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            with suppress(OSError):
+                self._take_place()
+
+    def _take_place(self) -> None:
+        """Puts a proxy on the socket of a new Redis, so that at each moment one of both listens there."""
+        if accepts(self.socket) in (0, os.getpid()):
+            return
+        if self._proxy:
+            self._proxy.close()
+        real, new = self.socket.with_name('real.sock'), self.socket.with_name('proxy.sock')
+        for path in (real, new):
+            path.unlink(missing_ok=True)
+        os.link(self.socket, real)
+        self._proxy = Proxy(new, real, self._judge)
+        new.rename(self.socket)
+
+    def redis_pid(self) -> int:
+        return accepts(self.socket.with_name('real.sock'))
+
+    def close(self) -> str:
+        """Ends the town as a user does; what `tt stop` had to complain."""
+        self._over.set()
+        self._watcher.join()
+        for hall in self.place.halls:
+            hall.kill()
+        said = self.place.tt('stop', '--redis', check=False).stderr
+        self.place.store.close()
+        if self._proxy:
+            self._proxy.close()
+        return said
+
+
+# ----------------------------------------------------------------------------------------------------------- producing
+
+
+class Producers:
+    """Those who use the town, until `over`."""
+
+    def __init__(self, town: Town, ledger: Ledger, seed: int, over: threading.Event) -> None:
+        self._town, self._ledger, self._seed, self._over = town, ledger, seed, over
+        self._threads = [self._thread(self._produce, number) for number in range(PRODUCERS)]
+        self._threads += [self._thread(self._distribute), self._thread(self._look_on)]
+
+    def _thread(self, what: Callable[..., None], *arguments: Any) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                what(*arguments)
+            except Exception as e:  # a producer that ended early would make the ledger small and the result worthless
+                self._ledger.wrong.append(f'driver: {what.__name__} ended: {e!r}')
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        return thread
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _produce(self, number: int) -> None:
+        """Asks for things; what is not answered is asked again under the same key, and some of what was, too."""
+        choice = random.Random(f'{self._seed} producer {number}')
         count = 0
-        while not self.over.is_set():
+        while not self._over.wait(choice.uniform(0, 0.4)):
             count += 1
             key = f'p{number}-{count}'
-            words = 'poison' if count % POISON_EVERY == 0 else f'task {key}'
-            if count % 2:
-                task = self._insist('/v1/tasks/assign', {'agent': f'w{count % AGENTS}', 'task': words}, key)
-            else:
-                task = self._insist('/v1/backlog', {'description': words}, key)
-            if task:
-                with self._lock:
-                    assert task not in self.acknowledged.values(), f'{task} was acknowledged for two keys'
-                    self.acknowledged[key] = task
-            self.over.wait(0.02)
+            agent = f'w{choice.randrange(AGENTS)}'
+            kind = choice.choices(('work', 'litter', 'poison', 'letter'), (80, 2, 0.8, 15))[0]
+            path = '/v1/backlog'
+            body: dict[str, Any] = {'description': f'{kind} {key}'}
+            if kind == 'letter':
+                urgent = choice.random() < 0.3
+                path = '/v1/messages/send'
+                body = {'to': agent, 'message': f'letter {key}', 'kind': 'query', 'urgent': urgent}
+            elif choice.random() < 0.7:
+                path, body = '/v1/tasks/assign', {'agent': agent, 'task': f'{kind} {key}'}
+            made = Made(path, body, self._insist(path, body, key, choice))
+            self._ledger.made[key] = made
+            if made.id and choice.random() < 0.1:
+                self._ledger.repeated += 1
+                again = self._insist(path, body, key, choice)
+                if again != made.id:
+                    self._ledger.wrong.append(f'double: {key} was acknowledged as {made.id} and as {again}')
 
-    def _insist(self, path: str, body: dict[str, Any], key: str) -> str:
-        """The id of the task once it is acknowledged; '' if it was refused. An unknown outcome is asked again."""
+    def _insist(self, path: str, body: dict[str, Any], key: str, choice: random.Random) -> str:
+        """The id that is acknowledged; '' if it was refused. An unknown outcome is asked again, of any townhall."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
-                reply = self.halls[hash(key) % len(self.halls)].post(path, body, Idempotency_Key=key)
+                reply = choice.choice(self._town.halls).post(path, body, Idempotency_Key=key)
                 if reply.status == 201:
-                    return str(reply.json['task_id'])
-                if reply.status < 500 and reply.json['code'] != 'in-progress':
+                    return str(reply.json.get('task_id') or reply.json['message_id'])
+                if 400 <= reply.status < 500:
+                    if reply.json['code'] != 'agent-not-accepting':
+                        self._ledger.wrong.append(f'driver: {key} was refused: {reply.json}')
                     return ''
             except (OSError, ValueError, http.client.HTTPException):
                 pass
-            with self._lock:
-                self.unknown += 1
-            threading.Event().wait(0.1)
+            self._ledger.again += 1
+            self._over.wait(0.05)
         raise AssertionError(f'{key} was not answered for a minute')
 
-    def distribute(self) -> None:
+    def _distribute(self) -> None:
         """Gives the backlog to the agents, again and again."""
-        while not self.over.is_set():
-            for number in range(AGENTS):
-                try:
-                    self.halls[0].post('/v1/backlog/assign-all', {'agent': f'w{number}'})
-                except (OSError, ValueError):
-                    pass
-                self.over.wait(0.5)
+        number = 0
+        while not self._over.wait(0.2):
+            number += 1
+            with suppress(OSError, http.client.HTTPException):
+                body = {'agent': f'w{number % AGENTS}'}
+                self._town.halls[number % 2].post('/v1/backlog/assign-all', body)
 
-    # -------------------------------------------------------------------------------------------------- sabotage
+    def _look_on(self) -> None:
+        """Follows the events as anyone may, and notes whether their ids rise."""
+        store = self._town.place.store
+        seen = self._ledger.events
+        while not self._over.is_set():
+            last = seen[-1] if seen else '0-0'
+            with suppress(TownError):
+                found = store.call(Command(None, ('XREAD', 'COUNT', 1000, 'STREAMS', store.prefix + b'events', last)))
+                new = [text(entry) for entry, _ in found[0][1]] if found else []
+                if [last, *new] != sorted({last, *new}, key=_numbers):
+                    self._ledger.wrong.append(f'events: after {last} came {new}')
+                seen += new
+            self._over.wait(0.05)
 
-    def sabotage_until(self, end: float) -> None:
-        """Does something bad every half second or so."""
-        deeds = [self.kill_worker, self.pause_worker, self.kill_hall, self.kill_redis, self.pause_redis, self.flush]
-        weights = [8, 4, 2, 2, 2, 2]
+
+def _numbers(event_id: str) -> list[int]:
+    return [int(part) for part in event_id.split('-')]
+
+
+# ------------------------------------------------------------------------------------------------------------ sabotage
+
+
+class Saboteur:
+    """Does something bad, again and again; what, when and to whom comes from the seed."""
+
+    DEEDS: Final = {  # by weight
+        'kill_worker': 8,
+        'pause_worker': 4,
+        'kill_cli': 3,
+        'kill_townhall': 2,
+        'pause_townhall': 1,
+        'kill_redis': 2,
+        'pause_redis': 2,
+        'drop_reply': 6,
+        'cut_connection': 3,
+        'flush_scripts': 2,
+    }
+
+    def __init__(self, town: Town, ledger: Ledger, seed: int) -> None:
+        self._town, self._ledger = town, ledger
+        self._choice = random.Random(f'{seed} saboteur')
+        self._pauses: list[threading.Timer] = []
+        self._waits: list[threading.Thread] = []
+
+    def work(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        idle = threading.Event()
         while time.monotonic() < end:
-            deed = self.random.choices(deeds, weights)[0]
-            try:
-                deed()
-            except (TownError, OSError, TypeError):
-                continue
-            self.sabotage[deed.__name__] += 1
-            self.over.wait(self.random.uniform(0.1, 0.9))
-
-    def _worker_pid(self) -> int:
-        agents = [a for a in self.place.do('agent.list')['agents'] if a['pid'] and a['state'] != 'Error']
-        return int(self.random.choice(agents)['pid']) if agents else 0
-
-    def kill_worker(self) -> None:
-        if pid := self._worker_pid():
-            os.kill(pid, signal.SIGKILL)
-
-    def pause_worker(self) -> None:
-        """Long enough, at times, for its lease to run out."""
-        if pid := self._worker_pid():
-            os.kill(pid, signal.SIGSTOP)
-            threading.Timer(self.random.choice([0.2, 1, 9]), _continue, [pid]).start()
-
-    def kill_hall(self) -> None:
-        index = self.random.randrange(len(self.halls))
-        self.halls[index].kill()
-        self.halls[index] = self.place.hall()
-
-    def kill_redis(self) -> None:
-        os.kill(redis_pid(self.place), signal.SIGKILL)
-
-    def pause_redis(self) -> None:
-        pid = redis_pid(self.place)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            self.over.wait(self.random.uniform(0.05, 1.5))
-        finally:
-            _continue(pid)
-
-    def flush(self) -> None:
-        from tinytown.store import Command
-
-        self.place.store.call(Command(None, ('SCRIPT', 'FLUSH')))
-
-
-    # -------------------------------------------------------------------------------------------------- judging
-
-    def run(self) -> list[str]:
-        """The whole campaign. What is wrong at its end."""
-        for number in range(AGENTS):
-            self.place.do('agent.spawn', name=f'w{number}')
-        threads = [threading.Thread(target=self._guarded, args=(self.produce, number)) for number in range(3)]
-        threads.append(threading.Thread(target=self._guarded, args=(self.distribute,)))
-        self.failures: list[str] = []
-        for thread in threads:
-            thread.start()
-        self.sabotage_until(time.monotonic() + self.seconds)
-        self.over.set()
-        for thread in threads:
+            deed = self._choice.choices(list(self.DEEDS), list(self.DEEDS.values()))[0]
+            with suppress(TownError, ProcessLookupError):
+                if getattr(self, f'_{deed}')():
+                    self._ledger.deeds[deed] += 1
+            idle.wait(self._choice.uniform(0.05, 0.7))
+        for thread in self._pauses + self._waits:
             thread.join()
-        self.settle()
-        return self.failures + self.judge()
 
-    def _guarded(self, what: Callable[..., None], *arguments: Any) -> None:
+    def _one(self, fits: Callable[[Process], object]) -> Process | None:
+        all_of_them = list(processes(self._town.root, set()))
+        self._ledger.marks |= {process.environ.get(MARK, '') for process in all_of_them} - {''}
+        found = sorted((process for process in all_of_them if fits(process)), key=lambda process: process.pid)
+        return self._choice.choice(found) if found else None
+
+    def _kill_worker(self) -> bool:
+        if process := self._one(lambda each: each.agent):
+            self._ledger.worker_kills.append((time.time(), process.agent))
+            os.kill(process.pid, signal.SIGKILL)
+        return process is not None
+
+    def _pause_worker(self) -> bool:
+        """Long enough, at times, for its lease to run out."""
+        process = self._one(lambda each: each.agent)
+        return process is not None and self._pause(process.pid, self._choice.choice([0.2, 1, LEASE_SECS + 3]))
+
+    def _kill_cli(self) -> bool:
+        process = self._one(lambda each: not each.agent and 'TINYTOWN_TASK_ID' in each.environ)
+        if process:
+            self._ledger.cli_kills.add(f'{process.environ["TINYTOWN_TASK_ID"]} {process.environ["TINYTOWN_ATTEMPT"]}')
+            os.kill(process.pid, signal.SIGKILL)
+        return process is not None
+
+    def _kill_townhall(self) -> bool:
+        index = self._choice.randrange(2)
+        self._town.halls[index].kill()
+        self._town.halls[index] = self._town.open_hall()
+        return True
+
+    def _pause_townhall(self) -> bool:
+        """Long enough, at times, for the other one to become the caretaker."""
+        return self._pause(self._choice.choice(self._town.halls).process.pid, self._choice.choice([0.5, 7]))
+
+    def _kill_redis(self) -> bool:
+        pid = self._town.redis_pid()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            self._waits.append(threading.Thread(target=self._time_outage, args=(time.monotonic(),)))
+            self._waits[-1].start()
+        return pid != 0
+
+    def _time_outage(self, began: float) -> None:
+        """Notes how long it took until a townhall said that it is ready."""
+        idle = threading.Event()
+        while time.monotonic() - began < 60:
+            idle.wait(0.01)
+            for hall in self._town.halls:
+                with suppress(OSError, http.client.HTTPException):
+                    if hall.get('/ready').status == 200:
+                        self._ledger.outages.append(time.monotonic() - began)
+                        return
+        self._ledger.wrong.append('stuck: Redis was not ready a minute after it was killed')
+
+    def _pause_redis(self) -> bool:
+        pid = self._town.redis_pid()
+        return pid != 0 and self._pause(pid, self._choice.uniform(0.05, 2.5))
+
+    def _drop_reply(self) -> bool:
+        self._town.doom(Fate('cut', 'executed'))
+        return True
+
+    def _cut_connection(self) -> bool:
+        self._town.doom(Fate('cut', 'arrived'))
+        return True
+
+    def _flush_scripts(self) -> bool:
+        self._town.place.store.call(Command(None, ('SCRIPT', 'FLUSH')))
+        return True
+
+    def _pause(self, pid: int, seconds: float) -> bool:
+        def go_on() -> None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+        os.kill(pid, signal.SIGSTOP)
+        self._pauses.append(threading.Timer(seconds, go_on))
+        self._pauses[-1].start()
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+class Verdict:
+    """What became of everything, read from Redis, from the CLI's notes and from the process table."""
+
+    def __init__(self, town: Town, ledger: Ledger) -> None:
+        self._town, self._ledger = town, ledger
+        self.wrong = ledger.wrong
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.requeues: list[float] = []
+
+    def settle(self, patience: float = 180) -> None:
+        """Gives the town time to finish what it has, now that nobody disturbs it."""
+        began = time.monotonic()
+        deadline = began + patience
+        idle = threading.Event()
+        while self._is_busy() and time.monotonic() < deadline:
+            idle.wait(0.3)
+        self.settled = time.monotonic() - began
+        self._left_behind = self._leftovers()
+        while self._left_behind and time.monotonic() < deadline:  # a worker that was fenced ends after its round
+            idle.wait(0.3)
+            self._left_behind = self._leftovers()
+
+    def _is_busy(self) -> bool:
+        place = self._town.place
         try:
-            what(*arguments)
-        except Exception as e:  # a producer that ended early would make the ledger small and the result worthless
-            self.failures.append(f'{what.__name__} ended: {e!r}')
+            for number in range(AGENTS):
+                with suppress(TownError):
+                    place.do('backlog.assign_all', agent=f'w{number}')
+            status = place.do('town.get_status', deep=True)
+        except TownError:
+            return True
+        waits = sum(agent['inbox_len'] + agent['urgent_len'] for agent in status['agents'])
+        at_rest = all(agent['state'] == 'Idle' for agent in status['agents'])
+        return bool(waits or not at_rest or sum(status['tasks'][each] for each in ('pending', 'assigned', 'running')))
 
-    def settle(self, patience: float = 120) -> None:
-        """Gives the town time to finish what it has, without sabotage."""
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            try:
-                for number in range(AGENTS):
-                    self.place.do('backlog.assign_all', agent=f'w{number}')
-            except TownError:
-                pass
-            try:
-                counts = self.place.do('town.get_status', deep=True)['tasks']
-            except TownError:
-                continue
-            if not counts['pending'] + counts['assigned'] + counts['running']:
-                return
-            last = self.place.store.call(self.place.store.last_event())
-            self.place.store.call(self.place.store.next_event(last[0][0].decode(), 1000))
+    def _leftovers(self) -> list[str]:
+        """Processes of the town that are neither a live agent's worker nor its Redis."""
+        known = {agent['pid'] for agent in self._town.place.do('agent.list')['agents']} | {self._town.redis_pid()}
+        found = processes(self._town.root, self._ledger.marks)
+        return [f'{each.pid} {" ".join(each.argv)}' for each in found if each.pid not in known]
 
-    def judge(self) -> list[str]:
-        """Compares the ledger with what is in Redis, and each task's history with itself."""
-        wrong = []
-        tasks = self._all_tasks()
-        dead = {letter['id'] for letter in self.place.do('deadletter.list')['dead_letters']}
-        for key, task_id in self.acknowledged.items():
-            task = tasks.get(task_id)
-            if task is None:
-                wrong.append(f'lost: {key} {task_id} was acknowledged and is not there')
-            elif task['state'] not in ('completed', 'failed'):
-                wrong.append(f'stuck: {key} {task_id} is {task["state"]}')
-            elif task['state'] == 'failed' and task_id not in dead:
-                wrong.append(f'odd: {key} {task_id} failed and is no dead letter: {task["error"]}')
-            elif (task['description'] == 'poison') != (task_id in dead) and task['description'] == 'poison':
-                wrong.append(f'odd: poison {task_id} is {task["state"]}')
-        for task_id in tasks:
-            wrong += self._judge_history(task_id)
-        starts = Counter(line for line in self.runs.read_text().splitlines() if line.endswith(' start'))
-        wrong += [f'twice: {line} ran {count} times' for line, count in starts.items() if count > 1]
-        ids = [tuple(map(int, event['id'].split('-'))) for event in self.place.history()]
-        if ids != sorted(set(ids)):
-            wrong.append('events: ids do not rise')
-        self.tasks, self.dead, self.starts = tasks, dead, starts
-        return wrong
+    def judge(self) -> None:
+        """Compares the sets; what is wrong goes into the ledger."""
+        place = self._town.place
+        self.tasks = {task['task_id']: task for task in self._all('task.list', 'tasks')}
+        self.dead = {letter['id']: letter for letter in self._all('deadletter.list', 'dead_letters')}
+        self.history = self._history()
+        self.runs = Counter((self._town.root / 'runs').read_text().splitlines())
+        self._judge_acknowledged()
+        self._judge_messages()
+        by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for event in self.history:
+            if 'task_id' in event:
+                by_task[event['task_id']].append(event)
+        for task_id in self.tasks:
+            self._judge_task(task_id, by_task[task_id])
+        self.wrong += [f'twice: {line} ran {count} times' for line, count in self.runs.items() if count > 1]
+        missing = set(self._ledger.events) - {event['id'] for event in self.history}
+        self.wrong += [f'events: {each} was shown and is gone' for each in sorted(missing)]
+        self.wrong += [f'left behind: {line}' for line in self._left_behind]
+        for agent in place.do('agent.list')['agents']:
+            if agent['state'] != 'Idle':
+                self.wrong.append(f'stuck: {agent["name"]} is {agent["state"]}')
+        self._time_requeues(by_task)
 
-    def _all_tasks(self) -> dict[str, Any]:
-        found, cursor = {}, ''
+    def _all(self, operation: str, name: str) -> Iterator[dict[str, Any]]:
+        following: dict[str, Any] = {}
         while True:
-            page = self.place.do('task.list', **({'cursor': cursor} if cursor else {}))
-            found |= {task['task_id']: task for task in page['tasks']}
-            cursor = page.get('next_cursor', '')
-            if not cursor:
-                return found
+            page = self._town.place.do(operation, **following)
+            yield from page[name]
+            if 'next_cursor' not in page:
+                return
+            following = {'cursor': page['next_cursor']}
 
-    def _judge_history(self, task_id: str) -> list[str]:
-        """Attempts rise, each is started once, and one end is accepted, of the attempt that was running."""
-        history = self.place.do('task.history', task_id=task_id)['history']
+    def _history(self) -> list[dict[str, Any]]:
+        """Every event, in pages."""
+        store, events = self._town.place.store, []
+        start = '-'
+        while rows := store.call(Command(None, ('XRANGE', store.prefix + b'events', start, '+', 'COUNT', 5000))):
+            events += [{'id': text(row[0])} | json.loads(b'{' + row[1][1] + b'}') for row in rows]
+            start = f'({events[-1]["id"]}'
+        return events
+
+    def _judge_acknowledged(self) -> None:
+        """Acknowledged is present, once; refused is not."""
+        present = Counter(task['description'].split()[1] for task in self.tasks.values())
+        acknowledged = self._ledger.acknowledged('/v1/tasks') | self._ledger.acknowledged('/v1/backlog')
+        for key, task_id in acknowledged.items():
+            if task_id not in self.tasks:
+                self.wrong.append(f'lost: {key} {task_id} was acknowledged and is not there')
+        for key, count in present.items():
+            if count > 1:
+                self.wrong.append(f'double: {key} is there {count} times')
+            if key not in acknowledged:
+                self.wrong.append(f'wrong: {key} is there and was not acknowledged')
+
+    def _judge_messages(self) -> None:
+        """Each acknowledged message was read in a round, or is a dead letter that tells why."""
+        read = set((self._town.root / 'letters').read_text().splitlines())
+        for key, message_id in self._ledger.acknowledged('/v1/messages').items():
+            if key not in read and message_id not in self.dead:
+                self.wrong.append(f'lost: message {key} {message_id} was acknowledged and nobody read it')
+
+    def _judge_task(self, task_id: str, history: list[dict[str, Any]]) -> None:
+        """One end, of the attempt that was current; attempts rise; what is given up was tried often enough."""
+        task, wrong = self.tasks[task_id], []
+        kind = task['description'].split()[0]
         started = [event['attempt'] for event in history if event['type'] == 'task.started']
-        ends = [event for event in history if event['type'] in ('task.completed', 'task.failed', 'task.dead_lettered')]
-        wrong = []
-        if started != sorted(set(started)):
-            wrong.append('attempts do not rise')
-        if len(ends) > 1:
+        ends = [event for event in history if event['type'] in EVENTS]
+        current = f'{task_id} {started[-1]}' if started else ''
+        if started != list(range(1, len(started) + 1)):
+            wrong.append('its attempts are not 1, 2, 3')
+        if len(ends) != 1:
             wrong.append(f'{len(ends)} ends were accepted')
-        if ends and ends[0]['type'] == 'task.completed' and ends[0]['attempt'] != started[-1]:
-            wrong.append('it was completed by an attempt that was not the last')
-        return [f'wrong: {task_id}: {what}: {json.dumps(history)}' for what in wrong]
+        elif ends[0]['attempt'] != started[-1]:
+            wrong.append('it was ended by an attempt that was not the last')
+        if task['state'] == 'completed':
+            if kind == 'poison' or self.runs[f'end {current}'] != 1 or task['result'] != f'by attempt {started[-1]}':
+                wrong.append(f'it was completed without a run that ended well: {task["result"]}')
+        elif task['state'] != 'failed':
+            wrong.append(f'it is {task["state"]}')
+        elif task_id in self.dead:
+            if len(started) != ATTEMPTS:
+                wrong.append(f'it was given up after {len(started)} attempts')
+        elif current not in self._ledger.cli_kills:
+            wrong.append(f'it failed by itself: {task["error"]}')
+        self.wrong += [f'wrong: {task["description"]}: {what}: {json.dumps(history)}' for what in wrong]
 
-    def left_behind(self, instances: set[str]) -> list[int]:
-        """Processes of workers that are no more."""
-        return [pid for instance in instances for pid in marked(instance)]
+    def _time_requeues(self, by_task: dict[str, list[dict[str, Any]]]) -> None:
+        """From each kill -9 of a worker that held a task to the event that freed the task."""
+        held: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by agent: from when to when it held a task
+        for history in by_task.values():
+            for event, following in pairwise(history):
+                if event['type'] == 'task.started' and following['type'] in ('task.requeued', 'task.dead_lettered'):
+                    held[event['agent_name']].append((_when(event), _when(following)))
+        for when, agent in self._ledger.worker_kills:
+            spans = sorted(held[agent])
+            index = bisect_right(spans, (when, 0.0)) - 1
+            if index >= 0 and spans[index][1] > when:
+                self.requeues.append(spans[index][1] - when)
+        if self.requeues and max(self.requeues) > LONGEST_REQUEUE:
+            self.wrong.append(f'late: a task was freed {max(self.requeues):.1f} s after its worker was killed')
 
 
-def _continue(pid: int) -> None:
+def _when(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event['at']).timestamp()
+
+
+# ------------------------------------------------------------------------------------------------------------ campaign
+
+
+def campaign(root: Path, seed: int, seconds: float) -> list[str]:
+    """One campaign in a new town in `root`; prints its numbers. What was wrong."""
+    town, ledger = Town(root), Ledger()
     try:
-        os.kill(pid, signal.SIGCONT)
-    except ProcessLookupError:
-        pass
+        town.halls = [town.open_hall(), town.open_hall()]
+        for number in range(AGENTS):
+            town.place.do('agent.spawn', name=f'w{number}')
+        over = threading.Event()
+        producers = Producers(town, ledger, seed, over)
+        Saboteur(town, ledger, seed).work(seconds)
+        over.set()
+        producers.join()
+        verdict = Verdict(town, ledger)
+        verdict.settle()
+        verdict.judge()
+    finally:
+        said = town.close()
+    ledger.wrong += [f'tt stop: {said}'] if said else []
+    after = [f'{each.pid} {" ".join(each.argv)}' for each in processes(root, ledger.marks)]
+    ledger.wrong += [f'left behind by tt stop: {line}' for line in after]
+    tell(ledger, verdict)
+    return ledger.wrong
+
+
+def tell(ledger: Ledger, verdict: Verdict) -> None:
+    """Prints the numbers of a campaign."""
+    letters = ledger.acknowledged('/v1/messages')
+    acknowledged = sum(bool(made.id) for made in ledger.made.values())
+    states = Counter(task['state'] for task in verdict.tasks.values())
+    poison = [task for task in verdict.tasks.values() if task['description'].startswith('poison')]
+    attempts = sum(line.startswith('start ') for line in verdict.runs)
+    kinds = Counter(re.split(r'\W', line)[0] for line in ledger.wrong)
+    print(f'acknowledged  {acknowledged} ({len(letters)} messages); refused {len(ledger.made) - acknowledged}')
+    print(f'              asked again because the outcome was unknown {ledger.again}, though known {ledger.repeated}')
+    print(f'sabotage      {", ".join(f"{deed} {count}" for deed, count in sorted(ledger.deeds.items()))}')
+    print(f'tasks         {dict(states)}, dead letters {len(verdict.dead)}, poison {len(poison)}, runs {attempts}')
+    print(f'settled       {verdict.settled:.1f} s after the sabotage')
+    print(f'requeued      {_spread(verdict.requeues)} after kill -9 of the worker that held it')
+    print(f'ready         {_spread(ledger.outages)} after kill -9 of Redis')
+    print(f'lost {kinds["lost"]}, double {kinds["double"] + kinds["twice"]}, wrong {len(ledger.wrong)}', flush=True)
+
+
+def _spread(seconds: list[float]) -> str:
+    if not seconds:
+        return 'never'
+    return f'{len(seconds)} times, median {statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s,'
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='chaos', description=__doc__.split('\n')[0] if __doc__ else '')
-    parser.add_argument('--seconds', type=float, default=60)
-    parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(1 << 31))
+    parser = argparse.ArgumentParser(prog='chaos', description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--seconds', type=float, default=60, help='how long the sabotage goes on (default: 60)')
+    parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(1 << 31), help='default: a new one')
     arguments = parser.parse_args()
-    print(f'chaos: seed {arguments.seed}, {arguments.seconds:g} s', flush=True)
-    with tempfile.TemporaryDirectory(prefix='chaos-') as directory:
-        campaign = Campaign(Path(directory), arguments.seed, arguments.seconds)
-        try:
-            wrong = campaign.run()
-        finally:
-            campaign.place.close()
-        print(f'acknowledged {len(campaign.acknowledged)}, unknown outcomes asked again {campaign.unknown}')
-        print(f'sabotage: {dict(campaign.sabotage)}')
-        states = Counter(task['state'] for task in campaign.tasks.values())
-        print(f'tasks: {dict(states)}, dead letters {len(campaign.dead)}, runs {sum(campaign.starts.values())}')
-        print(f'wrong: {len(wrong)} (seed {arguments.seed})')
-        for line in wrong[:50]:
-            print(f'  {line}')
-    return 1 if wrong else 0
+    print(f'chaos         seed {arguments.seed}, {arguments.seconds:g} s of sabotage', flush=True)
+    root = Path(tempfile.mkdtemp(prefix='chaos-'))
+    wrong = campaign(root, arguments.seed, arguments.seconds)
+    if not wrong:
+        shutil.rmtree(root)
+        return 0
+    for line in wrong[:50]:
+        print(f'  {line}')
+    print(f'seed {arguments.seed}; the town is kept in {root}')
+    return 1
 
 
 if __name__ == '__main__':

@@ -159,9 +159,9 @@ class Hall:
             said += line
         self.address, self.port = found[1].decode().strip('[]'), int(found[2])
         copy = 'import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, open(sys.argv[1], "wb", 0))'
-        self._log = subprocess.Popen([sys.executable, '-c', copy, str(root / 'hall.log')], stdin=self.process.stderr)
+        self.log_file = root / f'hall-{self.process.pid}.log'
+        self._log = subprocess.Popen([sys.executable, '-c', copy, str(self.log_file)], stdin=self.process.stderr)
         self.process.stderr.close()
-        self.log_file = root / 'hall.log'
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         """One request on a connection of its own. `body` is sent as JSON, bytes as they are."""

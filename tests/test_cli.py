@@ -531,7 +531,12 @@ def test_stop_in_a_town_that_never_ran_starts_nothing(directory: Path, tt: Tt) -
     run = directory / '.tt' / 'run'
     run.mkdir(parents=True)
     (run / 'townhall-1.json').write_text('[]')
-    assert tt('--town', str(directory), 'stop', '--json').json == {'townhalls': 0, 'agents': [], 'left': [], 'redis': False}
+    assert tt('--town', str(directory), 'stop', '--json').json == {
+        'townhalls': 0,
+        'agents': [],
+        'left': [],
+        'redis': False,
+    }
     assert not (directory / '.tt' / 'redis.sock').exists()
 
 
