@@ -583,7 +583,7 @@ def test_a_worker_whose_reader_goes_away_works_on(place: Place) -> None:
         task = place.do('task.assign', agent='f', task='say hello')['task_id']
         assert place.await_end(task)['state'] == 'completed'
         running.terminate()
-        assert running.wait(PATIENCE) == 0
+        assert running.wait(PATIENCE) == 0, place.log('f')
 
 
 # ------------------------------------------------------------------------------------------------------------- keys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import selectors
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,8 +42,7 @@ class Log:
         self._size += len(data)
         if self._echo:
             try:
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+                os.write(1, data)  # unbuffered: nothing is left over that fails again at the end
             except OSError:
                 self._echo = False
 
