@@ -41,6 +41,7 @@ from .support import Hall, Place, make_town
 
 AGENTS = 4
 PRODUCERS = 3
+MOST_WAITING = 60  # tasks and messages: producers pause while more than these wait, so that the end is near at any time
 LEASE_SECS = 6
 ATTEMPTS = 3
 LONGEST_REQUEUE = LEASE_SECS + 25  # lease + 5 s is promised while a townhall runs; it and Redis are killed, too
@@ -206,6 +207,7 @@ class Producers:
 
     def __init__(self, town: Town, ledger: Ledger, seed: int, over: threading.Event) -> None:
         self._town, self._ledger, self._seed, self._over = town, ledger, seed, over
+        self._room = threading.Event()
         self._threads = [self._thread(self._produce, number) for number in range(PRODUCERS)]
         self._threads += [self._thread(self._distribute), self._thread(self._look_on)]
 
@@ -229,6 +231,8 @@ class Producers:
         choice = random.Random(f'{self._seed} producer {number}')
         count = 0
         while not self._over.wait(choice.uniform(0, 0.4)):
+            if not self._room.wait(0.1):
+                continue
             count += 1
             key = f'p{number}-{count}'
             agent = f'w{choice.randrange(AGENTS)}'
@@ -268,13 +272,17 @@ class Producers:
         raise AssertionError(f'{key} was not answered for a minute')
 
     def _distribute(self) -> None:
-        """Gives the backlog to the agents, again and again."""
+        """Gives the backlog to the agents, again and again, and tells the producers when too much waits."""
         number = 0
         while not self._over.wait(0.2):
             number += 1
-            with suppress(OSError, http.client.HTTPException):
-                body = {'agent': f'w{number % AGENTS}'}
-                self._town.halls[number % 2].post('/v1/backlog/assign-all', body)
+            hall = self._town.halls[number % 2]
+            with suppress(OSError, ValueError, http.client.HTTPException):
+                hall.post('/v1/backlog/assign-all', {'agent': f'w{number % AGENTS}'})
+                status = hall.get('/v1/status')
+                if status.status == 200:
+                    waits = sum(agent['inbox_len'] + agent['urgent_len'] for agent in status.json['agents'])
+                    (self._room.set if waits < MOST_WAITING else self._room.clear)()
 
     def _look_on(self) -> None:
         """Follows the events as anyone may, and notes whether their ids rise."""
