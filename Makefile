@@ -2,6 +2,10 @@
 # make test   sets everything up and runs the tests
 # make setup  only installs;  make lint  is ruff and mypy --strict
 # make chaos  sabotages a town for SECONDS=60 and kills a worker at every command; SEED= repeats a campaign
+# make bench  measures it beside other servers (needs wrk, and node for one of them); BENCH='--short --only townhall'
+# make conformance runs the official conformance suite of MCP, for both generations
+# make test-system is that, real MCP clients, what needs nginx, haproxy and promtool, what Schemathesis makes of our
+#   OpenAPI document, and a longer fuzz of the HTTP edge; SEED= makes another one
 # Needs Python 3.11 or newer with venv; another one:  make PYTHON=python3.13 run
 
 PYTHON ?= python3
@@ -9,20 +13,30 @@ BIN := .venv/bin
 
 SECONDS ?= 60
 SEED ?=
+BENCH ?=
 
-.PHONY: run test chaos setup lint clean
+.PHONY: run test test-system conformance chaos bench setup lint clean
 
 run: .venv/run
 	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo >/dev/null
 	@exec $(BIN)/townhall --town .town
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n 4
+
+test-system: .venv/dev .venv/tools
+	$(BIN)/python -m pytest -q tests/system
+	FUZZ=3000 FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/test_fuzz.py
+
+conformance: .venv/dev
+	$(BIN)/python -m pytest -q tests/system/test_conformance.py
 
 chaos: .venv/dev
 	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/test_crash_points.py
-	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/test_crash_points.py
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+bench: .venv/dev
+	$(BIN)/python -m bench $(BENCH)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -32,7 +46,7 @@ lint: .venv/dev
 setup: .venv/dev
 
 clean:
-	rm -rf .venv .town .mypy_cache .ruff_cache *.egg-info build dist
+	rm -rf .venv .peers .bench .town .mypy_cache .ruff_cache *.egg-info build dist
 
 .venv/run: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.13 …")'
@@ -42,4 +56,9 @@ clean:
 
 .venv/dev: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	@touch $@
+
+.venv/tools: .venv/run
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check 'schemathesis >= 4.32, < 5'
 	@touch $@

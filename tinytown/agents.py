@@ -38,7 +38,17 @@ from .model import (
     is_uuid,
     new_id,
 )
-from .processes import GRACE_SECS, MARK, Identity, python, python_path, start_detached, stop_tree, this_host
+from .processes import (
+    GRACE_SECS,
+    MARK,
+    Identity,
+    identify,
+    python,
+    python_path,
+    start_detached,
+    stop_tree,
+    this_host,
+)
 from .store import Page, Step, text
 from .tasks import listing
 from .town import Call, Town
@@ -186,7 +196,8 @@ def enlist(
     record |= {'spawn_mode': 'fresh', 'cli': chosen.name}
     head = json.dumps(record, ensure_ascii=False, separators=(',', ':'))[:-1]
     rounds = call.config.agent.max_rounds if max_rounds is None else max_rounds
-    yield call.store.register(agent_id, name, head, call.config.max_agents, chosen.name, rounds, instance)
+    us = identify(os.getpid()).line
+    yield call.store.register(agent_id, name, head, call.config.max_agents, chosen.name, rounds, instance, us)
     try:
         start(call.town, agent_id, name, instance)
     except TownError:
@@ -254,7 +265,7 @@ def restart(call: Call, *, agent: AgentRef) -> Step[Acted]:
 def revive(call: Call, agent_id: str, name: str, start: Any) -> Step[None]:
     """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`."""
     instance = new_id()
-    yield call.store.restarting(agent_id, call.config.max_agents, instance)
+    yield call.store.restarting(agent_id, call.config.max_agents, instance, identify(os.getpid()).line)
     try:
         start(call.town, agent_id, name, instance)
     except TownError:
@@ -348,7 +359,8 @@ def worker_log(root: Path, name: str) -> Path:
 
 def _charter(town: Town, agent_id: str, instance: str) -> bytes:
     """What a worker is told on its socket and not in argv or environment, because a Redis URL may hold a password."""
-    settings = {path: configuration.get(town.config, path) for path in configuration.settings()}
+    paths = configuration.settings().keys() - configuration.SECRETS
+    settings = {path: configuration.get(town.config, path) for path in paths}
     return json.dumps(
         {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}
     ).encode()

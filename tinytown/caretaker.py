@@ -12,6 +12,7 @@ lease: the task that it holds moves. *quiet*, not heard of for three heartbeats,
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -24,11 +25,12 @@ from . import reports
 from .agents import START_SECS, start_worker
 from .errors import TownError, UsageError
 from .model import new_id
-from .processes import Identity, reap, stop_tree, this_host, verdict
+from .processes import Identity, identify, marked, read_identity, reap, stop_tree, this_host, verdict
 from .store import Command, text
 from .town import Town
 
 TICK_SECS: Final = 1.0
+LONGEST_START: Final = 3 * START_SECS  # after which a start is given up, whatever is known of it
 TAKE_OVER_SECS: Final = 5.0  # a caretaker that is silent for so long is followed by another
 GAP_SECS: Final = 3.0  # between two looks: after a longer one what was seen before tells nothing
 RETENTION_SECS: Final = 30.0  # between two looks at what is past its retention
@@ -118,15 +120,18 @@ class Caretaker(threading.Thread):
         return token == self._token
 
     def _judge_workers(self, rows: list[list[bytes]], now: float) -> dict[str, float]:
-        """Buries those who are proven dead, and those who never came up. The silence of each agent, in seconds."""
+        """Buries those who are proven dead, and those who can't come up. The silence of each agent, in seconds."""
         workers = [[text(part) for part in row] for row in rows]
         silence = self._workers.look(((row[3], row[8]) for row in workers), now)
-        for agent_id, name, state, instance, host, boot, pid, start, _ in workers:
+        for agent_id, name, state, instance, host, boot, pid, start, _, starter in workers:
             quiet = silence[instance]
-            process = Identity(host, boot, int(pid or 0), start)
-            settling = state == 'Draining' and quiet < 3 * START_SECS  # whoever stops it settles its record
-            stillborn = not pid and quiet > 3 * START_SECS
-            if (stillborn or (pid and verdict(process) == 'dead')) and not settling:
+            if state == 'Draining' and quiet < LONGEST_START:
+                continue  # whoever stops it settles its record
+            if pid:
+                is_dead = verdict(Identity(host, boot, int(pid), start)) == 'dead'
+            else:
+                is_dead = quiet > LONGEST_START or _is_stillborn(starter, instance)
+            if is_dead:
                 self._apart(agent_id, self._bury, agent_id, name, instance)
         return {row[0]: silence[row[3]] for row in workers}
 
@@ -178,7 +183,8 @@ class Caretaker(threading.Thread):
     def _revive(self, agent_id: str, name: str) -> None:
         """Starts a crashed agent. A start that fails is one more crash, with its pause, and counts for the cap."""
         instance = new_id()
-        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance))
+        us = identify(os.getpid()).line
+        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance, us))
         try:
             self._start_worker(self.town, agent_id, name, instance)
         except Exception:
@@ -230,3 +236,9 @@ class Caretaker(threading.Thread):
     def _say(self, what: str) -> None:
         with suppress(OSError, ValueError):  # nobody may be reading
             print(f'caretaker: {what}', file=sys.stderr, flush=True)
+
+
+def _is_stillborn(starter: str, instance: str) -> bool:
+    """Whether a worker that has not come up can't any more: who was starting it is dead, and it has no process."""
+    process = read_identity(starter)
+    return process is not None and verdict(process) == 'dead' and not marked(instance)

@@ -11,16 +11,17 @@ import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, agents, local
+from . import __version__, agent_tokens, agents, keys, local
 from .client import Backend, Local, Remote
 from .errors import Invalid, TownError, UsageError
 from .model import ALL_SCOPES, Principal
 from .operations import BY_NAME, TABLE, Op
 from .render import render
 from .schema import Parameter, validate
-from .town import Call
+from .town import Call, Town
 from .usage import Parser, complain, end_streams, note, open_meant, ready_streams
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
@@ -34,6 +35,7 @@ _TOPICS: Final = {
     'message': 'Messages',
     'deadletter': 'Dead letters',
     'recovery': 'Recovery',
+    'events': 'Watching',
     'access': 'Access',
 }
 
@@ -110,6 +112,7 @@ def build_parser() -> Parser:
             _add_argument(command, op, parameter)
     _extend(add, groups)
     local.add_other_commands(add)
+    keys.add_key_commands(add)
     top.description = _overview(listed)
     return top
 
@@ -183,8 +186,25 @@ def _extend(add: Callable[..., Parser], groups: dict[str, Any]) -> None:
     what.add_argument('--cancel', action='store_const', dest='action', const='cancel', help='… cancel them')
     what.add_argument('--delete', action='store_const', dest='action', const='delete', help='… delete them')
     reclaim.set_defaults(run=_reclaim)
+    _extend_watching(add, choices)
     current = add('task', 'task current', 'Show the task that an agent works on', _current_task)
     current.add_argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one that asks)')
+
+
+def _extend_watching(add: Callable[..., Parser], choices: dict[str, Any]) -> None:
+    """What can be watched as it happens."""
+    events, history, logs, status = (choices[word] for word in ('events', 'history', 'logs', 'status'))
+    events.add_argument('-f', '--follow', action='store_true', help='go on, with what happens from now on')
+    events.add_argument('--since', metavar='WHEN', help='only what is not older: 10m, 2h, or a time')
+    events.add_argument('--count', dest='limit', metavar='N', help='so many events and no more')
+    events.set_defaults(run=_events)
+    history.add_argument('-n', dest='limit', metavar='N', help='so many events (default: 50)')
+    logs.add_argument('-n', dest='tail', metavar='N', help='the last so many lines (default: 100)')
+    logs.add_argument('-f', '--follow', action='store_true', help='go on, with what comes')
+    logs.set_defaults(run=_logs)
+    status.add_argument('--watch', action='store_true', help='go on, drawn anew when something happens')
+    status.set_defaults(run=_status)
+    add('events', 'top', 'Show the agents and what they do, as it happens', _top)
 
 
 def _from_environment(op: Op, name: str) -> str | None:
@@ -227,17 +247,24 @@ def backend(arguments: argparse.Namespace) -> Backend:
     if url is None:
         if key_file:
             raise UsageError('--api-key-file goes with --url')
-        return Local(open_meant(arguments), caller())
+        town = open_meant(arguments)
+        return Local(town, caller(town))
     if getattr(arguments, 'town', None):
         raise UsageError('give either --town or --url, not both')
     note(arguments, f'townhall at {url}')
-    return Remote(url, key_file)
+    return Remote(url, key_file or _own_token())
 
 
-def caller() -> Principal:
-    """Who runs `tt`: inside an agent's run that agent, else a person."""
-    agent_id, name = os.environ.get('TINYTOWN_AGENT_ID', ''), os.environ.get('TINYTOWN_AGENT_NAME', '')
-    return Principal(name or 'tt', ALL_SCOPES, agent_id, name)
+def caller(town: Town) -> Principal:
+    """Who runs `tt`."""
+    return agent_tokens.caller(town, Principal('tt', ALL_SCOPES))
+
+
+def _own_token() -> str | None:
+    """The file with the token of the agent in whose run this is."""
+    root, agent_id = os.environ.get('TINYTOWN_TOWN', ''), os.environ.get('TINYTOWN_AGENT_ID', '')
+    file = agent_tokens.file_of(Path(root), agent_id)
+    return str(file) if root and agent_id and file.exists() else None
 
 
 def show(arguments: argparse.Namespace, op: Op, answer: dict[str, Any]) -> int:
@@ -249,13 +276,54 @@ def _operate(arguments: argparse.Namespace, op: Op) -> int:
     return show(arguments, op, backend(arguments).run(op, collect(arguments, op)))
 
 
+# `watch` is imported where it is used: it brings the terminal, which most commands leave alone.
+
+
+def _events(arguments: argparse.Namespace) -> int:
+    from . import watch
+
+    op = BY_NAME['events.list']
+    if arguments.since is not None:
+        if arguments.after is not None:
+            raise UsageError('give --since or --after, not both')
+        arguments.after = watch.since(arguments.since, time.time())
+    given = collect(arguments, op)
+    if not arguments.follow:
+        return show(arguments, op, watch.read_events(backend(arguments), given))
+    return watch.follow_events(arguments, backend(arguments), given)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    op = BY_NAME['agent.logs']
+    if not arguments.follow:
+        return _operate(arguments, op)
+    from . import watch
+
+    return watch.follow_log(arguments, backend(arguments), collect(arguments, op))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    op = BY_NAME['town.get_status']
+    if not arguments.watch:
+        return _operate(arguments, op)
+    from . import watch
+
+    return watch.watch_status(arguments, backend(arguments), collect(arguments, op))
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from . import watch
+
+    return watch.watch_top(arguments, backend(arguments))
+
+
 def _spawn(arguments: argparse.Namespace) -> int:
     op = BY_NAME['agent.spawn']
     if not arguments.foreground:
         return _operate(arguments, op)
     given = validate(op.parameters, collect(arguments, op))
     town = open_meant(arguments)
-    call = Call(town, caller())
+    call = Call(town, caller(town))
     return local.run_here(
         town,
         lambda start: agents.enlist(

@@ -1,22 +1,52 @@
-"""Two ways for `tt` to reach a town: through the door in this process, or over REST. Both take a row and arguments."""
+"""Two ways for `tt` to reach a town: through the door in this process, or over REST.
+
+Both take a row and arguments; and both can follow what happens, for ever, over whatever breaks in between.
+"""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
 from .errors import TownError, Unavailable, UsageError
-from .model import Principal
-from .operations import Op, call, encode
-from .town import Town
+from .logs import open_log
+from .model import Json, Principal
+from .operations import BY_NAME, Op, call, encode
+from .town import Call, Town
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection  # which takes long to import: only where it is needed
 
 TIMEOUT: Final = 60.0  # seconds for an answer of a townhall
+_SILENCE: Final = 45.0  # seconds after which a stream that sends no heartbeat is given up
+_PAUSE: Final = 1.0  # seconds until a stream that ended is opened again
+_LOOK: Final = 0.25  # seconds between two looks at a log
+_BLOCK_MS: Final = 10_000
+
+Tell = Callable[[str], None]  # is told of trouble that passes
 
 
 class Backend(Protocol):
     def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]: ...
+
+    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+        """Events as they happen, with the arguments of events.list; one of type gap where some are not kept any more.
+
+        Raises TownError if it can't begin.
+        """
+        ...
+
+    def log(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+        """An agent's log as it grows, with the arguments of agent.logs: parts as LogPage has them.
+
+        Raises TownError if it can't begin.
+        """
+        ...
 
 
 class Local:
@@ -31,6 +61,33 @@ class Local:
         answer = self.town.store.run(call(self.town, self.by, op, arguments))
         found: dict[str, Any] = json.loads(encode(answer))
         return found
+
+    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+        store, has_begun = self.town.store, False
+        while True:
+            try:
+                page = self.run(BY_NAME['events.list'], arguments)
+                has_begun, arguments = True, arguments | {'after': page['next_after']}
+                if page.get('gap'):
+                    yield {'type': 'gap'}
+                yield from page['events']
+                if not page.get('more'):
+                    store.call(store.next_event(page['next_after'], _BLOCK_MS))
+            except Unavailable as e:
+                if not has_begun:
+                    raise
+                tell(e.detail)
+                time.sleep(_PAUSE)
+
+    def log(self, arguments: dict[str, Any], _tell: Tell, /) -> Iterator[Json]:
+        page = self.run(BY_NAME['agent.logs'], arguments)
+        reader = self.town.store.run(open_log(Call(self.town, self.by), arguments['agent']))
+        while True:
+            if page['text'] or page.get('truncated'):
+                yield page
+            if page['next_offset'] == page['size']:
+                time.sleep(_LOOK)
+            page = dict(reader.page(page['next_offset']))
 
 
 class Remote:
@@ -47,8 +104,7 @@ class Remote:
         """The answer of an operation. Raises TownError."""
         import http.client
 
-        make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = make(self._host, self._port, timeout=TIMEOUT)
+        connection = self._connection(TIMEOUT)
         path, body = _request(op, arguments)
         headers = self._headers | ({'Content-Type': 'application/json'} if body else {})
         try:
@@ -61,6 +117,58 @@ class Remote:
             connection.close()
         return self._answer(op, status, text)
 
+    def _connection(self, timeout: float) -> HTTPConnection:
+        import http.client
+
+        make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        return make(self._host, self._port, timeout=timeout)
+
+    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+        for sent in self._follow(BY_NAME['events.list'], arguments, tell):
+            yield json.loads(sent.data)
+
+    def log(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+        missing: dict[str, Any] = {}
+        for sent in self._follow(BY_NAME['agent.logs'], arguments, tell):
+            if sent.type == 'log':
+                yield json.loads(sent.data) | missing
+            missing = {sent.type: True} if sent.type != 'log' else {}
+
+    def _follow(self, op: Op, arguments: dict[str, Any], tell: Tell) -> Iterator[Sent]:
+        """The events of a stream, which is opened again where it ended as often as it ends."""
+        last, has_begun = '', False
+        while True:
+            try:
+                for sent in self._stream(op, arguments, last):
+                    last, has_begun = sent.id, True
+                    if sent.data:
+                        yield sent
+                tell(f'{self._url} ended the stream')
+            except Unavailable as e:
+                if not has_begun:
+                    raise
+                tell(e.detail)
+            time.sleep(_PAUSE)
+
+    def _stream(self, op: Op, arguments: dict[str, Any], last: str) -> Iterator[Sent]:
+        """The events of a stream until it ends. Raises TownError; Unavailable if it may be there later."""
+        import http.client
+
+        path, _ = _request(op, arguments)
+        headers = self._headers | {'Accept': 'text/event-stream'} | ({'Last-Event-ID': last} if last else {})
+        with closing(self._connection(_SILENCE)) as connection:
+            try:
+                connection.request('GET', self._path + path, None, headers)
+                response = connection.getresponse()
+                if response.status in (429, 503):
+                    raise Unavailable(f'{self._url} answered {response.status}')
+                if response.getheader('Content-Type') != 'text/event-stream':
+                    self._answer(op, response.status, response.read())
+                    raise TownError(f'{self._url} does not stream; is it a townhall?')
+                yield from sent_events(iter(response.readline, b''), last)
+            except (OSError, http.client.HTTPException) as e:
+                raise Unavailable(f'{self._url} can not be reached: {e or type(e).__name__}') from None
+
     def _answer(self, op: Op, status: int, text: bytes) -> dict[str, Any]:
         try:
             found = json.loads(text)
@@ -71,6 +179,31 @@ class Remote:
         if not isinstance(found, dict) or not found.keys() >= set(op.output.get('required', ())):
             raise TownError(f'{self._url} answered {status} and not what a townhall answers; is it one?')
         return found
+
+
+class Sent(NamedTuple):
+    """One server-sent event. One without data says only how far the stream is."""
+
+    type: str
+    id: str
+    data: str
+
+
+def sent_events(lines: Iterable[bytes], last: str) -> Iterator[Sent]:
+    """Server-sent events from the lines of a stream (the HTML standard, 9.2.6). `last` is the id before the first."""
+    kind, data = '', []
+    for line in lines:
+        name, _, value = line.decode('utf-8', 'replace').rstrip('\r\n').partition(':')
+        value = value.removeprefix(' ')
+        if name == 'id':
+            last = value
+        elif name == 'event':
+            kind = value
+        elif name == 'data':
+            data.append(value)
+        elif not name and not value and not line.startswith(b':'):
+            yield Sent(kind or 'message', last, '\n'.join(data))
+            kind, data = '', []
 
 
 def _parse(url: str) -> tuple[str, int, str, bool]:
@@ -106,5 +239,12 @@ def _request(op: Op, arguments: dict[str, Any]) -> tuple[str, bytes | None]:
         path = path.replace(f'{{{name}}}', quote(str(rest.pop(name)), safe=''))
     if op.method == 'POST':
         return path, json.dumps(rest).encode() if rest else None
-    query = {name: str(value).lower() if isinstance(value, bool) else value for name, value in rest.items()}
+    query = {name: _in_query(value) for name, value in rest.items()}
     return path + (f'?{urlencode(query)}' if query else ''), None
+
+
+def _in_query(value: Any) -> str:
+    """A value as a query string has it."""
+    if isinstance(value, list):
+        return ','.join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

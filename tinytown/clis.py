@@ -131,8 +131,12 @@ _PASSED: Final = frozenset(
 _PREFIXES: Final = ('LC_', 'XDG_')
 
 
+def key_names(config: Config) -> frozenset[str]:
+    """The variables that hold what is nobody's business: the keys of the built-in CLIs, and `agent.pass_env`."""
+    return frozenset({key for cli in _BUILT_IN for key in cli.keys} | set(config.agent.pass_env))
+
+
 def environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     """What a worker and its CLI see of `environ`: an allow-list, the built-in CLIs' keys, and `agent.pass_env`."""
-    keys = {key for cli in _BUILT_IN for key in cli.keys}
-    allowed = _PASSED | keys | set(config.agent.pass_env)
+    allowed = _PASSED | key_names(config)
     return {name: value for name, value in environ.items() if name in allowed or name.startswith(_PREFIXES)}

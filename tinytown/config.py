@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import stat
+import threading
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,11 +21,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
+from . import keytable
 from .errors import UsageError
+from .model import Scope
+from .tomledit import to_toml
 
 FILE: Final = 'tinytown.toml'
 TOWN_NAME_PATTERN: Final = r'[a-z0-9][a-z0-9_-]{0,62}'
 CLI_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}'
+ALIASES: Final = {
+    'townhall.tls.cert_file': 'townhall.tls.cert_path',
+    'townhall.tls.key_file': 'townhall.tls.key_path',
+    'townhall.mtls.ca_file': 'townhall.mtls.ca_path',
+}  # second spellings, taken in files
+KEYS: Final = 'townhall.auth.keys'
+SECRETS: Final = frozenset({KEYS, 'townhall.auth.api_key_hash'})  # not shown, nor told to workers
+TELLING_TABLES: Final = frozenset({'townhall.rate_limit'})  # which say something by being there, even empty
 
 
 def _set(default: Any, doc: str, low: int | None = None, high: int | None = None, pattern: str = '') -> Any:
@@ -44,6 +56,9 @@ class Redis:
 @dataclass(frozen=True)
 class Limits:
     connections: int = _set(4096, 'most open connections; a further one is answered 503', 1, 1_000_000)
+    streams: int = _set(
+        256, 'most answers that go on (event streams, long polls); a further one is answered 503', 1, 1_000_000
+    )
     body_bytes: int = _set(1_048_576, 'largest request body', 1024, 1 << 30)
     head_secs: int = _set(10, 'time for the head of a request to arrive', 1, 3600)
     body_secs: int = _set(30, 'time for its body', 1, 3600)
@@ -54,13 +69,77 @@ class Limits:
 
 @dataclass(frozen=True)
 class Auth:
-    mode: Literal['none'] = _set('none', 'how callers are known; none: loopback only')
+    mode: Literal['none', 'api_key', 'oidc'] = _set('none', 'how callers are known; none: loopback only')
+    local_users: Literal['same', 'any'] = _set('same', 'mode none: which users of this machine may call')
+    api_key_hash: str = _set('', 'mode api_key: the argon2id hash of a key (see tt generate-api-key)')
+    api_key_scopes: list[Scope] = _set(['admin'], 'what the key of api_key_hash may do')
+    keys: list[dict[str, Any]] = _set([], 'mode api_key: keys with id, hash, scopes, expires, note (see tt key create)')
+    issuer: str = _set('', 'mode oidc: URL of the issuer, as it stands in `iss` of its tokens')
+    audience: str = _set('', 'mode oidc: what must stand in `aud` of a token')
+    jwks_url: str = _set('', "mode oidc: URL of the issuer's keys; without it the issuer is asked where they are")
+    required_scopes: list[str] = _set([], 'mode oidc: scopes that every token must have')
+    scope_claim: str = _set('', 'mode oidc: the claim that holds scopes, a.b for b in a; without it scope and scp')
+    clock_skew_seconds: int = _set(60, "mode oidc: how far the issuer's clock and ours may differ", 0, 600)
+
+
+@dataclass(frozen=True)
+class Tls:
+    enabled: bool = _set(False, 'serve HTTPS; without this line: if there is another in this table')
+    cert_path: str = _set('', "the server's certificate and those between it and a root, PEM")
+    key_path: str = _set('', 'its private key, PEM, not encrypted; not readable by other users')
+
+
+@dataclass(frozen=True)
+class Mtls:
+    enabled: bool = _set(False, 'ask clients for certificates; without this line: if there is another in this table')
+    required: bool = _set(False, 'refuse clients without one')
+    ca_path: str = _set('', 'certificates of the authorities that sign those of clients, PEM')
+    crl_path: str = _set('', 'revocation lists (PEM) of every one of these authorities')
+    subjects: dict[str, list[Scope]] = _set({}, 'common names of clients, and the scopes that a certificate gives them')
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    enabled: bool = _set(False, 'limit how often each caller may call; without this line: if this table is there')
+    requests_per_minute: int = _set(600, 'reads of one caller', 1, 10_000_000)
+    burst_size: int = _set(100, 'how many may come at once', 1, 10_000_000)
+    mutating_requests_per_minute: int = _set(120, 'changes by one caller, counted apart', 1, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Cors:
+    allowed_origins: list[str] = _set(
+        [],
+        'pages of other origins that may call, as "https://town.example"',
+        pattern=r'https?://[a-z0-9.-]+(:[0-9]{1,5})?',
+    )
+
+
+@dataclass(frozen=True)
+class Audit:
+    path: str = _set('.tt/audit.jsonl', "file that records every change and denial, from the town's directory")
+    max_bytes: int = _set(67_108_864, 'largest size; then it is put aside once, as NAME.1', 65536, 1 << 40)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
+        '', 'what a caller must have to read /metrics; empty: nothing'
+    )
+
+
+@dataclass(frozen=True)
+class Mcp:
+    tools: list[str] = _set([], 'the only tools that are offered, as in tools/list; empty: all')
+    read_only: bool = _set(False, 'offer no tool that changes anything')
 
 
 @dataclass(frozen=True)
 class Townhall:
-    bind: str = _set('127.0.0.1', 'address to listen on')
+    bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
     rest_port: int = _set(8787, 'port of the REST API', 0, 65535)
+    mcp_port: int = _set(-1, 'port of `townhall mcp-http`; -1: rest_port + 1', -1, 65535)
+    workers: int = _set(1, 'processes that serve, each with its share of the limits', 1, 256)
     request_timeout_ms: int = _set(
         30_000, 'time after which an operation is answered 503, outcome unknown', 100, 3_600_000
     )
@@ -68,6 +147,13 @@ class Townhall:
     access_log: Literal['text', 'json', 'off'] = _set('text', 'one line a request on stderr')
     read_only: bool = _set(False, 'refuse every change')
     auth: Auth = field(default_factory=Auth)
+    tls: Tls = field(default_factory=Tls)
+    mtls: Mtls = field(default_factory=Mtls)
+    cors: Cors = field(default_factory=Cors)
+    audit: Audit = field(default_factory=Audit)
+    rate_limit: RateLimit = field(default_factory=RateLimit)
+    metrics: Metrics = field(default_factory=Metrics)
+    mcp: Mcp = field(default_factory=Mcp)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -80,6 +166,9 @@ class Retention:
 
 @dataclass(frozen=True)
 class AgentSettings:
+    idle_timeout_secs: int = _set(
+        300, 'how long agents without work are idle before /api/scaling calls for none', 1, 86400
+    )
     max_rounds: int = _set(0, 'rounds after which a worker stops; 0: no limit', 0, 1_000_000)
     lease_secs: int = _set(60, 'how long a taken task stays with a worker that is not heard of', 6, 86400)
     max_attempts: int = _set(
@@ -90,6 +179,7 @@ class AgentSettings:
     )
     restart: Literal['never', 'on-failure'] = _set('never', 'whether an agent whose worker died is started again')
     restart_cap: int = _set(5, 'how often in a row, without a completed task between', 1, 1_000_000)
+    role_scopes: dict[str, list[Scope]] = _set({}, 'what agents of a role may do beyond town.read and town.write')
     pass_env: list[str] = _set([], 'further environment variables that a coding CLI sees')
 
 
@@ -131,9 +221,9 @@ class Setting:
         """The value if it is of the right kind. Raises UsageError that names the source, the value and the mend."""
         wrong = self._violation(value)
         if wrong:
-            shown = '' if isinstance(value, dict) else f' = {value!r}'
+            shown = '' if isinstance(value, dict) or self.path in SECRETS else f' = {value!r}'
             raise UsageError(f'{source}: {self.path}{shown}: {wrong}')
-        return value
+        return [keytable.with_text_time(key) for key in value] if self.path == KEYS else value
 
     def _violation(self, value: Any) -> str:
         kind = self.kind
@@ -152,8 +242,14 @@ class Setting:
             if not value.isprintable():
                 return 'give a text of printable characters'
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
+        if kind == list[Scope]:
+            return keytable.scopes_violation(value)
+        if self.path == KEYS:
+            return keytable.violation(value)
         if get_origin(kind) is list:
             return self._item_violation(value)
+        if kind == dict[str, list[Scope]]:
+            return _subjects_violation(value)
         if not isinstance(value, dict):
             return 'give a table of name = "command --flag"'
         bad = next((name for name, command in value.items() if not _is_command(name, command)), None)
@@ -163,8 +259,11 @@ class Setting:
         of = get_args(self.kind)[0]
         if not isinstance(value, list) or any(type(each) is not of for each in value):
             return f'give a list of {"whole numbers" if of is int else "texts"}'
+        if of is str:
+            bad = next((each for each in value if self.pattern and not re.fullmatch(self.pattern, each)), None)
+            return '' if bad is None else f'{bad!r} must match {self.pattern}'
         low, high = self.low or 0, self.high or 0
-        fits = of is str or all(low <= each <= high for each in value)
+        fits = all(low <= each <= high for each in value)
         return '' if fits else f'give numbers from {low} to {high}'
 
     def read(self, text: str, source: str) -> Any:
@@ -179,6 +278,15 @@ class Setting:
             if get_args(self.kind)[0] is int and all(part.isdecimal() for part in value):
                 value = [int(part) for part in value]
         return self.check(value, source)
+
+
+def _subjects_violation(value: Any) -> str:
+    fits = (
+        isinstance(value, dict)
+        and '' not in value
+        and not any(keytable.scopes_violation(scopes) for scopes in value.values())
+    )
+    return '' if fits else f'give a table of "name" = [scopes]; scopes are {", ".join(get_args(Scope))}'
 
 
 def _is_command(name: str, command: Any) -> bool:
@@ -261,7 +369,12 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
 
 def from_values(values: Mapping[str, Any], root: Path) -> Config:
     """The configuration with these (checked) values, by path, and defaults for the rest."""
-    return typing.cast(Config, _build(Config, '', dict(values) | {'file': root / FILE}))
+    enabled = {
+        f'{table}.enabled': True
+        for table in ('townhall.tls', 'townhall.mtls', 'townhall.rate_limit')
+        if any(path.startswith(table + '.') for path in values)  # what is configured is in force
+    }
+    return typing.cast(Config, _build(Config, '', enabled | dict(values) | {'file': root / FILE}))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -289,11 +402,15 @@ def parse(data: bytes, source: str) -> dict[str, Any]:
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items():
-        path = prefix + key
+        path = ALIASES.get(prefix + key, prefix + key)
+        if path in found:
+            raise UsageError(f'{source}: {path} is given twice, once as {prefix + key}; remove one')
         if path in sections():
             if not isinstance(value, dict):
                 raise UsageError(f'{source}: {path} = {value!r}: it is a table; write [{path}] and its settings below')
             found |= _flatten(value, source, path + '.')
+            if path in TELLING_TABLES and not value:
+                found[path + '.enabled'] = True
         elif isinstance(value, dict) and path not in settings():
             raise UsageError(f'{source}: [{path}] is not a table of settings{_nearest(path, sections(), [])}')
         else:
@@ -349,7 +466,7 @@ def template(name: str, given: Mapping[str, Any]) -> str:
         table, _, key = setting.path.rpartition('.')
         if table != section:
             section = table
-            lines += ['', f'[{table}]']
+            lines += ['', f'[{table}]' if table not in TELLING_TABLES else f'# [{table}]']
         mark = '' if setting.path in given else '# '
         value = given.get(setting.path, setting.default)
         lines.append(f'{mark}{key} = {to_toml(value)}'.ljust(40) + f'  # {setting.doc}')
@@ -357,143 +474,30 @@ def template(name: str, given: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def to_toml(value: Any) -> str:
-    """A value as TOML writes it, on one line."""
-    if isinstance(value, list):
-        return f'[{", ".join(map(to_toml, value))}]'
-    import tomli_w
-
-    return tomli_w.dumps({'v': value}).removeprefix('v = ').rstrip('\n')
-
-
-def change(source: str, path: tuple[str, ...], value: Any) -> str:
-    """The text of a configuration file with one setting changed or added; every other character stays as it is.
-
-    `source` is valid TOML. Raises UsageError for a table that is written in braces.
-    """
-    mark = '\ufeff' if source.startswith('\ufeff') else ''
-    text = source.removeprefix(mark)
-    statements = list(_statements(text))
-    for each in statements:
-        if each.kind == 'value' and each.path == path:
-            return mark + text[: each.start] + _with_value(each.text, to_toml(value)) + text[each.end :]
-        if each.kind == 'value' and each.path == path[: len(each.path)]:
-            raise UsageError(f'{".".join(each.path)} = {{ … }}: it is written in braces; change it by hand')
-    at, line = _addition(statements, path, to_toml(value))
-    newline = '\r\n' if '\r\n' in text else '\n'
-    gap = newline if at and text[at - 1] != '\n' else ''
-    return mark + text[:at] + gap + line.replace('\n', newline) + text[at:]
+def write_once(file: Path, text: str) -> str:
+    """What a file of mode 0600 holds, which is `text` if there was none; of two who write both take the first's."""
+    if not file.exists():
+        draft = file.with_name(f'{file.name}.{os.getpid()}.{threading.get_ident()}')
+        write_atomically(draft, text, 0o600)
+        try:
+            os.link(draft, file)
+        except FileExistsError:
+            pass
+        draft.unlink()
+    return file.read_text()
 
 
-def _addition(statements: list[Statement], path: tuple[str, ...], value: str) -> tuple[int, str]:
-    """Where a new setting goes (an offset), and what is written there.
-
-    After the comment that shows it; else after the last setting of its table, or its header; else as a new table.
-    """
-    table, end = path[:-1], statements[-1].end if statements else 0
-    at, line = (0 if not table else -1), f'{_dotted(path[-1:])} = {value}\n'
-    for each in statements:
-        if each.kind == 'comment' and each.table == table and each.shows == path[-1]:
-            return each.end, line
-        if (each.kind == 'value' and each.path[:-1] == each.table == table) or (
-            each.kind == 'header' and each.path == table
-        ):
-            at = each.end
-        elif each.kind == 'value' and each.path[: len(table)] == table and len(each.table) < len(table):
-            at, line = each.end, f'{_dotted(path[len(each.table) :])} = {value}\n'
-    return (at, line) if at >= 0 else (end, f'\n[{_dotted(table)}]\n{line}')
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """A piece of a TOML file: a line, or the lines of one value. `start` and `end` are offsets in the file.
-
-    `path` is the whole path of a value or header, `table` the table in which it stands; `shows` is the key that a
-    comment would set if it were none.
-    """
-
-    kind: Literal['header', 'value', 'comment', 'blank']
-    text: str
-    start: int
-    end: int
-    table: tuple[str, ...]
-    path: tuple[str, ...] = ()
-    shows: str = ''
-
-
-_KEY: Final = r'(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\')'
-_KEYS: Final = re.compile(rf'[ \t]*({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)[ \t]*=[ \t]*')
-_HEADER: Final = re.compile(rf'[ \t]*\[+[ \t]*({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)')
-_SHOWN: Final = re.compile(r'[ \t]*#[ \t]*([A-Za-z0-9_-]+)[ \t]*=')
-
-
-def _statements(source: str) -> Iterator[Statement]:
-    """The statements of a valid TOML text."""
-    lines = re.findall(r'[^\n]*\n|[^\n]+', source)
-    table: tuple[str, ...] = ()
-    start = i = 0
-    while i < len(lines):
-        text = lines[i]
-        i += 1
-        while not _is_toml(text) and i < len(lines):  # a value on several lines
-            text += lines[i]
-            i += 1
-        end = start + len(text)
-        if not text.strip():
-            yield Statement('blank', text, start, end, table)
-        elif text.lstrip().startswith('#'):
-            shown = _SHOWN.match(text)
-            yield Statement('comment', text, start, end, table, shows=shown[1] if shown else '')
-        elif header := _HEADER.match(text):
-            table = _path(header[1])
-            yield Statement('header', text, start, end, table, table)
-        elif keys := _KEYS.match(text):
-            yield Statement('value', text, start, end, table, table + _path(keys[1]))
-        start = end
-
-
-def _is_toml(text: str) -> bool:
-    try:
-        tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return False
-    return True
-
-
-def _path(keys: str) -> tuple[str, ...]:
-    """The names in a dotted key."""
-    found, names = tomllib.loads(f'{keys} = 0'), []
-    while isinstance(found, dict):
-        [(name, found)] = found.items()
-        names.append(name)
-    return tuple(names)
-
-
-def _dotted(names: Iterable[str]) -> str:
-    return '.'.join(name if re.fullmatch(r'[A-Za-z0-9_-]+', name) else to_toml(name) for name in names)
-
-
-def _with_value(statement: str, value: str) -> str:
-    """A `key = value` with another value; the spaces, the comment behind it and the end of the line stay."""
-    keys = _KEYS.match(statement)
-    assert keys
-    for match in re.finditer(r'[ \t]*(?:#|\r?\n|\Z)', statement[keys.end() :]):
-        if _is_toml(statement[: keys.end() + match.start()]):
-            return statement[: keys.end()] + value + statement[keys.end() + match.start() :]
-    raise AssertionError(f'{statement!r} is no statement')
-
-
-def write_atomically(file: Path, text: str, mode: int = 0o644) -> None:
+def write_atomically(file: Path, text: str, mode: int = 0o644, keep_mode: bool = True) -> None:
     """Replaces a file in one step, so that a reader sees the old or the new text.
 
-    Keeps the mode of an old one, and follows a symbolic link.
+    Follows a symbolic link, and keeps the mode of an old file unless `keep_mode` is false.
     """
     file = Path(os.path.realpath(file))
     draft = file.with_name(f'.{file.name}.{os.getpid()}')
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as out:
-            if file.exists():
+            if keep_mode and file.exists():
                 os.fchmod(descriptor, stat.S_IMODE(file.stat().st_mode))
             out.write(text)
             out.flush()

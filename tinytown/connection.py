@@ -2,25 +2,26 @@
 
 A state machine that the server's loop drives: `on_event` when the socket is ready, `answer` when an answer is there,
 `expire` now and then. It never waits. Nothing is dispatched that was not received whole; every request gets one
-answer; every state has a deadline.
+answer; every state has a deadline. An answer may go on (`Stream`) or come later (`Later`): both count as streams, and
+have a limit of their own.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import select
 import socket
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from .config import Limits
 from .errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
 from .http1 import (
     MOST_HEAD,
     MOST_LINE,
+    Peer,
     Request,
     Response,
     body_length,
@@ -31,42 +32,57 @@ from .http1 import (
     problem,
     render,
 )
-from .store import Command
+from .stream import Answer, Later, Loop, Stream
+
+if TYPE_CHECKING:
+    from .tls import TlsSocket  # which imports ssl: only where TLS is on
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 _GONE: Final = select.POLLERR | select.POLLHUP
 
+Sock: TypeAlias = 'socket.socket | TlsSocket'
+
 LINGER_SECS: Final = 2.0
+MOST_UNSENT: Final = 1 << 20  # bytes of an answer that goes on which a client may leave untaken
 _MOST_AHEAD: Final = 65536  # bytes that a client may send ahead while its request is under way
 _REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
 
-Answer = Response | Generator[Command, Any, Response]
-
 
 class Application(Protocol):
-    """What the server serves. `begin` judges a request by its head (raises TownError); `handle` answers it."""
+    """What the server serves.
 
+    `meet` says who is at the other end of a new connection; `begin` judges a request by its head (raises TownError);
+    `handle` answers it; `refused` is told of one that came by a wrong name or from a foreign page.
+    """
+
+    def meet(self, sock: socket.socket, address: Any) -> Peer: ...
+    def refused(self, request: Request, error: TownError) -> None: ...
     def begin(self, request: Request) -> None: ...
     def handle(self, request: Request) -> Answer: ...
-    def is_slow(self, request: Request) -> bool: ...
 
 
-class Owner(Protocol):
-    """What a connection needs of its server."""
+class Owner(Loop, Protocol):
+    """What a connection needs of its server.
+
+    `streams` counts the answers that go on or come later; `request_ids` are for requests that bring none.
+    """
 
     application: Application
     limits: Limits
     allowed_hosts: frozenset[str]
+    allowed_origins: frozenset[str]
     connections: set[Connection]
     draining: bool
+    streams: int
+    request_ids: Iterator[str]
 
-    def watch(self, sock: socket.socket, mask: int, handler: Callable[[int], None]) -> None: ...
-    def modify(self, sock: socket.socket, mask: int) -> None: ...
-    def unwatch(self, sock: socket.socket) -> None: ...
+    def watch(self, sock: Sock, mask: int, handler: Callable[[int], None]) -> None: ...
+    def modify(self, sock: Sock, mask: int) -> None: ...
+    def unwatch(self, sock: Sock) -> None: ...
     def run(self, connection: Connection, request: Request) -> None: ...
-    def failed(self, request: Request, error: Exception) -> Response: ...
-    def log(self, request: Request, response: Response, address: Any) -> None: ...
+    def log(self, request: Request, response: Response) -> None: ...
+    def turned_away(self, peer: Peer, why: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -79,21 +95,26 @@ class _Refused:
 class Connection:
     """One client. Reads a request, has it answered, and goes on; at most one request is under way."""
 
-    __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_in_process', '_judged', '_mask', '_out',
-                 '_peer_done', '_request', '_request_end', '_server', 'address', 'is_busy', 'sock')  # fmt: skip
+    __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_in_process', '_is_last', '_judged', '_mask', '_out',
+                 '_peer_done', '_request', '_request_end', '_server', '_shakes_hands', '_untaken', 'is_busy', 'peer',
+                 'sock', 'stream')  # fmt: skip
 
-    def __init__(self, sock: socket.socket, address: Any, server: Owner) -> None:
+    def __init__(self, sock: Sock, peer: Peer, server: Owner) -> None:
         self.sock = sock
-        self.address = address
+        self.peer = peer
+        self._shakes_hands = peer.is_tls
         self._server = server
         self._buffer = bytearray()
         self._judged = 0  # bytes of an unfinished head that were found good
         self._request: Request | None = None  # whose head is read, or which is under way
         self.is_busy = False  # whether it is being answered
+        self.stream: Stream | None = None  # as which it goes on being answered
         self._in_process = False
         self._body_at = self._request_end = 0
         self._out = memoryview(b'')  # what is still to be written; nothing is read meanwhile
+        self._untaken = bytearray()  # of a stream, what comes after that
         self._closing = False  # to be closed once everything is written, or closed
+        self._is_last = False  # whether the request that is read, or is next, is the last one
         self._peer_done = False  # the client will send no more
         self._mask = IN
         self._deadline = time.monotonic() + server.limits.head_secs
@@ -107,12 +128,30 @@ class Connection:
 
     def on_event(self, mask: int) -> None:
         """Reads or writes what can be read or written now."""
+        if self._shakes_hands:
+            mask = self._shake_hands()
         if mask & OUT:
             self._write()
         if mask & IN and self.sock.fileno() >= 0:
             self._read()
         elif mask & _GONE:
             self.close()
+
+    def _shake_hands(self) -> int:
+        """Goes on with a TLS handshake; what is ready then: nothing, or what came with its end."""
+        assert not isinstance(self.sock, socket.socket)
+        try:
+            wanted = self.sock.handshake()
+        except OSError as e:
+            self._server.turned_away(self.peer, self.sock.reason(e))
+            self.close()
+            return 0
+        self._set_mask(wanted or IN)
+        if wanted:
+            return 0
+        self._shakes_hands = False
+        self.peer = replace(self.peer, subject=self.sock.subject())
+        return IN
 
     def _read(self) -> None:
         try:
@@ -124,7 +163,9 @@ class Connection:
             return
         if not data:
             self._peer_done = True
-            if self.is_busy or self._out:
+            if self.stream:
+                self.close()  # a reader that half-closes is rare, one that went away without a reset is not
+            elif self.is_busy or self._out:
                 self._set_mask(self._mask & ~IN)
             else:
                 self.close()
@@ -153,8 +194,12 @@ class Connection:
             self.reject(e)
         finally:
             self._in_process = False
-        if self._peer_done and not self.is_busy and not self._out:
+        if self.is_busy or self._out or self._closing:
+            return
+        if self._peer_done:
             self.close()  # what is left in the buffer will never be whole
+        else:
+            self._set_mask(IN)  # no whole request is left, however much was sent ahead
 
     def _take_head(self) -> bool:
         """Reads the head of the next request if it is here."""
@@ -173,7 +218,8 @@ class Connection:
         request = parse_head(bytes(buffer[:end]))
         request.began = time.monotonic()
         given = request.field(b'x-request-id')
-        request.id = given if _REQUEST_ID.fullmatch(given) else _new_id()
+        request.id = given if given and _REQUEST_ID.fullmatch(given) else next(self._server.request_ids)
+        request.peer = self.peer
         self._request = request
         self._body_at = end + 4
         self._request_end = self._body_at + body_length(request, self._server.limits.body_bytes)
@@ -200,7 +246,7 @@ class Connection:
             raise ExpectationFailed(f'Expect: {expected[:40]!r} can not be met')
         waits = len(self._buffer) < self._request_end
         try:
-            check_host(request, self._server.allowed_hosts)
+            self._check_host(request)
             self._server.application.begin(request)
         except TownError as e:
             if waits:
@@ -209,6 +255,13 @@ class Connection:
         self._deadline = time.monotonic() + self._server.limits.body_secs
         if waits and expected and request.minor:
             self._send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _check_host(self, request: Request) -> None:
+        try:
+            check_host(request, self._server.allowed_hosts, self._server.allowed_origins)
+        except TownError as e:
+            self._server.application.refused(request, e)
+            raise
 
     def _dispatch(self) -> None:
         request = self._request
@@ -224,7 +277,10 @@ class Connection:
 
     def reject(self, error: Exception) -> None:
         """Answers what is not read as a request, and closes: what follows can't be told from a body."""
-        request = self._request = self._request or Request('-', '-', '', 1, {}, id=_new_id(), began=time.monotonic())
+        method = 'HEAD' if self._buffer.startswith(b'HEAD ') else '-'  # whose answer has no body
+        number = next(self._server.request_ids)
+        nobody = Request(method, '-', '', 1, {}, id=number, peer=self.peer, began=time.monotonic())
+        request = self._request = self._request or nobody
         self._closing = True
         self.answer(request, self._server.failed(request, error))
 
@@ -234,24 +290,41 @@ class Connection:
         """Sends the answer of the request under way, once; a later one (after a timeout) is dropped."""
         if request.answered or self._request is not request:
             return
+        if response.stream and request.method != 'HEAD':
+            self._begin_stream(request, response)
+            return
         request.answered = True
-        self._request, self.is_busy = None, False
-        if not request.keeps_alive or self._server.draining:
-            self._closing = True
-        if self._closing:
-            self._buffer.clear()
+        self._end_request(request)
         try:
             data = render(response, request, self._closing)
         except ValueError as e:
             response = self._server.failed(request, e)
             data = render(response, request, self._closing)
-        self._server.log(request, response, self.address)
+        self._server.log(request, response)
+        self._conclude(data)
+
+    def _end_request(self, request: Request) -> None:
+        self._request, self.is_busy = None, False
+        if not request.keeps_alive or self._server.draining or self._is_last:
+            self._closing = True
+        if self._closing:
+            self._buffer.clear()
+
+    def _conclude(self, data: bytes) -> None:
+        """Sends the last bytes of an answer, and turns to the next request."""
         if self.sock.fileno() < 0:
             return
         self._deadline = time.monotonic() + self._server.limits.idle_secs
-        self._send(data)
-        if not self._closing and not self._out and not self._mask & IN and not self._peer_done:
-            self._set_mask(self._mask | IN)
+        self.feed(data)
+
+    def feed(self, data: bytes) -> None:
+        """Sends data after what is still to be written."""
+        if not self._out:
+            self._send(data)
+            return
+        self._untaken += data
+        if len(self._untaken) > MOST_UNSENT:
+            self.close()
 
     def _send(self, data: bytes) -> None:
         self._out = memoryview(data)
@@ -266,14 +339,19 @@ class Connection:
             self.close()
             return
         self._out = self._out[sent:]
+        if not self._out and self._untaken:
+            self._out, self._untaken = memoryview(bytes(self._untaken)), bytearray()
         if self._out:
-            if not self._mask & OUT:
+            if not self._mask & OUT or (self.stream and sent):
                 self._deadline = time.monotonic() + self._server.limits.write_secs
                 self._set_mask(OUT)
+        elif self.stream:
+            self._set_mask(IN if len(self._buffer) <= _MOST_AHEAD else 0)
+            self.stream.taken()
         elif self._closing or (self._peer_done and not self._buffer):
             self._linger()
         elif self._mask & OUT:
-            self._set_mask(IN)
+            self._set_mask(IN if len(self._buffer) <= _MOST_AHEAD else 0)
             limits = self._server.limits
             self._deadline = time.monotonic() + (limits.body_secs if self._request else limits.idle_secs)
             self.process()
@@ -292,12 +370,75 @@ class Connection:
         self._deadline = time.monotonic() + LINGER_SECS
         self._set_mask(IN)
 
+    # ------------------------------------------------------------------------------------------------- streams
+
+    def _begin_stream(self, request: Request, response: Response) -> None:
+        assert response.stream
+        stream = self._open_stream(request, response)
+        if stream is None:
+            return
+        request.answered = True
+        if not request.minor:
+            request.fields[b'connection'] = b'close'  # HTTP/1.0 knows no chunks: the answer ends with the connection
+        self._send(render(response, request, not request.keeps_alive))
+        self._start(request, response.stream, stream)
+
+    def wait(self, request: Request, later: Later) -> None:
+        """Has a request answered later."""
+        stream = self._open_stream(request, later)
+        if stream is not None:
+            request.deadline = time.monotonic() + later.seconds
+            self._start(request, later.start, stream)
+
+    def _start(self, request: Request, start: Callable[[Stream], None], stream: Stream) -> None:
+        try:
+            start(stream)
+        except Exception as e:  # a fault of ours must not end the server
+            self._server.failed(request, e)
+            self.close()
+
+    def _open_stream(self, request: Request, response: Response | Later) -> Stream | None:
+        """A stream, if there may be one more; else the request is told so."""
+        server = self._server
+        if server.streams >= server.limits.streams or server.draining:
+            what = 'the server stops' if server.draining else f'{server.streams} streams are open'
+            busy = Unavailable(f'{what}; ask again soon', code='too-many-streams', retry_after=5)
+            self.answer(request, problem(busy, request.id))
+            return None
+        server.streams += 1
+        self.stream = Stream(self, server, request, response)
+        return self.stream
+
+    def end_stream(self, data: bytes) -> None:
+        """Ends an answer that goes on, with its last bytes."""
+        stream = self._drop_stream()
+        self._end_request(stream.request)
+        self._conclude(data)
+        self.process()
+
+    def end_wait(self, response: Response) -> None:
+        """Gives the answer that was to come later."""
+        stream = self._drop_stream()
+        self.answer(stream.request, response)
+        self.process()
+
+    def _drop_stream(self) -> Stream:
+        stream, self.stream = self.stream, None
+        assert stream
+        self._server.streams -= 1
+        if isinstance(stream.response, Response):
+            self._server.log(stream.request, stream.response)
+        stream.ended()
+        return stream
+
     # ------------------------------------------------------------------------------------------------- ending
 
     def expire(self, now: float) -> None:
         """Ends what has taken too long: a head or body with 408, an operation with 503, anything else by closing."""
         request = self._request
-        if request is not None and self.is_busy:
+        if self.stream and not self._out:
+            self.stream.expire(now)
+        elif request is not None and self.is_busy and not self.stream:
             if request.deadline and now > request.deadline:
                 self._closing = True
                 detail = 'the operation took too long; whether the change was made is not known'
@@ -310,10 +451,19 @@ class Connection:
 
     def drain(self) -> None:
         """The server stops: a request that has arrived is still answered, a connection without one is closed."""
-        if self._is_idle:
+        if self.stream:
+            self.stream.finish()
+        if self._is_idle and not self._shakes_hands:
             self._read()
         if self._is_idle:
             self.close()
+
+    def renew(self) -> None:
+        """Has the client connect again, after the answer to what it has begun to say: it may not be let in any more."""
+        self._is_last = True
+        self.drain()
+        if self._request is None and not self._buffer:
+            self._closing = True
 
     def break_off(self) -> None:
         """The server ends now: a request that is still under way is told so, and that its outcome is unknown."""
@@ -321,6 +471,10 @@ class Connection:
             detail = 'the server was stopped; whether the change was made is not known'
             self.answer(self._request, problem(Unavailable(detail, code='stopped', retry_after=5), self._request.id))
         self.close()
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._out)
 
     @property
     def _is_idle(self) -> bool:
@@ -331,6 +485,8 @@ class Connection:
         if self.sock.fileno() < 0:
             return
         self._closing = True
+        if self.stream:
+            self._drop_stream()
         self._server.connections.discard(self)
         self._server.unwatch(self.sock)
         self.sock.close()
@@ -339,7 +495,3 @@ class Connection:
         if mask != self._mask and self.sock.fileno() >= 0:
             self._mask = mask
             self._server.modify(self.sock, mask)
-
-
-def _new_id() -> str:
-    return os.urandom(8).hex()

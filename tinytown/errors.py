@@ -9,7 +9,8 @@ from typing import Any
 class TownError(Exception):
     """Something a caller is told. `detail` names the value and what to do.
 
-    `errors` lists the invalid places as {pointer, detail}; `retry_after` is in seconds; `allow` lists methods.
+    `errors` lists the invalid places as {pointer, detail}; `retry_after` is in seconds; `allow` lists methods;
+    `challenge` is the WWW-Authenticate of a caller who is not known, or may not (RFC 9110, 11.6.1).
     """
 
     status = 500
@@ -23,6 +24,7 @@ class TownError(Exception):
         errors: list[dict[str, str]] | None = None,
         retry_after: int | None = None,
         allow: str = '',
+        challenge: str = '',
     ) -> None:
         super().__init__(detail)
         self.detail = detail
@@ -30,6 +32,7 @@ class TownError(Exception):
         self.errors = errors
         self.retry_after = retry_after
         self.allow = allow
+        self.challenge = challenge
 
     @property
     def title(self) -> str:
@@ -53,6 +56,10 @@ class TownError(Exception):
 
 class BadRequest(TownError):
     status, code = 400, 'bad-request'
+
+
+class Unauthorized(TownError):
+    status, code = 401, 'unauthorized'
 
 
 class Forbidden(TownError):
@@ -103,6 +110,10 @@ class Invalid(TownError):
     status, code = 422, 'invalid'
 
 
+class TooManyRequests(TownError):
+    status, code = 429, 'too-many-requests'
+
+
 class HeadTooLarge(TownError):
     status, code = 431, 'head-too-large'
 
@@ -148,6 +159,7 @@ REFUSALS: dict[str, tuple[type[TownError], str]] = {
     'task-not-running': (Conflict, "Task '{0}' is {1}; only a running task can be released"),
     'no-dead-letter': (NotFound, "'{0}' is not among the dead letters"),
     'task-not-failed': (Conflict, "Task '{0}' is {1}; only a failed or cancelled task can be retried"),
+    'not-your-task': (Forbidden, "Task '{0}' is not held by the agent that asks; its holder or a person may do this"),
     'task-finished': (Conflict, "Task '{0}' is {1} already"),
     'stale-attempt': (Conflict, "Attempt {1} of task '{0}' is not the current one; the task is at attempt {2}"),
     'idempotency-mismatch': (Invalid, "Idempotency-Key '{0}' was used with another request; take a new key"),

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
@@ -36,6 +37,20 @@ MOST_FIELDS: Final = 64
 # ---------------------------------------------------------------------------------------------- requests and answers
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a connection, as far as the connection itself tells.
+
+    `address` is '' on a unix socket; `uid` the user on this machine, None if unknown; `subject` whom a
+    client certificate names that was checked.
+    """
+
+    address: str = ''
+    uid: int | None = None
+    subject: str = ''
+    is_tls: bool = False
+
+
 @dataclass(slots=True)
 class Request:
     """One request, received whole. `fields` has lower-case names; `target` is what the route matched."""
@@ -48,8 +63,12 @@ class Request:
     body: bytes = b''
     id: str = ''
     target: Any = None
+    operation: str = ''  # the name under which it is counted
     values: dict[str, str] = field(default_factory=dict)  # what stood in the placeholders of the path
+    peer: Peer = Peer()
     caller: str = ''
+    cors: str = ''  # the other origin whose pages may read the answer
+    by: Any = None  # who that is: a Principal, or the claim of one
     began: float = 0.0
     answered: bool = False
     deadline: float = 0.0
@@ -64,17 +83,24 @@ class Request:
         if said is None:
             return self.minor == 1
         options = {option.strip(b' \t') for option in said.lower().split(b',')}
-        return b'close' not in options if self.minor else b'keep-alive' in options
+        return b'close' not in options and (self.minor == 1 or b'keep-alive' in options)
 
 
 @dataclass(slots=True)
 class Response:
-    """One answer. Header names and values are checked when it is sent."""
+    """One answer. Header names and values are checked when it is sent.
+
+    One that goes on has a `stream`, which is called with its `connection.Stream` when the head is sent. While it is
+    silent, `heartbeat` is sent every 15 s; `farewell` is sent when the server stops.
+    """
 
     status: int = 200
     body: bytes = b''
     content_type: str = 'application/json'
     headers: tuple[tuple[str, str], ...] = ()
+    stream: Callable[[Any], None] | None = None
+    heartbeat: bytes = b''
+    farewell: bytes = b''
 
 
 def problem(error: TownError, request_id: str) -> Response:
@@ -84,6 +110,8 @@ def problem(error: TownError, request_id: str) -> Response:
         headers.append(('Retry-After', str(error.retry_after or 1)))
     if error.allow:
         headers.append(('Allow', error.allow))
+    if error.challenge:
+        headers.append(('WWW-Authenticate', error.challenge))
     body = json.dumps(error.problem(request_id), ensure_ascii=False).encode('utf-8', 'replace')
     return Response(error.status, body, 'application/problem+json', tuple(headers))
 
@@ -105,12 +133,18 @@ def _date_field() -> bytes:
 def render(response: Response, request: Request, close: bool) -> bytes:
     """The bytes of an answer to a request. Raises ValueError for a header that would break out of its line."""
     parts = [_STATUS_LINES[response.status], _date_field()]
-    if response.status != 204:
+    if response.status not in (202, 204) or response.body:
         parts.append(b'Content-Type: %b\r\n' % response.content_type.encode())
+    if response.stream:
+        parts.append(b'Transfer-Encoding: chunked\r\n' if request.minor else b'')
+    elif response.status != 204:
         parts.append(b'Content-Length: %d\r\n' % len(response.body))
     parts.append(
         b'X-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n' % request.id.encode()
     )
+    if request.cors:
+        parts.append(b'Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n' % request.cors.encode())
+        parts.append(b'Access-Control-Expose-Headers: %b\r\n' % _SHOWN_HEADERS)
     for name, value in response.headers:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f'{name!r}: {value!r} is not a header field')
@@ -129,6 +163,7 @@ def render(response: Response, request: Request, close: bool) -> bytes:
 _REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[\x21-\x7e]*) HTTP/1\.([01])")
 _OTHER_VERSION: Final = re.compile(rb'\S+ \S+ HTTP/([0-9])\.[0-9]')
 _FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+_CONTROL: Final = re.compile(r'[\x00-\x1f\x7f]')
 _LENGTH: Final = re.compile(rb'[0-9]{1,15}')
 _ONCE: Final = frozenset(
     {b'host', b'content-length', b'content-type', b'transfer-encoding', b'expect', b'origin'}
@@ -191,7 +226,7 @@ def _decode_path(raw: bytes) -> str:
         path = decoded.decode()
     except UnicodeDecodeError:
         raise BadRequest('the path is not UTF-8') from None
-    if any(ord(c) < 32 or ord(c) == 127 for c in path):
+    if decoded is not raw and _CONTROL.search(path):  # a request line holds none that is not escaped
         raise BadRequest('the path holds a control character')
     return path
 
@@ -215,8 +250,11 @@ def body_length(request: Request, most: int) -> int:
     return int(length)
 
 
-def check_host(request: Request, allowed: frozenset[str]) -> None:
-    """Refuses a Host that is no address, localhost or allowed name: rebinding needs a name. And a foreign Origin."""
+def check_host(request: Request, allowed: frozenset[str], origins: frozenset[str] = frozenset()) -> None:
+    """Refuses a Host that is no address, localhost or allowed name: rebinding needs a name. And a foreign Origin.
+
+    Pages of `origins` may call from elsewhere, and read the answers (CORS; Fetch standard, 3.2).
+    """
     host = request.field(b'host')
     if b'host' not in request.fields:
         if request.minor:
@@ -225,7 +263,28 @@ def check_host(request: Request, allowed: frozenset[str]) -> None:
         raise Misdirected(f'{host[:100]!r} is not a name of this server; add it to townhall.allowed_hosts')
     origin = request.field(b'origin')
     if b'origin' in request.fields and origin not in (f'http://{host}', f'https://{host}'):
-        raise Forbidden(f'requests from {origin[:100]!r} are not allowed', code='foreign-origin')
+        if origin not in origins:
+            detail = f'requests from {origin[:100]!r} are not allowed; add it to townhall.cors.allowed_origins'
+            raise Forbidden(detail, code='foreign-origin')
+        request.cors = origin
+
+
+def options(request: Request, allow: str) -> Response:
+    """The answer to OPTIONS for a path that takes the methods `allow`; to a preflight what a browser asks."""
+    headers = [('Allow', allow)]
+    if request.cors and b'access-control-request-method' in request.fields:
+        headers.append(('Access-Control-Allow-Methods', allow))
+        headers.append(('Access-Control-Allow-Headers', _TAKEN_HEADERS))
+        headers.append(('Access-Control-Max-Age', '600'))
+    return Response(204, headers=tuple(headers))
+
+
+# What pages of other origins may send and read; the rest is safelisted. The names of MCP are those of its transports.
+_TAKEN_HEADERS: Final = (
+    'Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-ID, '
+    'MCP-Protocol-Version, MCP-Session-Id, Mcp-Method, Mcp-Name'
+)
+_SHOWN_HEADERS: Final = b'X-Request-ID, Retry-After, Allow, WWW-Authenticate, MCP-Session-Id'
 
 
 _HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{0,5})?')

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
+from . import logs
 from .clis import Cli
 from .processes import GRACE_SECS, identify, stop_tree
+from .redact import Redactor, Secrets
 
 TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
 _PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux
@@ -20,17 +22,27 @@ _PIPES: Final = 16  # a pipe may be made that much larger
 
 
 class Log:
-    """A file that grows to `most` bytes and is then put aside once (as NAME.1). `echo` copies it to standard output."""
+    """A file that grows to `most` bytes and is then put aside once (as NAME.1). `echo` copies it to standard output.
 
-    def __init__(self, file: Path, most: int, echo: bool = False) -> None:
+    Secrets are hidden in lines; in what comes in pieces they are to be hidden before.
+    """
+
+    def __init__(self, file: Path, most: int, secrets: Secrets, echo: bool = False) -> None:
+        self.secrets = secrets
         self._file = file
         self._most = most
         self._echo = echo
-        self._open()
+        self._open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
-    def _open(self) -> None:
-        self._descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._size = os.fstat(self._descriptor).st_size
+    def _open(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+        self._begin = logs.begin_of(self._file)
+
+    @property
+    def offset(self) -> int:
+        """Where the log ends: bytes since it began, however often it was put aside."""
+        return self._begin + os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes) -> None:
         """Appends. A full disk, or a reader of the echo who has gone, must not end the work."""
@@ -47,13 +59,11 @@ class Log:
                 self._echo = False
 
     def line(self, text: str) -> None:
-        self.write(text.encode('utf-8', 'replace') + b'\n')
+        self.write(self.secrets.hide(text.encode('utf-8', 'replace')) + b'\n')
 
     def _rotate(self) -> None:
         before = self._descriptor
-        with suppress(FileNotFoundError):
-            os.replace(self._file, self._file.with_name(self._file.name + '.1'))
-        self._open()
+        self._open(logs.rotate(self._file))
         for output in (1, 2):  # a detached worker's own output goes to the same file
             with suppress(OSError):
                 if os.path.samestat(os.fstat(output), os.fstat(before)):
@@ -85,6 +95,7 @@ class Job:
             )
         self._log = log
         self._tails: dict[int, bytes] = {}
+        self._redactors: dict[int, Redactor] = {}
         self._wake = wake
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake, selectors.EVENT_READ)
@@ -94,6 +105,7 @@ class Job:
         for descriptor in (self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
             self._tails[descriptor] = b''
+            self._redactors[descriptor] = Redactor(log.secrets)
             self._selector.register(descriptor, selectors.EVENT_READ)
         self._pidfd = os.pidfd_open(self._process.pid) if hasattr(os, 'pidfd_open') else -1
         if self._pidfd >= 0:
@@ -136,9 +148,12 @@ class Job:
         if not data:
             self._selector.unregister(descriptor)
             return False
+        self._keep(descriptor, self._redactors[descriptor].feed(data))
+        return True
+
+    def _keep(self, descriptor: int, data: bytes) -> None:
         self._log.write(data)
         self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
-        return True
 
     def stop(self, instance: str) -> None:
         """Ends the CLI and whatever it started."""
@@ -152,6 +167,7 @@ class Job:
             for _ in range(_PIPES):
                 if descriptor not in self._selector.get_map() or not self._read(descriptor):
                     break
+            self._keep(descriptor, self._redactors[descriptor].finish())
         self._selector.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)

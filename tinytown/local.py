@@ -1,4 +1,4 @@
-"""The commands of `tt` that act on this machine: making a town, its configuration, its processes, keys."""
+"""The commands of `tt` that act on this machine: making a town, its configuration, its processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, auth, clis, doctor, redis_server
+from . import agents, clis, doctor, redis_server
 from . import config as configuration
 from .errors import TownError, UsageError
 from .model import ALL_SCOPES, LIVE, Principal
@@ -29,6 +29,7 @@ from .processes import (
 )
 from .render import as_json, counted
 from .store import Step, text
+from .tomledit import change, to_toml
 from .town import Call, Town, open_town
 from .usage import Parser, acts_here, open_meant, town_root
 
@@ -54,11 +55,9 @@ def add_town_commands(add: Add) -> None:
 
 
 def add_other_commands(add: Add) -> None:
-    """Adds what runs workers and makes keys on this machine to a command line."""
+    """Adds what runs workers on this machine to a command line."""
     worker = add('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker)
     worker.add_argument('name', metavar='NAME', help='an agent that has no process')
-    add('access', 'generate-api-key', 'Make an API key; it is shown once', _generate_key)
-    add('access', 'auth gen-key', 'The same as generate-api-key', _generate_key)
 
 
 def wants_json(arguments: argparse.Namespace) -> bool:
@@ -213,7 +212,7 @@ def _config(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     if arguments.key is None:
         config = configuration.load(root)
-        values = {path: configuration.get(config, path) for path in configuration.settings()}
+        values = {path: _shown(path, configuration.get(config, path)) for path in configuration.settings()}
         return say(arguments, values, '\n'.join(_config_lines(values)))
     setting, key = _setting(arguments.key)
     if arguments.value is None:
@@ -227,8 +226,13 @@ def _config(arguments: argparse.Namespace) -> int:
     return say(
         arguments,
         {arguments.key: new},
-        f'{arguments.key} = {configuration.to_toml(new)}  ({file}; a townhall that runs takes it up at its next start)',
+        f'{arguments.key} = {to_toml(new)}  ({file}; a townhall that runs takes it up at its next start)',
     )
+
+
+def _shown(path: str, value: Any) -> Any:
+    """A setting for a list that people paste elsewhere."""
+    return '***' if path in configuration.SECRETS and value else value
 
 
 def _config_lines(values: dict[str, Any]) -> list[str]:
@@ -239,8 +243,8 @@ def _config_lines(values: dict[str, Any]) -> list[str]:
 def _plain(value: Any) -> str:
     """A setting as the file would have it."""
     if isinstance(value, dict):
-        return ', '.join(f'{name} = {configuration.to_toml(each)}' for name, each in value.items()) or '-'
-    return configuration.to_toml(value)
+        return ', '.join(f'{name} = {to_toml(each)}' for name, each in value.items()) or '-'
+    return to_toml(value)
 
 
 def _change(file: Path, setting: configuration.Setting, key: str, given: str) -> Any:
@@ -249,11 +253,12 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     whole = setting.check({key: new} if key else new, 'tt config')
     before = configuration.read_settings(file)
     path = (setting.path, key) if key else tuple(setting.path.split('.'))
-    changed = configuration.change(file.read_bytes().decode(), path, new)
+    changed = change(file.read_bytes().decode(), path, new)
     wanted = before | {setting.path: before.get(setting.path, {}) | whole if key else whole}
-    if configuration.parse(changed.encode(), str(file)) != wanted:
+    untold = {f'{table}.enabled': None for table in configuration.TELLING_TABLES} | {setting.path: wanted[setting.path]}
+    if configuration.parse(changed.encode(), str(file)) | untold != wanted | untold:
         raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
-    configuration.write_atomically(file, changed)
+    configuration.write_atomically(file, changed, 0o600, keep_mode=setting.path not in configuration.SECRETS)
     return new
 
 
@@ -291,13 +296,3 @@ def _worker(arguments: argparse.Namespace) -> int:
         yield from agents.revive(call, found.id, found.name, start)
 
     return run_here(town, ready)
-
-
-# ------------------------------------------------------------------------------------------------------------- keys
-
-
-def _generate_key(arguments: argparse.Namespace) -> int:
-    acts_here(arguments)
-    made = auth.generate_key()
-    lines = [f'id    {made.id}', f'key   {made.key}', f'hash  {made.hash}', '', 'The key is shown this once.']
-    return say(arguments, {'id': made.id, 'key': made.key, 'hash': made.hash}, '\n'.join(lines))

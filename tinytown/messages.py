@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal, NotRequired, TypedDict
 
-from .errors import Invalid
-from .model import AgentRef, Everything, InboxCursor, Limit, MessageIds, MessageKind, MessageText, Urgent, new_id
+from .errors import Forbidden, Invalid
+from .model import AgentRef, Everything, InboxCursor, Kind, Limit, MessageIds, MessageText, Urgent, new_id, to_json
 from .store import Page, Step, text
 from .town import Call
 
@@ -14,7 +13,8 @@ from .town import Call
 TYPES = {'task': 'task', 'query': 'query', 'info': 'info', 'ack': 'confirmation'}
 
 
-# One entry of an inbox. `from` is the sender's id; `summary` is the text, or the start of a queued task's.
+# One entry of an inbox. `from` is the sender's id, `verified` if it has shown its token; `summary` is the text, or the
+# start of a queued task's.
 Message = TypedDict(
     'Message',
     {
@@ -22,6 +22,7 @@ Message = TypedDict(
         'from': str,
         'type': Literal['task_assign', 'task', 'query', 'info', 'confirmation'],
         'summary': str,
+        'verified': NotRequired[bool],
     },
 )
 
@@ -51,7 +52,7 @@ def send(
     to: AgentRef,
     message: MessageText,
     from_: AgentRef | None = None,
-    kind: MessageKind = 'task',
+    kind: Kind = 'task',
     urgent: Urgent = False,
 ) -> Step[Sent]:
     """Send a message to an agent, or to `conductor`, the mailbox of the people who run the town.
@@ -59,10 +60,20 @@ def send(
     A task or a query becomes work in the agent's next round; info and ack alone start no round and are read in the
     next one. Urgent messages come first. For work that is tracked to its end, assign a task instead.
     """
-    rest = f'","type":"{TYPES[kind]}","summary":{json.dumps(message, ensure_ascii=False)}}}'
-    sender = from_ or call.by.agent_id
+    proof = ',"verified":true' if call.by.verified else ''
+    rest = f'","type":"{TYPES[kind]}","summary":{to_json(message)}{proof}}}'
+    sender = _own(call, from_, 'speak for') if from_ else call.by.agent_id
     reply = yield call.store.send(to, sender, 'u' if urgent else 'n', new_id(), rest, kind)
     return {'message_id': text(reply[0]), 'to_agent': text(reply[1]), 'urgent': urgent}
+
+
+def _own(call: Call, agent: str, what: str) -> str:
+    """Refuses an agent that gives itself out as another, or as the conductor. Raises Forbidden."""
+    by = call.by
+    mine = agent.lower() in (by.agent_name.lower(), by.agent_id) or (len(agent) >= 4 and by.agent_id.startswith(agent))
+    if by.agent_id and not mine:
+        raise Forbidden(f"Agent '{by.agent_name}' can not {what} '{agent}'", code='not-yourself')
+    return agent
 
 
 def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: InboxCursor = '') -> Step[Page[Inbox]]:
@@ -85,5 +96,5 @@ def acknowledge(
         raise Invalid(
             'give either ids or all, not both', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}]
         )
-    reply = yield call.store.ack(agent, ids or ())
+    reply = yield call.store.ack(_own(call, agent, 'clear the mailbox of'), ids or ())
     return {'agent': text(reply[0]), 'removed': reply[1]}

@@ -12,14 +12,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from . import agents, backlog, deadletter, messages, recovery, tasks, town
+from . import agents, backlog, deadletter, events, logs, messages, recovery, tasks, town
+from .audit import Visit
 from .errors import Forbidden, TownError
-from .model import ADMIN, MANAGE, READ, WRITE, Principal, Scope
+from .model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
 from .schema import Parameter, input_schema, output_schema, signature, validate
 from .store import Command, Page, Step
 from .town import Call, Town
+
+if TYPE_CHECKING:
+    from .audit import Audit
+    from .ratelimit import Throttle
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ TABLE: Final = (
     Op('agent.interrupt', agents.interrupt, MANAGE, 'POST', '/v1/agents/{agent}/interrupt', 'interrupt'),
     Op('agent.resume', agents.resume, MANAGE, 'POST', '/v1/agents/{agent}/resume', 'resume'),
     Op('agent.close', agents.close, MANAGE, 'POST', '/v1/agents/{agent}/close', 'close'),
+    Op('agent.logs', logs.read_log, READ, 'GET', '/v1/agents/{agent}/logs', 'logs', slow=True),
     Op('agent.wait', agents.wait, READ, 'POST', '/v1/agents/{agent}/wait', 'wait', slow=True),
     Op('agent.inbox', messages.inbox, READ, 'GET', '/v1/agents/{agent}/inbox', 'inbox', also='POST'),
     Op('agent.ack', messages.acknowledge, WRITE, 'POST', '/v1/agents/{agent}/inbox/ack', 'ack'),
@@ -116,6 +122,9 @@ TABLE: Final = (
     Op('deadletter.retry', deadletter.retry, WRITE, 'POST', '/v1/deadletter/{id}/retry', 'deadletter retry'),
     Op('deadletter.drop', deadletter.drop, WRITE, 'POST', '/v1/deadletter/{id}/drop', 'deadletter drop'),
 
+    Op('events.list', events.list_events, READ, 'GET', '/v1/events', 'events'),
+    Op('events.latest', events.latest, READ, 'GET', '/v1/history', 'history'),
+
     Op('message.send', messages.send, WRITE, 'POST', '/v1/messages/send', 'send', status=201),
 
     Op('recovery.recover_agents', recovery.recover, MANAGE, 'POST', '/v1/recover', 'recover', slow=True),
@@ -127,16 +136,75 @@ TABLE: Final = (
 BY_NAME: Final = {op.name: op for op in TABLE}
 
 
-def call(town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '') -> Step[Any]:
+class Gate(NamedTuple):
+    """What stands in the door of a townhall beside the scopes, for one request: its limits, and the audit."""
+
+    throttle: Throttle
+    audit: Audit
+    request_id: str
+    address: str
+
+
+def call(
+    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', gate: Gate | None = None
+) -> Step[Any]:
     """The one door: every front end comes through here, so no check can be missed by one of them.
 
-    Checks the caller's scope, validates, runs, and puts the caller's name and idempotency key on every command. Gives
-    what the operation gives: a dict of its shape, or a Page (JSON text of that shape).
+    Checks the caller's scope and rate, validates, runs, and puts the caller's name and idempotency key on every
+    command; every change and every refusal is on record. Gives what the operation gives: a dict of its shape, or a Page
+    (JSON text of that shape). Without a `gate` (`tt`, which acts directly) there is no rate and no record.
     """
-    if not by.may(op.scope):
+    enter(by, op.name, op.scope, arguments, gate)
+    step = _perform(town, by, op, arguments, validate(op.parameters, arguments), key)
+    if not (gate and op.changes):
+        return (yield from step)
+    return (yield from _on_record(gate.audit, Visit(gate.request_id, gate.address, by, op.name, arguments), step))
+
+
+def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: Gate | None) -> None:
+    """The first half of the door: the caller's scope and rate. Raises Forbidden, TooManyRequests, and has it on record.
+
+    What is served to callers who are known and is no operation comes through here too.
+    """
+    try:
+        _check_scope(by, name, scope)
+        if gate:
+            gate.throttle.take(by, gate.address, scope != READ)
+    except TownError as e:
+        if gate:
+            gate.audit.denied(Visit(gate.request_id, gate.address, by, name, arguments), e)
+        raise
+
+
+def _check_scope(by: Principal, name: str, scope: Scope) -> None:
+    if not by.may(scope):
         has = ', '.join(sorted(by.scopes)) or 'none'
-        raise Forbidden(f"{op.name} needs the scope {op.scope}; '{by.name}' has {has}", code='insufficient-scope')
-    checked = validate(op.parameters, arguments)
+        raise Forbidden(
+            f"{name} needs the scope {scope}; '{by.name}' has {has}",
+            code='insufficient-scope',
+            challenge=f'Bearer error="insufficient_scope", scope="{scope}"' if by.name != LOCAL else '',
+        )
+
+
+def _on_record(audit: Audit, visit: Visit, step: Step[Any]) -> Step[Any]:
+    """Runs a change between its two lines of the audit. Without the first it is not run."""
+    record = audit.begin(visit)
+    outcome, made = 'unknown', None
+    try:
+        made = yield from step
+        outcome = 'ok'
+    except TownError as e:
+        outcome = e.code
+        raise
+    finally:
+        audit.end(record, outcome, made)
+    return made
+
+
+def _perform(
+    town: Town, by: Principal, op: Op, arguments: dict[str, Any], checked: dict[str, Any], key: str
+) -> Step[Any]:
+    """Runs an operation, once for its idempotency key."""
     step = op.function(Call(town, by), **checked)
     if not (key and op.changes):
         return (yield from _signed(step, by))
@@ -183,4 +251,4 @@ def encode(answer: Any) -> bytes:
     """What an operation gave, as JSON."""
     if isinstance(answer, bytes):
         return answer
-    return json.dumps(answer, ensure_ascii=False, separators=(',', ':')).encode()
+    return to_json(answer).encode()

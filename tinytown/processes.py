@@ -40,6 +40,11 @@ class Identity:
     pid: int
     start: str
 
+    @property
+    def line(self) -> str:
+        """It as a line of text, which `read_identity` reads."""
+        return f'{self.host} {self.boot} {self.pid} {self.start}'
+
 
 @lru_cache(maxsize=1)
 def this_host() -> str:
@@ -57,6 +62,12 @@ def this_boot() -> str:
 
 def identify(pid: int) -> Identity:
     return Identity(this_host(), this_boot(), pid, start_time(pid))
+
+
+def read_identity(line: str) -> Identity | None:
+    """The process that a line of text stands for; None if it stands for none."""
+    parts = line.split(' ', 3)
+    return Identity(parts[0], parts[1], int(parts[2]), parts[3]) if len(parts) == 4 and parts[2].isdecimal() else None
 
 
 def start_time(pid: int) -> str:

@@ -15,6 +15,9 @@ from .town import Call
 
 ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]
 AgentsOnly = Annotated[bool, Field('Keep tasks, messages and events')]
+OrphanAction = Annotated[
+    Literal['list', 'to_backlog', 'cancel', 'delete'], Field('What to do with them; list only tells of them')
+]
 Really = Annotated[bool, Field('Do it, and kill live agents first')]
 
 
@@ -102,7 +105,7 @@ def reclaim(
     return {'reclaimed': moved, 'destination': destination.name if destination else 'backlog'}
 
 
-def orphan_tasks(call: Call, *, action: Literal['list', 'to_backlog', 'cancel', 'delete'] = 'list') -> Step[Orphans]:
+def orphan_tasks(call: Call, *, action: OrphanAction = 'list') -> Step[Orphans]:
     """List unfinished tasks whose agent is gone or does not run; or return them to the backlog, cancel or delete them.
 
     At most 200 are handled at once; call again for more.

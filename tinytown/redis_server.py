@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -46,6 +45,8 @@ def socket_path(root: Path) -> Path:
         private_directory(root)
         with _Lock(root):
             if not note.exists():
+                import tempfile  # late: the path is seldom too long
+
                 directory = tempfile.mkdtemp(prefix='tinytown-', dir='/tmp')  # 0700, and ours
                 write_atomically(note, f'{directory}/redis.sock\n', 0o600)
     short = Path(note.read_text().strip())

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from .logs import MOST as MOST_LOG
 from .model import CONDUCTOR_ID
 
 Answer = dict[str, Any]
@@ -19,12 +20,13 @@ _COLOURS: Final = {
 _ANSI: Final = re.compile(r'\x1b\[[0-9]*m')
 # Controls but tab and newline, marks that turn the direction of text around, lone surrogates.
 _STEERING: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+_PIECES: Final = re.compile(r'\x1b\[[0-9]*m|.', re.S)
 _MOST: Final = 72  # columns of a cell
 
 
 def render(operation: str, answer: Answer, colour: bool) -> str:
     """The text for an operation's answer; colour marks states."""
-    text = _RENDERERS.get(operation, _fields)(_cleaned(answer))
+    text = _RENDERERS.get(operation, _fields)(cleaned(answer))
     if answer.get('next_cursor'):
         text += f'\n\nThere is more; add  --cursor {clean(answer["next_cursor"])}'
     return text if colour else _ANSI.sub('', text)
@@ -35,12 +37,13 @@ def clean(text: str) -> str:
     return _STEERING.sub('\ufffd', text)
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """An answer with all its texts clean."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
-        return [_cleaned(each) for each in value]
-    return {name: _cleaned(each) for name, each in value.items()} if isinstance(value, dict) else value
+        return [cleaned(each) for each in value]
+    return {name: cleaned(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def as_json(answer: Any, ascii_only: bool) -> str:
@@ -87,7 +90,23 @@ def _one_line(text: str, whole: bool = False) -> str:
     return line + '…'
 
 
-def _state(name: str) -> str:
+def cut(text: str, columns: int, pad: bool = False) -> str:
+    """A line cut to so many columns, and with `pad` filled up to them. Colours take none."""
+    if (width := _width(text)) <= columns:
+        return text + ' ' * (columns - width) if pad else text
+    kept, room, codes = [], columns - 1, False
+    for piece in _PIECES.findall(text):
+        width = _width(piece)
+        if width > room:
+            break
+        kept.append(piece)
+        room -= width
+        codes |= piece[0] == '\x1b'
+    return ''.join(kept) + ('\x1b[0m' if codes else '') + '…' + (' ' * room if pad else '')
+
+
+def state(name: str) -> str:
+    """A state in its colour."""
     code = _COLOURS.get(name)
     return f'\x1b[{code}m{name}\x1b[0m' if code else name
 
@@ -106,7 +125,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, str):
-        return _state(value) if name == 'state' else value
+        return state(value) if name == 'state' else value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return ', '.join(value) or '-'
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
@@ -116,7 +135,7 @@ def _agents(answer: Answer) -> str:
     rows = [
         [
             agent['name'],
-            _state(agent['state']),
+            state(agent['state']),
             agent['cli'],
             agent['role_id'] or '-',
             str(agent['rounds_completed']),
@@ -134,17 +153,42 @@ def _status(answer: Answer) -> str:
     parts = [f'{answer["name"]}  {answer["root"]}  {answer["redis_url"]}', _agents(answer)]
     if 'tasks' in answer:
         parts.append('Tasks: ' + ', '.join(f'{count} {name}' for name, count in answer['tasks'].items()))
-        events = [
-            [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-', e.get('why') or '-']
-            for e in answer['recent_events']
-        ]
-        parts.append(table(('AT', 'EVENT', 'AGENT', 'TASK', 'WHY'), events, 'No events.'))
+        parts.append(_event_table(answer['recent_events']))
     return '\n\n'.join(parts)
+
+
+def _event_table(events: Sequence[Answer]) -> str:
+    rows = [
+        [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-', e.get('why') or '-'] for e in events
+    ]
+    return table(('AT', 'EVENT', 'AGENT', 'TASK', 'WHY'), rows, 'No events.')
+
+
+def _events(answer: Answer) -> str:
+    text = _event_table(answer['events'])
+    if answer.get('gap'):
+        text = f'Some of what came before is not kept any more.\n\n{text}'
+    return f'{text}\n\nThere is more; add  --after {answer["next_after"]}' if answer.get('more') else text
+
+
+def event_line(event: Answer) -> str:
+    """An event as a line of a feed; a gap as a line that says so."""
+    if event['type'] == 'gap':
+        return '--- some events are not kept any more ---'
+    event = cleaned(event)
+    agent, task = event.get('agent_name') or '-', event.get('task_id') or event.get('message_id') or '-'
+    why = f'  {_one_line(event["why"])}' if event.get('why') else ''
+    return f'{event["at"]}  {event["type"]:20}  {agent:16}  {task}{why}'
+
+
+def _log_text(answer: Answer) -> str:
+    text: str = answer['text']
+    return text.rstrip('\n') or f'{answer["agent"]} has said nothing yet.'
 
 
 def _tasks(answer: Answer) -> str:
     rows = [
-        [t['task_id'], _state(t['state']), t['agent_name'] or '-', str(t['attempt']), t['description']]
+        [t['task_id'], state(t['state']), t['agent_name'] or '-', str(t['attempt']), t['description']]
         for t in answer['tasks']
     ]
     return table(('TASK', 'STATE', 'AGENT', 'ATTEMPT', 'DESCRIPTION'), rows, 'No tasks.')
@@ -175,6 +219,7 @@ def _history(answer: Answer) -> str:
     rows = [
         [
             e['at'],
+            _took(e.get('secs')),
             e['type'],
             e.get('agent_name') or '-',
             str(e.get('attempt', '-')),
@@ -183,7 +228,29 @@ def _history(answer: Answer) -> str:
         ]
         for e in answer['history']
     ]
-    return table(('AT', 'CHANGE', 'AGENT', 'ATTEMPT', 'BY', 'WHY'), rows, 'No history.')
+    changes = table(('AT', 'AFTER', 'CHANGE', 'AGENT', 'ATTEMPT', 'BY', 'WHY'), rows, 'No history.')
+    runs = [
+        [str(r['attempt']), r['agent_name'], _took(r['secs']), state(r['outcome']), _log(r)] for r in answer['attempts']
+    ]
+    return f'{changes}\n\n{table(("ATTEMPT", "AGENT", "TOOK", "OUTCOME", "WHAT IT SAID"), runs, "")}'.strip()
+
+
+def _took(seconds: float | None) -> str:
+    """A duration, as short as it can be told."""
+    if seconds is None:
+        return '-'
+    if seconds < 60:
+        return f'{seconds:.3g} s' if seconds < 10 else f'{seconds:.0f} s'
+    minutes, rest = divmod(int(seconds), 60)
+    return f'{minutes} min {rest} s' if minutes < 60 else f'{minutes // 60} h {minutes % 60} min'
+
+
+def _log(run: Answer) -> str:
+    """The command that shows what an attempt said."""
+    if run['log_from'] is None:
+        return '-'
+    length = '' if run['log_to'] is None else f' --limit {min(max(run["log_to"] - run["log_from"], 1), MOST_LOG)}'
+    return f'tt logs {run["agent_name"]} --offset {run["log_from"]}{length}'
 
 
 def _dead_letters(answer: Answer) -> str:
@@ -248,6 +315,9 @@ _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'deadletter.list': _dead_letters,
     'deadletter.retry': _said('The {kind} {id} is {status}.'),
     'deadletter.drop': _said('The {kind} {id} is {status}.'),
+    'events.list': _events,
+    'events.latest': _events,
+    'agent.logs': _log_text,
     'backlog.list': _backlog,
     'backlog.add': _said('Task {task_id} is in the backlog.'),
     'backlog.claim': _said('Task {task_id} waits in the inbox of {agent_name}.'),

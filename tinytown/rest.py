@@ -1,23 +1,30 @@
-"""REST: the operations table over HTTP, and the few plain routes beside it (health, readiness, metrics)."""
+"""REST: the operations table over HTTP, and the few routes beside it."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
+import socket
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from .connection import Answer
+from .access import Access, is_slow
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
-from .http1 import Request, Response
-from .model import ALL_SCOPES, READ, Principal
+from .event_stream import EventStreams
+from .feed import Feed
+from .http1 import Peer, Request, Response, options
+from .log_stream import LogStreams
+from .metrics import Meter
 from .operations import TABLE, Op, call, encode
+from .probes import ROUTES, Probes
 from .router import Router
 from .schema import Parameter
 from .store import Command
+from .stream import Answer, Slow
 from .town import Town
 
 MOST_DEPTH: Final = 32
@@ -26,93 +33,98 @@ _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')
 Plain = Callable[[Request], Answer]
 
 
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """A route that is no operation. Only callers who are known come in, unless it `is_open` now.
+
+    `name` is what it is called in metrics and in the record of a refusal.
+    """
+
+    name: str
+    handle: Plain
+    is_open: Callable[[], bool] = lambda: False
+
+
 class Rest:
     """The application that `web.Server` serves for a town."""
 
-    def __init__(self, town: Town, durability: str = 'unknown') -> None:
+    def __init__(
+        self, town: Town, access: Access, durability: str, meter: Meter, feed: Feed, table: Collection[Op] = TABLE
+    ) -> None:
         self.town = town
-        self._durability = durability
-        self._began = time.monotonic()
-        self._local = Principal('local', frozenset({READ}) if town.config.townhall.read_only else ALL_SCOPES)
-        self._router: Router[Op | Plain] = Router()
-        for op in TABLE:
+        self.access = access
+        self.feed = feed
+        self._streams: dict[str, EventStreams | LogStreams] = {
+            'events.list': EventStreams(self),
+            'agent.logs': LogStreams(self),
+        }
+        self.probes = Probes(lambda: self.town, access, durability, meter)
+        self._router: Router[Op | Guarded] = Router()
+        for op in table:
             for method in (op.method, op.also):
                 if method:
                     self._router.add(method, op.path, op)
-        for path, plain in self._plain().items():
-            self._router.add('GET', path, plain)
+        for path, name in ROUTES.items():
+            if table or name != 'openapi':  # which speaks of the table
+                handle, is_open = partial(self.probes.handle, name), partial(self.probes.is_open, name)
+                self.add('GET', path, Guarded(name, handle, is_open))
 
-    def _plain(self) -> dict[str, Plain]:
-        return {
-            '/health': self._health,
-            '/healthz': self._health,
-            '/ready': self._ready,
-            '/readyz': self._ready,
-            '/metrics': self._metrics,
-        }
+    def add(self, method: str, path: str, target: Guarded) -> None:
+        """A further route."""
+        self._router.add(method, path, target)
 
     # -------------------------------------------------------------------------------------- what the server asks
 
+    def meet(self, sock: socket.socket, address: Any) -> Peer:
+        """Who is at the other end of a connection."""
+        return self.access.meet(sock, address)
+
+    def refused(self, request: Request, error: TownError) -> None:
+        """Puts a refusal on record that came before the route was known."""
+        self.access.refused(request, '', {}, error)
+
     def begin(self, request: Request) -> None:
-        """Finds the route, and who calls. Raises NotFound, MethodNotAllowed."""
+        """Finds the route, and who calls. Raises NotFound, MethodNotAllowed, and what `Access.admit` raises."""
         if request.method == 'OPTIONS':
-            request.target = Response(204, headers=(('Allow', self._router.allow(request.path)),))
+            request.target = options(request, self._router.allow(request.path))
             return
         request.target, request.values = self._router.match(request.method, request.path)
-        request.caller = self._local.name
-
-    def is_slow(self, request: Request) -> bool:
-        return isinstance(request.target, Op) and request.target.slow
+        target = request.target
+        request.operation = target.name
+        if isinstance(target, Op) or not target.is_open():
+            self.access.admit(request, target.name, request.values)
 
     def handle(self, request: Request) -> Answer:
         target = request.target
         if isinstance(target, Op):
-            return self._operate(request, target)
-        return target if isinstance(target, Response) else target(request)
+            if target.name in self._streams:
+                return self._streams[target.name].answer(request, target)
+            step = self._operate(request, target)
+            return Slow(step) if target.slow or is_slow(request) else step
+        if isinstance(target, Guarded):
+            return target.handle(request)
+        response: Response = target
+        return response
 
     # ------------------------------------------------------------------------------------------------- operations
 
     def _operate(self, request: Request, op: Op) -> Generator[Command, Any, Response]:
+        yield from self.access.prove(request, op.name, request.values)
         key = request.field(b'idempotency-key')
         if b'idempotency-key' in request.fields and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise BadRequest('Idempotency-Key must be 1 to 255 printable ASCII characters without spaces')
-        arguments = read_arguments(request, op)
-        answer = yield from call(self.town, self._local, op, arguments, key)
+        answer = yield from self.ask(request, op, read_arguments(request, op), key)
         return Response(op.status, encode(answer))
 
-    # -------------------------------------------------------------------------------------------------- plain routes
+    def read(self, request: Request, op: Op) -> Generator[Command, Any, dict[str, Any]]:
+        """The arguments of a request, once it is known who calls. Raises TownError."""
+        yield from self.access.prove(request, op.name, request.values)
+        return read_arguments(request, op)
 
-    def _health(self, _request: Request) -> Response:
-        return Response(200, b'{"status":"ok","uptime_secs":%d}' % (time.monotonic() - self._began))
-
-    def _ready(self, _request: Request) -> Generator[Command, Any, Response]:
-        found: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
-        began = time.monotonic()
-        try:
-            yield self.town.store.ping()
-        except TownError as e:
-            found = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
-        else:
-            found |= {'redis_latency_ms': round((time.monotonic() - began) * 1000, 3), 'dispatcher': 'idle'}
-        found |= {'town': self.town.name, 'durability': self._durability}
-        return _readiness(found['status'] == 'ready', encode(found))
-
-    def _metrics(self, _request: Request) -> Generator[Command, Any, Response]:
-        try:
-            yield self.town.store.ping()
-            ready = 1
-        except TownError:
-            ready = 0
-        text = (
-            '# HELP tinytown_up Whether this process serves.\n# TYPE tinytown_up gauge\ntinytown_up 1\n'
-            '# HELP tinytown_ready Whether Redis answers.\n# TYPE tinytown_ready gauge\n'
-            f'tinytown_ready {ready}\n'
-        )
-        return _readiness(bool(ready), text.encode(), 'text/plain; version=0.0.4; charset=utf-8')
-
-
-def _readiness(ready: bool, body: bytes, content_type: str = 'application/json') -> Response:
-    return Response(200, body, content_type) if ready else Response(503, body, content_type, (('Retry-After', '1'),))
+    def ask(self, request: Request, op: Op, arguments: dict[str, Any], key: str = '') -> Generator[Command, Any, Any]:
+        """What an operation gives, through the door. Raises TownError."""
+        by = yield from self.access.prove(request, op.name, request.values)
+        return (yield from call(self.town, by, op, arguments, key, self.access.gate(request)))
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -161,8 +173,8 @@ def read_body(request: Request) -> dict[str, Any]:
     if not request.body:
         return {}
     kind, _, parameters = request.field(b'content-type').partition(';')
-    charset = parameters.strip().lower().replace('"', '')
-    if kind.strip().lower() != 'application/json' or charset not in ('', 'charset=utf-8'):
+    charset = parameters.strip(' \t').lower().replace('"', '')
+    if kind.strip(' \t').lower() != 'application/json' or charset not in ('', 'charset=utf-8'):
         sent = request.field(b'content-type')[:60] or 'none'
         raise UnsupportedMediaType(f'the body must be application/json in UTF-8; Content-Type is {sent}')
     value = parse_json(request.body)

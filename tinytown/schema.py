@@ -101,6 +101,8 @@ class Parameter:
     def check(self, value: Any, pointer: str, errors: list[dict[str, str]]) -> Any:
         """`value` as the function takes it. What is wrong with it is added to `errors`."""
         kind = self.schema['type']
+        if kind == 'integer' and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            value = int(value)  # 1.0 is an integer (JSON Schema, 6.1.1)
         wrong = _TYPE_CHECKS[kind](value)
         if wrong:
             return _complain(errors, pointer, f'{_show(value)} is not {_NOUNS[kind]}')
@@ -113,12 +115,12 @@ class Parameter:
         if isinstance(value, str):
             if 'enum' in schema and value not in schema['enum']:
                 return f'{_show(value)} is none of {", ".join(schema["enum"])}'
-            if self._pattern and not self._pattern.fullmatch(value):
-                return f'{_show(value)} does not fit: {self.hint}'
             if len(value) > schema.get('maxLength', len(value)):
                 return f'is {len(value)} characters long; at most {schema["maxLength"]} are taken'
             if not value.isprintable() and (bad := _FORBIDDEN.search(value)):
                 return f'holds U+{ord(bad.group()):04X}, which text may not hold'
+            if self._pattern and not self._pattern.fullmatch(value):
+                return f'{_show(value)} does not fit: {self.hint}'
         elif isinstance(value, int) and not schema.get('minimum', value) <= value <= schema.get('maximum', value):
             return f'{value} is not between {schema.get("minimum", "…")} and {schema.get("maximum", "…")}'
         return ''
@@ -138,7 +140,7 @@ class Parameter:
             return int(text)
         if kind == 'boolean' and text.lower() in _BOOLEANS:
             return _BOOLEANS[text.lower()]
-        return text.split(',') if kind == 'array' else text
+        return (text.split(',') if text else []) if kind == 'array' else text
 
 
 _BOOLEANS = {'true': True, '1': True, 'yes': True, '': True, 'false': False, '0': False, 'no': False}

@@ -1,9 +1,10 @@
--- The state changes of a town. Every section below becomes one Redis script: the prelude, then the body.
+-- The state changes of a town. Every section below becomes one Redis script: what it uses of the prelude, then the body.
 -- A body takes its arguments from A, returns {1, ...} when it has done its work, or refuse(code, ...) when it
 -- has changed nothing. Whatever it writes (record, indexes, event, history, idempotency record) is one step.
 -- KEYS[1] is the town's prefix; every other key is built from it, which a Cluster accepts thanks to the hash tag.
 -- A section's first line names it: "@script NAME [oom]"; "oom" lets it run when Redis is out of memory.
--- LIVE and ACCEPTING (sets of agent states) and CONDUCTOR are inserted above the prelude from model.py.
+-- LIVE and ACCEPTING (sets of agent states), CONDUCTOR and BOUNDS (of the histograms, in ms) are inserted above the
+-- prelude from model.py.
 
 -- @prelude
 local P = KEYS[1]
@@ -34,13 +35,20 @@ local function iso(ms)
     floor(rest / 3600), floor(rest / 60) % 60, rest % 60, ms % 1000)
 end
 
+local said
+local function iso_now()
+  said = said or iso(now)
+  return said
+end
+
 local function json_time(ms) return (ms and ms ~= '') and '"' .. iso(tonumber(ms)) .. '"' or 'null' end
 local function json_string(s) return (s and s ~= '') and cjson.encode(s) or 'null' end
 
--- One event, and where it concerns a task a line of that task's history. fields: ordered name, value, name, value …
+-- One event, counted among the totals, and where it concerns a task a line of that task's history.
+-- fields: ordered name, value, name, value …
 -- Who asks is named by the door; a worker, who does not come through it, speaks for its agent.
 local function event(kind, task, ...)
-  local parts = {'"type":"' .. kind .. '","at":"' .. iso(now) .. '"'}
+  local parts = {'"type":"' .. kind .. '","at":"' .. iso_now() .. '"'}
   if task then parts[#parts + 1] = '"task_id":"' .. task .. '"' end
   local fields, by = {...}, BY
   for i = 1, #fields, 2 do
@@ -53,13 +61,23 @@ local function event(kind, task, ...)
   if by ~= '' then parts[#parts + 1] = '"by":' .. cjson.encode(by) end
   local text = table.concat(parts, ',')
   redis.call('XADD', P .. 'events', 'MAXLEN', '~', ARGV[4], '*', 'j', text)
+  redis.call('HINCRBY', P .. 'totals', kind, 1)
   if task then
-    redis.call('RPUSH', P .. 'task:' .. task .. ':log', '{' .. text .. '}')
-    redis.call('LTRIM', P .. 'task:' .. task .. ':log', -200, -1)
+    local log = P .. 'task:' .. task .. ':log'
+    if redis.call('RPUSH', log, '{' .. text .. '}') > 200 then redis.call('LTRIM', log, -200, -1) end
   end
 end
 
--- The id and name of the agent that ref (name in any case, id, or unique id prefix) means; nil and a refusal else.
+-- Adds the time since a moment (in ms; none is passed over) to a histogram among the totals.
+local function observe(name, since)
+  if not since or since == '' then return end
+  local ms, i = math.max(now - tonumber(since), 0), 1
+  while BOUNDS[i] and ms > BOUNDS[i] do i = i + 1 end
+  redis.call('HINCRBY', P .. 'totals', name .. ':' .. i, 1)
+  redis.call('HINCRBY', P .. 'totals', name .. ':ms', ms)
+end
+
+-- Id, name and state of the agent that ref (name in any case, id, or unique id prefix) means; nil and a refusal else.
 local function resolve(ref)
   local id = redis.call('HGET', P .. 'names', string.lower(ref))
   if not id and #ref >= 4 then
@@ -68,14 +86,13 @@ local function resolve(ref)
     id = found[1]
   end
   if not id then return nil, refuse('agent-not-found', ref) end
-  return id, redis.call('HGET', P .. 'agent:' .. id, 'name')
+  return id, unpack(redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state'))
 end
 
 -- As resolve, for an agent that is to be given work now.
 local function resolve_accepting(ref)
-  local id, name = resolve(ref)
+  local id, name, state = resolve(ref)
   if not id then return nil, name end
-  local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
   if not ACCEPTING[state] then return nil, refuse('agent-not-accepting', name, state) end
   return id, name
 end
@@ -85,6 +102,14 @@ local function resolve_mailbox(ref)
   local known = string.lower(ref)
   if known == 'conductor' or known == 'supervisor' or known == CONDUCTOR then return CONDUCTOR, 'conductor' end
   return resolve(ref)
+end
+
+-- The id of whatever has a mailbox, by which its events are told from others; '' if there is none, or none is sought.
+local function sought(ref)
+  if ref == '' then return '' end
+  local id, why = resolve_mailbox(ref)
+  if not id and why[2] ~= 'agent-not-found' then return nil, why end
+  return id or ''
 end
 
 -- Rewrites the rendered tail of an agent's record.
@@ -115,6 +140,7 @@ local function agent_json(id)
     .. ',"urgent_len":' .. redis.call('XLEN', inbox .. ':u') .. '}'
 end
 
+-- Rewrites the rendered tail of a task's record. Returns its state, its agent, and when it ended ('': not yet).
 local function render_task(id)
   local key = P .. 'task:' .. id
   local v = redis.call('HMGET', key, 'state', 'agent', 'name', 'attempt', 'result', 'error', 'dead', 'born', 'started', 'ended')
@@ -122,6 +148,7 @@ local function render_task(id)
     ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
     ',"attempt":', v[4], ',"result":', v[5], ',"error":', v[6], ',"dead_letter":', v[7] == '1' and 'true' or 'false',
     ',"created_at":', json_time(math.floor(v[8] / 1000)), ',"started_at":', json_time(v[9]), ',"ended_at":', json_time(v[10]), '}'}))
+  return v[1], v[2], v[10]
 end
 
 local function task_json(id)
@@ -133,27 +160,26 @@ end
 -- in step with them.
 local function set_task(id, ...)
   local key = P .. 'task:' .. id
-  local was = redis.call('HMGET', key, 'state', 'agent', 'born')
+  local was = redis.call('HMGET', key, 'state', 'agent', 'born', 'ended')
   redis.call('HSET', key, ...)
-  local is = redis.call('HMGET', key, 'state', 'agent')
-  if was[1] ~= is[1] then
+  local state, agent, ended = render_task(id)
+  if was[1] ~= state then
     redis.call('ZREM', P .. 'tasks:' .. was[1], id)
-    redis.call('ZADD', P .. 'tasks:' .. is[1], was[3], id)
+    redis.call('ZADD', P .. 'tasks:' .. state, was[3], id)
   end
-  if was[2] ~= '' and (was[1] ~= is[1] or was[2] ~= is[2]) then
+  if was[2] ~= '' and (was[1] ~= state or was[2] ~= agent) then
     redis.call('ZREM', P .. 'agent:' .. was[2] .. ':tasks:' .. was[1], id)
-    if was[2] ~= is[2] then redis.call('ZREM', P .. 'agent:' .. was[2] .. ':tasks', id) end
+    if was[2] ~= agent then redis.call('ZREM', P .. 'agent:' .. was[2] .. ':tasks', id) end
   end
-  if is[2] ~= '' and (was[1] ~= is[1] or was[2] ~= is[2]) then
-    redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks', was[3], id)
-    redis.call('ZADD', P .. 'agent:' .. is[2] .. ':tasks:' .. is[1], was[3], id)
+  if agent ~= '' and (was[1] ~= state or was[2] ~= agent) then
+    if was[2] ~= agent then redis.call('ZADD', P .. 'agent:' .. agent .. ':tasks', was[3], id) end
+    redis.call('ZADD', P .. 'agent:' .. agent .. ':tasks:' .. state, was[3], id)
   end
-  local ended = redis.call('HGET', key, 'ended')
+  if was[4] == ended then return end
   if ended ~= '' then redis.call('ZADD', P .. 'ended', ended, id) else redis.call('ZREM', P .. 'ended', id) end
-  render_task(id)
 end
 
--- A new task in the backlog. head: JSON object of task_id and description, its brace left open; brief: the start of
+-- A new task in the backlog, which is still to be rendered. head: JSON object of task_id and description, its brace left open; brief: the start of
 -- the description as a JSON string; from: the creator's id.
 local function new_task(id, head, brief, tags, from, max)
   redis.call('HSET', P .. 'task:' .. id, 'j', head, 'brief', brief, 'tags', tags, 'from', from, 'state', 'pending',
@@ -161,14 +187,13 @@ local function new_task(id, head, brief, tags, from, max)
     'dead', '0', 'born', BIRTH, 'started', '', 'ended', '')
   redis.call('ZADD', P .. 'tasks', BIRTH, id)
   redis.call('ZADD', P .. 'tasks:pending', BIRTH, id)
-  render_task(id)
   event('task.created', id)
 end
 
 -- Queues a task in an agent's inbox.
 local function queue_task(id, agent, name)
   local entry = redis.call('XADD', P .. 'inbox:' .. agent .. ':t', '*', 't', id)
-  set_task(id, 'state', 'assigned', 'agent', agent, 'name', name, 'entry', entry)
+  set_task(id, 'state', 'assigned', 'agent', agent, 'name', name, 'entry', entry, 'queued', NOW)
   event('task.assigned', id, 'agent_id', agent, 'agent_name', name)
 end
 
@@ -217,7 +242,6 @@ local function fail_attempt(id, why, to, pauses)
   if attempt >= tonumber(v[2]) then
     detach_task(id)
     redis.call('ZADD', P .. 'dead', NOW, id)
-    redis.call('HINCRBY', P .. 'totals', 'dead', 1)
     set_task(id, 'state', 'failed', 'dead', '1', 'ended', NOW, 'entry', '',
       'error', cjson.encode('given up after attempt ' .. v[1] .. ': ' .. why))
     event('task.dead_lettered', id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', attempt, 'why', why)
@@ -251,7 +275,7 @@ local function keep_running(agent, name, why)
   for _, id in ipairs(tasks) do
     redis.call('SREM', P .. 'agent:' .. agent .. ':running', id)
     redis.call('ZREM', P .. 'leases', id)
-    set_task(id, 'state', 'assigned', 'started', '')
+    set_task(id, 'state', 'assigned', 'started', '', 'queued', NOW)
     event('task.requeued', id, 'agent_id', agent, 'agent_name', name,
       'attempt', tonumber(redis.call('HGET', P .. 'task:' .. id, 'attempt')), 'why', why)
   end
@@ -338,30 +362,31 @@ if owner ~= A[1] then return refuse('town-name-taken', owner) end
 return {1, owner}
 
 -- @script register
--- A new agent, state Starting. A: id, name, json head, most live agents, cli, most rounds, instance that will run it.
+-- A new agent, state Starting. A: id, name, json head, most live agents, cli, most rounds, instance that will run it,
+-- the process that starts it.
 -- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
-local id, name, head, max, cli, rounds, instance = unpack(A)
+local id, name, head, max, cli, rounds, instance, starter = unpack(A)
 if redis.call('HEXISTS', P .. 'names', string.lower(name)) == 1 then return refuse('name-taken', name) end
 if redis.call('ZCARD', P .. 'live') >= tonumber(max) then return refuse('max-agents', max) end
 redis.call('HSET', P .. 'names', string.lower(name), id)
 redis.call('ZADD', P .. 'ids', 0, id)
 redis.call('ZADD', P .. 'agents', BIRTH, id)
 redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
-  'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
+  'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'starter', starter, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
 set_agent(id, 'state', 'Starting')
 event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
 return {1, id}
 
 -- @script restarting
--- A stopped agent is to run again. A: agent, most live agents, instance that will run it. Refuses what is still live.
-local id, name = resolve(A[1])
+-- A stopped agent is to run again. A: agent, most live agents, instance that will run it, the process that starts it.
+-- Refuses what is still live.
+local id, name, state = resolve(A[1])
 if not id then return name end
-local state = redis.call('HGET', P .. 'agent:' .. id, 'state')
 if LIVE[state] then return refuse('agent-live', name, state) end
 if redis.call('ZCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
 redis.call('HINCRBY', P .. 'agent:' .. id, 'restarts', 1)
 redis.call('SREM', P .. 'revive', id)
-set_agent(id, 'state', 'Starting', 'instance', A[3], 'pid', '')
+set_agent(id, 'state', 'Starting', 'instance', A[3], 'starter', A[4], 'pid', '')
 event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
 return {1, id, name}
 
@@ -382,7 +407,7 @@ event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
 return {1, v[1], v[2], v[3], v[4], v[5]}
 
 -- @script pickup oom
--- What an agent does next. A: agent id, instance, most messages, most deliveries of one.
+-- What an agent does next. A: agent id, instance, most messages, most deliveries of one, where its log ends ('': not said).
 -- A message that was delivered so often and never acknowledged becomes a dead letter.
 -- Taking a task counts its attempt and starts its lease; asking again while this instance holds one gives the same
 -- attempt (the reply may have been lost). Every entry that is looked at is started or dropped, so the caller always
@@ -390,7 +415,7 @@ return {1, v[1], v[2], v[3], v[4], v[5]}
 -- many that they would hide what comes after them.
 -- Returns {1, 'rest', state, last urgent and normal entry seen}, or {1, 'work', task or false, messages, backlog}:
 -- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest, in brief.
-local id, instance, most, tries = unpack(A)
+local id, instance, most, tries, log = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
 if v[1] ~= instance or not LIVE[v[2]] then return refuse('stale-instance', v[3] or id, instance) end
@@ -406,12 +431,14 @@ else
     local entry = redis.call('XRANGE', P .. 'inbox:' .. id .. ':t', '-', '+', 'COUNT', 1)[1]
     if not entry then break end
     local tid = entry[2][2]
-    local t = redis.call('HMGET', P .. 'task:' .. tid, 'state', 'agent', 'entry', 'j', 'tags')
+    local t = redis.call('HMGET', P .. 'task:' .. tid, 'state', 'agent', 'entry', 'j', 'tags', 'queued')
     if t[1] == 'assigned' and t[2] == id and t[3] == entry[1] then
       local attempt = redis.call('HINCRBY', P .. 'task:' .. tid, 'attempt', 1)
       redis.call('SADD', key .. ':running', tid)
       redis.call('ZADD', P .. 'leases', 0, tid)
       set_task(tid, 'state', 'running', 'started', NOW)
+      observe('wait', t[6])
+      if log ~= '' then redis.call('HSET', P .. 'task:' .. tid, 'log:' .. attempt, log) end
       event('task.started', tid, 'agent_id', id, 'agent_name', v[3], 'attempt', attempt)
       task = {tid, attempt, t[4], t[5]}
       break
@@ -469,13 +496,15 @@ end
 return {1, v[2], lost}
 
 -- @script finish oom
--- The end of a task. A: task, attempt ('' for an operator's override), completed or failed, result JSON, error JSON.
+-- The end of a task. A: task, attempt ('' for an operator's override), completed or failed, result JSON, error JSON,
+-- the agent that must hold it ('' for any).
 -- The attempt decides: another one is refused (stale-attempt), the same outcome of the same attempt again is 'already'.
 -- Returns {1, 'done' or 'already', state}.
-local id, attempt, outcome, result, err = unpack(A)
+local id, attempt, outcome, result, err, holder = unpack(A)
 local key = P .. 'task:' .. id
-local v = redis.call('HMGET', key, 'state', 'attempt', 'agent', 'name')
+local v = redis.call('HMGET', key, 'state', 'attempt', 'agent', 'name', 'started')
 if not v[1] then return refuse('task-not-found', id) end
+if holder ~= '' and holder ~= v[3] then return refuse('not-your-task', id) end
 if attempt ~= '' and attempt ~= v[2] then return refuse('stale-attempt', id, attempt, v[2]) end
 if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then
   if attempt ~= '' and v[1] == outcome then return {1, 'already', outcome} end
@@ -483,6 +512,7 @@ if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then
 end
 if attempt ~= '' and v[1] ~= 'running' then return refuse('stale-attempt', id, attempt, v[2]) end
 detach_task(id)
+observe('run:' .. outcome, v[5])
 set_task(id, 'state', outcome, 'result', result, 'error', err, 'ended', NOW, 'entry', '')
 if redis.call('EXISTS', P .. 'agent:' .. v[3]) == 1 then
   redis.call('HSET', P .. 'agent:' .. v[3], 'last', id)
@@ -492,19 +522,23 @@ if redis.call('EXISTS', P .. 'agent:' .. v[3]) == 1 then
     render_agent(v[3])
   end
 end
-redis.call('HINCRBY', P .. 'totals', outcome, 1)
 event('task.' .. outcome, id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', tonumber(v[2]),
   'why', attempt == '' and 'operator override' or nil)
 return {1, 'done', outcome}
 
 -- @script round_done oom
--- The end of a worker's round: its messages are acknowledged. A: agent id, instance, then lane, entry, …
+-- The end of a worker's round: its messages are acknowledged. A: agent id, instance; task, attempt and where the log of
+-- that run ends ('' three times: it was of no task); then lane, entry, …
 -- Returns {1, state, rounds completed}.
 local id, instance = A[1], A[2]
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
 if v[1] ~= instance then return refuse('stale-instance', v[3] or id, instance) end
-for i = 3, #A, 2 do
+local begin = A[3] ~= '' and redis.call('HGET', P .. 'task:' .. A[3], 'log:' .. A[4])
+if begin and not string.find(begin, '-', 1, true) then
+  redis.call('HSET', P .. 'task:' .. A[3], 'log:' .. A[4], begin .. '-' .. A[5])
+end
+for i = 6, #A, 2 do
   redis.call('XDEL', P .. 'inbox:' .. id .. ':' .. A[i], A[i + 1])
   redis.call('HDEL', P .. 'inbox:' .. id .. ':tries', A[i] .. A[i + 1])
 end
@@ -537,10 +571,9 @@ return {1, tasks}
 -- @script steer
 -- A person pauses, resumes or closes an agent; its worker is rung. A: agent, verb, target state, then the states from
 -- which that is legal. Resuming an agent that holds a task makes it Working. Returns {1, name, state}.
-local id, name = resolve(A[1])
+local id, name, state = resolve(A[1])
 if not id then return name end
-local key = P .. 'agent:' .. id
-local state, target, legal = redis.call('HGET', key, 'state'), A[3], false
+local key, target, legal = P .. 'agent:' .. id, A[3], false
 if state == target then return {1, name, state} end
 for i = 4, #A do legal = legal or A[i] == state end
 if not legal then return refuse('bad-transition', name, state, A[2]) end
@@ -587,6 +620,7 @@ return {1, A[2], agent, name}
 -- @script backlog_add
 -- A new task for whoever claims it. A: what new_task takes. Returns {1, task id}.
 new_task(unpack(A))
+render_task(A[1])
 return {1, A[1]}
 
 -- @script claim
@@ -625,7 +659,6 @@ if not v[1] then return refuse('task-not-found', A[1]) end
 if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then return refuse('task-finished', A[1], v[1]) end
 detach_task(A[1])
 set_task(A[1], 'state', 'cancelled', 'ended', NOW, 'entry', '')
-redis.call('HINCRBY', P .. 'totals', 'cancelled', 1)
 event('task.cancelled', A[1], 'agent_id', v[2], 'agent_name', v[3], 'attempt', tonumber(v[4]))
 return {1, A[1]}
 
@@ -704,11 +737,13 @@ local function show(each, entry)
   bytes = bytes + #item
   last = each .. '-' .. entry[1]
 end
+local lengths = {}
 for _, each in ipairs({'u', 'n', 't'}) do
+  lengths[each] = redis.call('XLEN', inbox .. each)
   if not lane or each == lane then
     local from = lane and '(' .. after or '-'
     lane = nil
-    while from and following == '' do
+    while lengths[each] > 0 and from and following == '' do
       local found = redis.call('XRANGE', inbox .. each, from, '+', 'COUNT', 50)
       for _, entry in ipairs(found) do
         if following == '' then show(each, entry) end
@@ -717,8 +752,7 @@ for _, each in ipairs({'u', 'n', 't'}) do
     end
   end
 end
-return {1, name, redis.call('XLEN', inbox .. 'n') + redis.call('XLEN', inbox .. 't'), redis.call('XLEN', inbox .. 'u'),
-  following, table.concat(out, ',')}
+return {1, name, lengths.n + lengths.t, lengths.u, following, table.concat(out, ',')}
 
 -- @script agents oom
 -- A page of agents, by birth. A: most, cursor.
@@ -742,6 +776,33 @@ if not id then return name end
 local last = redis.call('HGET', P .. 'agent:' .. id, 'last')
 if not last or redis.call('EXISTS', P .. 'task:' .. last) == 0 then return {1, name, ''} end
 return {1, name, task_json(last)}
+
+-- @script census oom
+-- What a town holds and has done, for those who watch it. A: ms after which an idle agent is at rest, ms after which a
+-- worker that was not heard of counts as silent.
+-- Returns {1, time, {backlog, assigned, running, dead letters, urgent messages in agents' inboxes, live agents at rest,
+-- live agents that are not silent}, {state, agents in it, …}, {total, count, …}}.
+local states, urgent, resting, heard = {}, 0, 0, 0
+for _, id in ipairs(redis.call('ZRANGE', P .. 'agents', 0, -1)) do
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'idle', 'beat')
+  states[v[1]] = (states[v[1]] or 0) + 1
+  urgent = urgent + redis.call('XLEN', P .. 'inbox:' .. id .. ':u')
+  if LIVE[v[1]] then
+    if v[1] == 'Idle' and now - tonumber(v[2]) >= tonumber(A[1]) then resting = resting + 1 end
+    if v[1] == 'Starting' or (v[3] ~= '' and now - tonumber(v[3]) < tonumber(A[2])) then heard = heard + 1 end
+  end
+end
+local counts = {}
+for i, set in ipairs({'tasks:pending', 'tasks:assigned', 'tasks:running', 'dead'}) do
+  counts[i] = redis.call('ZCARD', P .. set)
+end
+local agents = {}
+for state, count in pairs(states) do
+  agents[#agents + 1] = state
+  agents[#agents + 1] = count
+end
+return {1, iso(now), {counts[1], counts[2], counts[3], counts[4], urgent, resting, heard}, agents,
+  redis.call('HGETALL', P .. 'totals')}
 
 -- @script evidence oom
 -- What is known of the processes of the agents in some states. A: states.
@@ -849,7 +910,6 @@ for _, found in ipairs(out) do
   elseif action == 'cancel' then
     detach_task(found[1])
     set_task(found[1], 'state', 'cancelled', 'ended', NOW, 'entry', '')
-    redis.call('HINCRBY', P .. 'totals', 'cancelled', 1)
     event('task.cancelled', found[1], 'why', found[4])
   end
 end
@@ -865,10 +925,48 @@ return {1, #ids, redis.call('ZCARD', P .. 'tasks')}
 -- Deletes what a town without agents and tasks still holds: the conductor's mailbox, events, totals. Returns {1}.
 local inbox = P .. 'inbox:' .. CONDUCTOR
 for _, id in ipairs(redis.call('ZRANGE', P .. 'dead', 0, -1)) do redis.call('DEL', P .. 'dead:' .. id) end
-redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'totals', P .. 'dead')
+redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'dead')
 redis.call('XTRIM', P .. 'events', 'MAXLEN', 0) -- not deleted: its ids must go on rising
 event('town.reset', nil)
+redis.call('DEL', P .. 'totals')
 return {1}
+
+-- @script events oom
+-- What happened after an event. A: its id ('$': from now on), most, an agent that the caller is interested in or ''.
+-- Returns {1, gap, last id, id of that agent, id, event, id, event, …}. The agent may be one that is gone: '' then.
+-- gap is 1 where events after it are gone (trimmed, or the stream began anew); the page then begins with the oldest.
+local key = P .. 'events'
+local agent, why = sought(A[3])
+if not agent then return why end
+local info = redis.pcall('XINFO', 'STREAM', key)
+if info.err then return {1, (A[1] == '$' or A[1] == '0-0') and 0 or 1, '0-0', agent} end
+local fields = {}
+for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
+local newest, first = fields['last-generated-id'], fields['first-entry']
+local function before(a, b)
+  local ams, aseq, bms, bseq = string.match(a .. ' ' .. b, '^(%d+)-(%d+) (%d+)-(%d+)$')
+  return tonumber(ams) < tonumber(bms) or (ams == bms and tonumber(aseq) < tonumber(bseq))
+end
+if A[1] == '$' then return {1, 0, newest, agent} end
+local trimmed = fields['entries-added'] > fields['length']
+local gap = before(newest, A[1]) or (trimmed and before(A[1], first and first[1] or newest))
+local out = {1, gap and 1 or 0, newest, agent}
+for _, entry in ipairs(redis.call('XRANGE', key, gap and '-' or '(' .. A[1], '+', 'COUNT', A[2])) do
+  out[#out + 1] = entry[1]
+  out[#out + 1] = entry[2][2]
+end
+return out
+
+-- @script latest_events oom
+-- What happened last, newest first. A: most, an agent or ''. Returns {1, id of that agent, id, event, id, event, …}.
+local agent, why = sought(A[2])
+if not agent then return why end
+local out = {1, agent}
+for _, entry in ipairs(redis.call('XREVRANGE', P .. 'events', '+', '-', 'COUNT', A[1])) do
+  out[#out + 1] = entry[1]
+  out[#out + 1] = entry[2][2]
+end
+return out
 
 -- @script begin oom
 -- Reserves the idempotency key of an operation that is more than one step. A: key, fingerprint, seconds it may take.
@@ -913,13 +1011,14 @@ return {1}
 
 -- @script vitals oom
 -- What a caretaker looks at. Returns {1, workers, leases, delayed, crashed}:
--- live agents {id, name, state, instance, host, boot id, pid, process start, beats}; running tasks {task, attempt, beats
+-- live agents {id, name, state, instance, host, boot id, pid, process start, beats, who starts it}; running tasks {task, attempt, beats
 -- for it, agent}; tasks that pause between two attempts {task, seconds}; agents to be started again {id, name, crashes,
 -- host}.
 local workers, leases, delayed, crashed = {}, {}, {}, {}
 for i, id in ipairs(redis.call('ZRANGE', P .. 'live', 0, -1)) do
-  local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beats')
-  workers[i] = {id, v[1], v[2], v[3], v[4] or '', v[5] or '', v[6] or '', v[7] or '', v[8] or '0'}
+  local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beats',
+    'starter')
+  workers[i] = {id, v[1], v[2], v[3], v[4] or '', v[5] or '', v[6] or '', v[7] or '', v[8] or '0', v[9] or ''}
 end
 local held = redis.call('ZRANGE', P .. 'leases', 0, -1, 'WITHSCORES')
 for i = 1, #held, 2 do
@@ -989,15 +1088,26 @@ for _, id in ipairs(old) do delete_task(id) end
 return {1, #old}
 
 -- @script history oom
--- What happened to a task, oldest first. A: task. Returns {1, joined}.
-if redis.call('EXISTS', P .. 'task:' .. A[1]) == 0 then return refuse('task-not-found', A[1]) end
-return {1, table.concat(redis.call('LRANGE', P .. 'task:' .. A[1] .. ':log', 0, -1), ',')}
+-- What happened to a task, oldest first. A: task. Returns {1, joined, attempt, where its log stands ("from-to" or
+-- "from"), attempt, …}.
+local attempts = tonumber(redis.call('HGET', P .. 'task:' .. A[1], 'attempt'))
+if not attempts then return refuse('task-not-found', A[1]) end
+local out = {1, table.concat(redis.call('LRANGE', P .. 'task:' .. A[1] .. ':log', 0, -1), ',')}
+for i = math.max(1, attempts - 99), attempts do
+  local log = redis.call('HGET', P .. 'task:' .. A[1], 'log:' .. i)
+  if log then
+    out[#out + 1] = i
+    out[#out + 1] = log
+  end
+end
+return out
 
 -- @script release
--- Gives a running task back to the backlog, its attempt counted. A: task, attempt ('' for an operator's override).
--- Returns {1, task}.
-local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'attempt')
+-- Gives a running task back to the backlog, its attempt counted. A: task, attempt ('' for an operator's override), the
+-- agent that must hold it ('' for any). Returns {1, task}.
+local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'attempt', 'agent')
 if not v[1] then return refuse('task-not-found', A[1]) end
+if A[3] ~= '' and A[3] ~= v[3] then return refuse('not-your-task', A[1]) end
 if A[2] ~= '' and (A[2] ~= v[2] or v[1] ~= 'running') then return refuse('stale-attempt', A[1], A[2], v[2]) end
 if v[1] ~= 'running' then return refuse('task-not-running', A[1], v[1]) end
 task_to_backlog(A[1], A[2] == '' and 'released by an operator' or 'released')

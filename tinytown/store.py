@@ -7,17 +7,17 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     ids                  zset    agent ids, all of score 0, for look-up by the start of an id
     agents               zset    agent ids by birth
     live                 zset    those in a live state, by birth
-    agent:<id>           hash    j m name state instance host boot pid start beat beats idle task last cli max_rounds
-                                 rounds done restarts crashes born; j is immutable JSON with its brace left open, m the
-                                 rendered rest
+    agent:<id>           hash    j m name state instance starter host boot pid start beat beats idle task last cli
+                                 max_rounds rounds done restarts crashes born; j is immutable JSON with its brace left
+                                 open, m the rendered rest
     agent:<id>:running   set     tasks that its process has taken
     agent:<id>:tasks     zset    its tasks by birth, and agent:<id>:tasks:<state> those in one state
     inbox:<id>:u n       stream  urgent and normal messages: j (JSON as listed), k (kind)
     inbox:<id>:t         stream  queued tasks: t (task id); the entry stays until the task is finished
     inbox:<id>:tries     hash    how often a message was delivered, by lane and entry
     inbox:<id>:c         stream  control: rings the worker after a change of its state
-    task:<id>            hash    j brief tags m from state agent name entry attempt max tries result error dead born
-                                 started ended
+    task:<id>            hash    j brief tags m from state agent name entry queued attempt max tries result error dead
+                                 born started ended, log:<attempt>: where in its agent's log that attempt stands
     task:<id>:log        list    its history, one JSON object a change
     tasks                zset    all tasks by birth, and tasks:<state>; tasks:pending is the backlog
     leases               zset    running tasks by how often their holder has beaten for them
@@ -28,7 +28,8 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     revive               set     ids of crashed agents that are to be started again
     caretaker            hash    token, count: which townhall looks after the town, and that it does
     events               stream  j: one JSON object an event, its braces left off
-    totals               hash    how many tasks ever ended, by outcome
+    totals               hash    how often each type of event happened; histograms of how long tasks waited (wait) and
+                                 ran (run:<outcome>): <name>:<place among model.TASK_BOUNDS>, and <name>:ms in all
     idem:<p> <op> <key>  hash    f r: fingerprint and reply of a principal's request with an idempotency key
 
 Times are Redis' own, in ms; births in µs. A verb gives a `Command`; who runs it (`Store.run` at once, the event loop
@@ -42,16 +43,18 @@ import re
 import threading
 from collections.abc import Generator, Iterable
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from .errors import TownError, refusal
 from .model import lua_sets
-from .wire import TIMEOUT, Part, RedisError, Wire, as_town_error, pack
+from .wire import TIMEOUT, Part, RedisError, Wire, as_town_error, bulks, pack
 
 T = TypeVar('T')
 
 IDEMPOTENCY_SECS: Final = 86400
+_FEW: Final = 16  # arguments of a script call; the beginnings of calls with more are not kept
+NO_RUN: Final[tuple[Part, ...]] = ('', '', '')  # of a task; else the task, its attempt, and where its log ends
 
 
 class Page(bytes, Generic[T]):
@@ -94,17 +97,39 @@ class Script:
         self.digest = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
 
+_COMMENT: Final = re.compile(r'^ *--.*\n| +-- .*', re.M)
+_WORD: Final = re.compile(r'[A-Za-z_]\w*')
+_LOCAL: Final = re.compile(r'^(local (?:function )?(\w+).*\n(?:(?!local ).*\n)*)', re.M)
+
+
 @lru_cache(maxsize=1)
 def scripts() -> dict[str, Script]:
-    """The scripts of scripts.lua by name."""
-    source = files(__package__).joinpath('scripts.lua').read_text('utf-8')
+    """The scripts of scripts.lua by name, each with what it uses of the prelude."""
+    source = Path(__file__).with_name('scripts.lua').read_text('utf-8')
     sections = re.split(r'^-- @(?:script )?(\w+)( oom)?\n', source, flags=re.M)
-    prelude = lua_sets() + sections[3]
+    prelude = [
+        (name, text, set(_WORD.findall(text)))
+        for text, name in _LOCAL.findall(lua_sets() + _COMMENT.sub('', sections[3]))
+    ]
     found = {}
     for name, oom, body in zip(sections[4::3], sections[5::3], sections[6::3], strict=True):
         flags = '#!lua flags=allow-oom\n' if oom else '#!lua\n'
-        found[name] = Script(name, flags + prelude + _WRAP % (body, IDEMPOTENCY_SECS))
+        wrapped = _WRAP % (_COMMENT.sub('', body), IDEMPOTENCY_SECS)
+        found[name] = Script(name, flags + _with_used(prelude, wrapped))
     return found
+
+
+def _with_used(prelude: list[tuple[str, str, set[str]]], body: str) -> str:
+    """A script below the locals of the prelude that it uses: each takes time to make at every call.
+
+    The prelude comes as name, text and the words in it. A local may use those before it, so it is read from its end.
+    """
+    words, parts = set(_WORD.findall(body)), [body]
+    for name, text, its_words in reversed(prelude):
+        if name in words:
+            words |= its_words
+            parts.append(text)
+    return ''.join(reversed(parts))
 
 
 class Command:
@@ -129,8 +154,10 @@ class Command:
         script = self.script
         if script is None:
             return pack(self.args)
-        head = (b'EVAL', script.text) if whole else (b'EVALSHA', script.digest)
-        return pack((*head, 1, store.prefix, self.key, self.fingerprint, self.by, store.events, *self.args))
+        rest = bulks((self.key, self.fingerprint, self.by, store.events, *self.args))
+        if whole:
+            return b'*%d\r\n%b%b' % (len(self.args) + 8, bulks((b'EVAL', script.text, 1, store.prefix)), rest)
+        return store.head(script, len(self.args)) + rest
 
     def result(self, reply: Any) -> Any:
         """What a step is sent for a reply. Raises the TownError that a refusal or an error reply stands for."""
@@ -164,6 +191,16 @@ class Store:
         self.prefix = f'tt:{{{town}}}:'.encode()
         self.events = events
         self._local = threading.local()
+        self._heads: dict[tuple[str, int], bytes] = {}
+
+    def head(self, script: Script, count: int) -> bytes:
+        """How a call of a script with so many arguments begins, packed."""
+        head = self._heads.get((script.name, count))
+        if head is None:
+            head = b'*%d\r\n%b' % (count + 8, bulks((b'EVALSHA', script.digest, 1, self.prefix)))
+            if count < _FEW:
+                self._heads[script.name, count] = head
+        return head
 
     def run(self, step: Step[T], by: str = '') -> T:
         """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable.
@@ -228,11 +265,13 @@ class Store:
 
     # agents
 
-    def register(self, agent: str, name: str, head: str, most: int, cli: str, rounds: int, instance: str) -> Command:
-        return self._script('register', agent, name, head, most, cli, rounds, instance)
+    def register(
+        self, agent: str, name: str, head: str, most: int, cli: str, rounds: int, instance: str, starter: str = ''
+    ) -> Command:
+        return self._script('register', agent, name, head, most, cli, rounds, instance, starter)
 
-    def restarting(self, ref: str, most: int, instance: str) -> Command:
-        return self._script('restarting', ref, most, instance)
+    def restarting(self, ref: str, most: int, instance: str, starter: str = '') -> Command:
+        return self._script('restarting', ref, most, instance, starter)
 
     def steer(self, ref: str, verb: str, to: str, legal: Iterable[str]) -> Command:
         return self._script('steer', ref, verb, to, *legal)
@@ -258,6 +297,9 @@ class Store:
     def evidence(self, states: Iterable[str]) -> Command:
         return self._script('evidence', *states)
 
+    def census(self, rest_ms: int, silence_ms: int) -> Command:
+        return self._script('census', rest_ms, silence_ms)
+
     def status(self, limit: int, cursor: str, events: int) -> Command:
         return self._script('status', limit, cursor, events)
 
@@ -266,8 +308,8 @@ class Store:
     def hello(self, agent: str, instance: str, host: str, boot: str, pid: int, start: str) -> Command:
         return self._script('hello', agent, instance, host, boot, pid, start)
 
-    def pickup(self, agent: str, instance: str, most: int, deliveries: int) -> Command:
-        return self._script('pickup', agent, instance, most, deliveries)
+    def pickup(self, agent: str, instance: str, most: int, deliveries: int, log: Part = '') -> Command:
+        return self._script('pickup', agent, instance, most, deliveries, log)
 
     def doorbell(self, agent: str, after: dict[str, str], block_ms: int) -> Command:
         """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more."""
@@ -278,8 +320,8 @@ class Store:
     def beat(self, agent: str, instance: str, held: Iterable[Part]) -> Command:
         return self._script('beat', agent, instance, *held)
 
-    def round_done(self, agent: str, instance: str, entries: Iterable[str]) -> Command:
-        return self._script('round_done', agent, instance, *entries)
+    def round_done(self, agent: str, instance: str, entries: Iterable[str], run: tuple[Part, ...] = NO_RUN) -> Command:
+        return self._script('round_done', agent, instance, *run, *entries)
 
     # tasks
 
@@ -295,14 +337,14 @@ class Store:
     def pending(self, limit: int, cursor: str) -> Command:
         return self._script('pending', limit, cursor)
 
-    def finish(self, task: str, attempt: str, outcome: str, result: str, error: str) -> Command:
-        return self._script('finish', task, attempt, outcome, result, error)
+    def finish(self, task: str, attempt: str, outcome: str, result: str, error: str, holder: str = '') -> Command:
+        return self._script('finish', task, attempt, outcome, result, error, holder)
 
     def cancel(self, task: str) -> Command:
         return self._script('cancel', task)
 
-    def release(self, task: str, attempt: str) -> Command:
-        return self._script('release', task, attempt)
+    def release(self, task: str, attempt: str, holder: str = '') -> Command:
+        return self._script('release', task, attempt, holder)
 
     def history(self, task: str) -> Command:
         return self._script('history', task)
@@ -342,6 +384,12 @@ class Store:
 
     def last_event(self) -> Command:
         return Command(None, ('XREVRANGE', self.prefix + b'events', '+', '-', 'COUNT', 1))
+
+    def events_after(self, after: str, most: int, agent: str = '') -> Command:
+        return self._script('events', after, most, agent)
+
+    def latest_events(self, most: int, agent: str) -> Command:
+        return self._script('latest_events', most, agent)
 
     def next_event(self, after: str, block_ms: int) -> Command:
         """Returns when there is an event after the given id, or after `block_ms`."""

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from typing import Literal, NotRequired, TypedDict
 
+from .errors import Invalid
 from .model import (
     CONDUCTOR_ID,
     AgentRef,
     Assigned,
     Attempt,
     Cursor,
+    InState,
     Limit,
     Outcome,
     Task,
     TaskId,
     TaskPage,
-    TaskState,
     TaskText,
     brief,
     new_id,
+    to_json,
 )
 from .store import Page, Step, text
+from .timeline import Change, Run, runs, with_durations
 from .town import Call
 from .wire import Part
 
@@ -54,23 +57,10 @@ class Released(TypedDict):
     state: Literal['pending']
 
 
-class Change(TypedDict):
-    """One change of a task. `at` is RFC 3339; `pause` the seconds until it is queued again."""
-
-    type: str
-    at: str
-    task_id: str
-    agent_id: NotRequired[str]
-    agent_name: NotRequired[str]
-    attempt: NotRequired[int]
-    why: NotRequired[str]
-    pause: NotRequired[int]
-    by: NotRequired[str]
-
-
 class History(TypedDict):
     task_id: str
     history: list[Change]
+    attempts: list[Run]
 
 
 class Retried(TypedDict):
@@ -81,13 +71,9 @@ class Retried(TypedDict):
 def record(call: Call, description: str, tags: list[str]) -> tuple[Part, ...]:
     """A new task, as the scripts take it (new_task in scripts.lua); its id comes first."""
     task_id = new_id()
-    head = f'{{"task_id":"{task_id}","description":{_json(description)}'
+    head = f'{{"task_id":"{task_id}","description":{to_json(description)}'
     sender = call.by.agent_id or CONDUCTOR_ID
-    return (task_id, head, _json(brief(description)), _json(tags), sender, call.config.agent.max_attempts)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(',', ':'))
+    return (task_id, head, to_json(brief(description)), to_json(tags), sender, call.config.agent.max_attempts)
 
 
 def assigned(reply: list[bytes]) -> Assigned:
@@ -121,7 +107,7 @@ def list_pending(call: Call, *, limit: Limit = 500, cursor: Cursor = '') -> Step
 def list_tasks(
     call: Call,
     *,
-    state: TaskState | None = None,
+    state: InState | None = None,
     agent: AgentRef | None = None,
     limit: Limit = 500,
     cursor: Cursor = '',
@@ -144,7 +130,8 @@ def complete(
 
     Without attempt it is an operator's override, and recorded as such.
     """
-    reply = yield call.store.finish(task_id, str(attempt or ''), 'completed', _json(result), 'null')
+    held, said = _held(call, attempt), to_json(result)
+    reply = yield call.store.finish(task_id, held, 'completed', said, 'null', call.by.agent_id)
     return {'task_id': task_id, 'state': _final(reply)}
 
 
@@ -155,8 +142,17 @@ def fail(
 
     Without attempt it is an operator's override, and recorded as such. A failed task can be retried.
     """
-    reply = yield call.store.finish(task_id, str(attempt or ''), 'failed', 'null', _json(error))
+    held, said = _held(call, attempt), to_json(error)
+    reply = yield call.store.finish(task_id, held, 'failed', 'null', said, call.by.agent_id)
     return {'task_id': task_id, 'state': _final(reply)}
+
+
+def _held(call: Call, attempt: int | None) -> str:
+    """The attempt that a report is of, '' for an operator's override. An agent has none: it must say what it holds."""
+    if attempt is None and call.by.agent_id:
+        detail = 'attempt is missing: an agent gives the one that it holds (TINYTOWN_ATTEMPT)'
+        raise Invalid(detail, errors=[{'pointer': '/attempt', 'detail': detail}])
+    return str(attempt or '')
 
 
 def _final(reply: list[bytes]) -> Literal['completed', 'failed']:
@@ -165,14 +161,19 @@ def _final(reply: list[bytes]) -> Literal['completed', 'failed']:
 
 def release(call: Call, *, task_id: TaskId, attempt: Attempt | None = None) -> Step[Released]:
     """Give a running task back to the backlog, its attempt counted. An agent gives the attempt it holds."""
-    yield call.store.release(task_id, str(attempt or ''))
+    yield call.store.release(task_id, _held(call, attempt), call.by.agent_id)
     return {'task_id': task_id, 'state': 'pending'}
 
 
-def history(call: Call, *, task_id: TaskId) -> Step[Page[History]]:
-    """Tell why a task is where it is: each change of it, with when, by whom, which attempt and why."""
-    reply = yield call.store.history(task_id)
-    return Page(b'{"task_id":"%b","history":[%b]}' % (task_id.encode(), reply[0]))
+def history(call: Call, *, task_id: TaskId) -> Step[History]:
+    """Tell why a task is where it is: each change of it, with when, by whom, which attempt and why.
+
+    Beside them its attempts: how long each took, and where in its agent's log it stands.
+    """
+    joined, *logs = yield call.store.history(task_id)
+    changes = with_durations(json.loads(b'[%b]' % joined))
+    where = {attempt: text(log) for attempt, log in zip(logs[::2], logs[1::2], strict=True)}
+    return {'task_id': task_id, 'history': changes, 'attempts': runs(changes, where)}
 
 
 def cancel(call: Call, *, task_id: TaskId) -> Step[Cancelled]:

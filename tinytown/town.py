@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 from urllib.parse import urlsplit, urlunsplit
 
 from . import config as configuration
@@ -42,8 +41,7 @@ class Town:
         return urlunsplit(parts._replace(netloc=f'{parts.username}:***@{host}'))
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What every operation is given: the town, and who asks."""
 
     town: Town
@@ -84,17 +82,7 @@ def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
 
 def _identity(root: Path) -> str:
     """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
-    file = redis_server.private_directory(root) / 'town-id'
-    if not file.exists():
-        ours = new_id()
-        draft = file.with_name(f'town-id.{ours}')
-        configuration.write_atomically(draft, ours + '\n', 0o600)
-        try:
-            os.link(draft, file)
-        except FileExistsError:
-            pass
-        draft.unlink()
-    return file.read_text().strip()
+    return configuration.write_once(redis_server.private_directory(root) / 'town-id', new_id() + '\n').strip()
 
 
 # -------------------------------------------------------------------------------------------------------- operations

@@ -8,6 +8,7 @@ waits for Redis, nor for a client. Operations that are slow (processes, waiting)
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -19,52 +20,75 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from http.server import HTTPServer
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from . import wire
-from .config import Limits
-from .connection import IN, OUT, Application, Connection
-from .errors import Internal, TownError, Unavailable, UsageError
-from .http1 import Request, Response, problem
+from .config import Townhall
+from .connection import IN, OUT, Application, Connection, Sock
+from .errors import Internal, TownError, Unavailable
+from .http1 import Peer, Request, Response, problem
+from .listen import BACKLOG
 from .model import rfc3339
 from .store import Command, Store
+from .stream import Done, Later, Slow
 
+if TYPE_CHECKING:
+    from .tls import TlsSocket
+
+T = TypeVar('T')
+Encrypt: TypeAlias = 'Callable[[socket.socket], TlsSocket]'
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_AT_ONCE: Final = 64  # connections that one turn takes
 MOST_SLOW: Final = 128  # slow operations at once
 _SPARE_DESCRIPTORS: Final = 256  # beside connections: Redis, slow operations, files
 
 
+class Meter(Protocol):
+    """What is told of requests and connections (`metrics`)."""
+
+    def observe(self, operation: str, method: str, status: int, seconds: float) -> None: ...
+    def gauge(self, connections: int, streams: int) -> None: ...
+
+
 class Server(HTTPServer):
-    """Serves an application on one address until a signal ends it.
+    """Serves an application on a listening socket until a signal ends it.
 
     `connections` are those that are open, `draining` says that no more are taken. Made on the main thread: from then on
-    SIGTERM and SIGINT are its own. Raises UsageError when it can't bind.
+    SIGTERM, SIGINT, SIGQUIT and SIGHUP are its own. The first of the former two drains, a second one or SIGQUIT ends it
+    at once; SIGHUP calls `reload`. One of several processes is given a `lifeline`: it drains when that reads as ended.
+    `prepare` may start a Redis that died. `before_flush` is called before commands are sent; if it gives an error they
+    are not, and fail with it.
     """
-
-    request_queue_size = 1024
 
     def __init__(
         self,
-        address: tuple[str, int],
+        listener: socket.socket,
         application: Application,
         store: Store,
-        limits: Limits,
-        allowed_hosts: frozenset[str] = frozenset(),
-        request_timeout: float = 30.0,
-        access_log: str = 'text',
+        settings: Townhall,
+        encrypt: Encrypt | None = None,
+        reload: Callable[[], None] = lambda: None,
+        lifeline: int = -1,
         prepare: Callable[[], None] = lambda: None,
+        meter: Meter | None = None,
+        before_flush: Callable[[], TownError | None] = lambda: None,
     ) -> None:
-        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
         self.application = application
-        self.limits = limits
-        self.allowed_hosts = allowed_hosts
+        self._meter = meter
+        self._before_flush = before_flush
         self.connections: set[Connection] = set()
+        self.apply(settings, encrypt)
         self.draining = False
+        self.streams = 0
+        self.request_ids = _request_ids()
         self._store = store
-        self._timeout = request_timeout
-        self._access_log = access_log
+        self._reload = reload
+        self._lifeline = lifeline
         self._lines: list[str] = []
         self._handlers: dict[int, Callable[[int], None]] = {}
         has_epoll = hasattr(select, 'epoll')
@@ -72,29 +96,33 @@ class Server(HTTPServer):
         self._second = 1 if has_epoll else 1000  # in the unit of its timeout
         self._soon: deque[Callable[[], None]] = deque()
         self._slow = 0
-        self._signals = 0
+        self._stops = self._is_forced = self._reloads = False
         self._swept = 0.0
         self._paused_until = 0.0
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self.link = wire.Link(store.address, self.call_soon, self._watch_redis, prepare)
-        super().__init__(address, Connection, bind_and_activate=False)  # type: ignore[arg-type]
-        try:
-            self.server_bind()
-            self.server_activate()
-        except OSError as e:
-            raise UsageError(
-                f'{address[0]}:{address[1]}: {e.strerror}; choose another: tt config townhall.rest_port N'
-            ) from None
-        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        super().__init__(listener.getsockname(), Connection, bind_and_activate=False)  # type: ignore[arg-type]
+        self.socket.close()  # which http.server has made
+        self.socket = listener
+        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
-    def server_bind(self) -> None:
-        """Binds, without the look-up of our own name that http.server makes here."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+    def apply(self, settings: Townhall, encrypt: Encrypt | None = None) -> None:
+        """Takes up settings; for connections that are there already, too, but for `encrypt`, which is for new ones.
+
+        Clients with certificates have to connect again, for theirs may have been revoked.
+        """
+        self._encrypt = encrypt
+        self.limits = settings.limits
+        self.allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self.allowed_origins = frozenset(settings.cors.allowed_origins)
+        self._timeout = settings.request_timeout_ms / 1000
+        self._access_log = settings.access_log
+        for connection in list(self.connections):
+            if connection.peer.subject:
+                connection.renew()
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -103,6 +131,8 @@ class Server(HTTPServer):
         _allow_descriptors(self.limits.connections + _SPARE_DESCRIPTORS)
         self.socket.setblocking(False)
         self._register(self._wake_read, IN, self._woken)
+        if self._lifeline >= 0:
+            self._register(self._lifeline, IN, self._orphaned)
         self.link.reconnect()
         try:
             self._await_redis()
@@ -115,7 +145,7 @@ class Server(HTTPServer):
     def _await_redis(self) -> None:
         """Leaves clients in the backlog until Redis is connected, or was given its time: no needless 503 at start."""
         deadline = time.monotonic() + wire.TIMEOUT
-        while not self.link.is_up and not self._signals and time.monotonic() < deadline:
+        while not self.link.is_up and not self._stops and time.monotonic() < deadline:
             self._turn()
 
     def _turn(self) -> None:
@@ -127,11 +157,13 @@ class Server(HTTPServer):
             if handler is not None:
                 handler(mask)
         while self._soon:
-            self._soon.popleft()()
-        self.link.flush()
+            _safely(self._soon.popleft())
         now = time.monotonic()
         if now - self._swept >= interval:
             self._sweep(now)
+        while error := self._before_flush():
+            self.link.refuse_unsent(error)  # which may let clients send more
+        self.link.flush()
         if self._lines:
             _say(''.join(self._lines))
             self._lines.clear()
@@ -142,20 +174,26 @@ class Server(HTTPServer):
         self.link.expire(now)
         for connection in list(self.connections):
             connection.expire(now)
+        if self._meter:
+            self._meter.gauge(len(self.connections), self.streams)
         if self._paused_until and now > self._paused_until and not self.draining:
             self._paused_until = 0.0
             self.watch(self.socket, IN, self._accept)
 
     def _is_over(self) -> bool:
-        if self._signals and not self.draining:
+        if self._reloads:
+            self._reloads = False
+            self._reload()
+        if self._stops and not self.draining:
             self._drain()
         if not self.draining:
             return False
-        return self._signals > 1 or not self.connections or time.monotonic() > self._drain_until
+        return self._is_forced or not self.connections or time.monotonic() > self._drain_until
 
     def _drain(self) -> None:
         """Takes no more connections; those without a request close, the others once they are answered."""
-        self._accept(0)  # who came before the signal
+        for _ in range(BACKLOG // _AT_ONCE):
+            self._accept(0)  # who came before the signal
         self.draining = True
         self._drain_until = time.monotonic() + self.limits.drain_secs
         self.unwatch(self.socket)
@@ -174,22 +212,32 @@ class Server(HTTPServer):
         os.close(self._wake_read)
         os.close(self._wake_write)
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        self._signals += 1
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._reloads = True
+        else:
+            self._is_forced |= number == signal.SIGQUIT or (self._stops and self._lifeline < 0)
+            self._stops = True
+
+    def _orphaned(self, _mask: int) -> None:
+        """The process that started us is gone."""
+        self._handlers.pop(self._lifeline)
+        self._poll.unregister(self._lifeline)
+        self._stops = True
 
     # ------------------------------------------------------------------------------------------------ descriptors
 
-    def watch(self, sock: socket.socket, mask: int, handler: Callable[[int], None]) -> None:
+    def watch(self, sock: Sock, mask: int, handler: Callable[[int], None]) -> None:
         self._register(sock.fileno(), mask, handler)
 
     def _register(self, descriptor: int, mask: int, handler: Callable[[int], None]) -> None:
         self._handlers[descriptor] = handler
         self._poll.register(descriptor, mask)
 
-    def modify(self, sock: socket.socket, mask: int) -> None:
+    def modify(self, sock: Sock, mask: int) -> None:
         self._poll.modify(sock.fileno(), mask)
 
-    def unwatch(self, sock: socket.socket) -> None:
+    def unwatch(self, sock: Sock) -> None:
         if self._handlers.pop(sock.fileno(), None) is not None:
             self._poll.unregister(sock.fileno())
 
@@ -222,7 +270,7 @@ class Server(HTTPServer):
             pass
 
     def _accept(self, _mask: int) -> None:
-        for _ in range(64):
+        for _ in range(_AT_ONCE):
             try:
                 sock, address = self.get_request()
             except BlockingIOError:
@@ -234,21 +282,27 @@ class Server(HTTPServer):
                 self.unwatch(self.socket)
                 return
             over = len(self.connections) - self.limits.connections
-            if over >= 64:
+            if over >= (0 if self._encrypt else 64):
                 sock.close()
                 continue
             try:
-                connection = Connection(sock, address, self)
+                connection = self._welcome(sock, address)
             except OSError:  # gone already
                 sock.close()
                 continue
             if over >= 0:
                 connection.reject(Unavailable('too many connections', code='too-many-connections', retry_after=1))
 
+    def _welcome(self, sock: socket.socket, address: Any) -> Connection:
+        peer = self.application.meet(sock, address)
+        if self._encrypt:
+            return Connection(self._encrypt(sock), replace(peer, is_tls=True), self)
+        return Connection(sock, peer, self)
+
     # --------------------------------------------------------------------------------------------------- requests
 
     def run(self, connection: Connection, request: Request) -> None:
-        """Has a request answered: at once, with the replies of Redis, or on a thread of its own if it is slow."""
+        """Has a request answered: at once, with the replies of Redis, on a thread if it is slow, or later."""
         try:
             answer = self.application.handle(request)
         except Exception as e:  # a request must not end the server
@@ -256,70 +310,51 @@ class Server(HTTPServer):
             return
         if isinstance(answer, Response):
             connection.answer(request, answer)
-        elif self.application.is_slow(request):
-            self._run_slow(connection, request, answer)
+            return
+        if isinstance(answer, Later):
+            connection.wait(request, answer)
+            return
+
+        def done(response: Response | None, error: Exception | None) -> None:
+            connection.answer(request, response or self.failed(request, error or ValueError('no answer')))
+            connection.process()
+
+        if isinstance(answer, Slow):
+            request.deadline = request.began + self._timeout
+            self.drive(answer.step, done, slow=True)
         else:
-            self._advance(connection, request, answer, lambda: next(answer))
+            _Drive(self.link, self._store, answer, done)
 
-    def _advance(
-        self,
-        connection: Connection,
-        request: Request,
-        step: Generator[Command, Any, Response],
-        go: Callable[[], Command],
-    ) -> None:
-        """Runs a step to its next command, or to its end."""
-        try:
-            command = go()
-            data = command.pack(self._store)
-        except StopIteration as end:
-            self._finish(connection, request, end.value)
-            return
-        except Exception as e:  # as above
-            self._finish(connection, request, self.failed(request, e))
-            return
+    def drive(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False) -> None:
+        """Runs a step, on a thread of its own if it is slow. On the loop's thread, as is the call of `done`."""
+        if slow:
+            self._run_slow(step, done)
+        else:
+            _Drive(self.link, self._store, step, done)
 
-        def send(reply: Any) -> Command:
-            try:
-                value = command.result(reply)
-            except TownError as e:
-                return step.throw(e)
-            return step.send(value)
-
-        def resume(reply: Any) -> None:
-            self._advance(connection, request, step, lambda: send(reply))
-
-        whole = (lambda: command.pack(self._store, whole=True)) if command.script else None
-        self.link.submit(wire.Request(data, whole, resume))
-
-    def _finish(self, connection: Connection, request: Request, response: Response) -> None:
-        connection.answer(request, response)
-        connection.process()
-
-    def _run_slow(self, connection: Connection, request: Request, step: Generator[Command, Any, Response]) -> None:
+    def _run_slow(self, step: Generator[Command, Any, T], done: Done[T]) -> None:
         def work() -> None:
+            given, error = None, None
             try:
-                response = self._store.run(step)
+                given = self._store.run(step)
             except Exception as e:  # as above
-                response = self.failed(request, e)
+                error = e
             finally:
                 self._store.close()
-            self.call_soon(lambda: done(response))
+            self.call_soon(lambda: end(given, error))
 
-        def done(response: Response) -> None:
+        def end(given: T | None, error: Exception | None) -> None:
             self._slow -= 1
-            self._finish(connection, request, response)
+            _finish(done, given, error)
 
         try:
             if self._slow >= MOST_SLOW:
                 raise RuntimeError
-            threading.Thread(target=work, name=f'slow-{request.id}', daemon=True).start()
+            threading.Thread(target=work, name='slow', daemon=True).start()
         except RuntimeError:  # also of the machine, when it has no more threads
-            busy = Unavailable(f'{self._slow} slow operations are under way', code='busy', retry_after=1)
-            connection.answer(request, problem(busy, request.id))
+            done(None, Unavailable(f'{self._slow} slow operations are under way', code='busy', retry_after=1))
         else:
             self._slow += 1
-            request.deadline = request.began + self._timeout
 
     def failed(self, request: Request, error: Exception) -> Response:
         """The answer for a request that raised: what a TownError says; for a fault of ours no more than its id."""
@@ -328,21 +363,87 @@ class Server(HTTPServer):
         _say(f'request {request.id} failed:\n{"".join(traceback.format_exception(error))}')
         return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
-    def log(self, request: Request, response: Response, address: Any) -> None:
-        """Notes a request for the access log; the loop writes what has gathered."""
+    def log(self, request: Request, response: Response) -> None:
+        """Counts a request, and notes it for the access log; the loop writes what has gathered."""
+        seconds = time.monotonic() - request.began
+        if self._meter:
+            self._meter.observe(request.operation, request.method, response.status, seconds)
         if self._access_log == 'off':
             return
-        took = (time.monotonic() - request.began) * 1000
-        peer = address[0] if isinstance(address, tuple) else 'unix'
+        took = seconds * 1000
+        peer = request.peer.address or 'unix'
         now = rfc3339(time.time())
         if self._access_log == 'json':
-            record = {'time': now, 'request_id': request.id, 'peer': peer, 'principal': request.caller}
+            record: dict[str, Any] = {'time': now, 'request_id': request.id, 'peer': peer, 'principal': request.caller}
             record |= {'method': request.method, 'path': request.path, 'status': response.status}
             record |= {'ms': round(took, 2), 'bytes': len(response.body)}
             self._lines.append(json.dumps(record) + '\n')
         else:
             path = quote(request.path)  # one word, whatever it holds
             self._lines.append(f'{now} {peer} {request.method} {path} {response.status} {took:.1f}ms {request.id}\n')
+
+    def turned_away(self, peer: Peer, why: str) -> None:
+        """Notes a client whose TLS handshake failed for the access log."""
+        now, address = rfc3339(time.time()), peer.address or 'unix'
+        if self._access_log == 'json':
+            self._lines.append(json.dumps({'time': now, 'peer': address, 'tls': why}) + '\n')
+        elif self._access_log == 'text':
+            self._lines.append(f'{now} {address} TLS handshake failed: {why}\n')
+
+
+class _Drive(Generic[T]):
+    """A step on its way through the loop: its commands go to Redis; what it gives, or raises, goes to `done`."""
+
+    __slots__ = ('_command', '_done', '_link', '_step', '_store')
+
+    def __init__(self, link: wire.Link, store: Store, step: Generator[Command, Any, T], done: Done[T]) -> None:
+        self._link = link
+        self._store = store
+        self._step = step
+        self._done = done
+        self._go(step.send, None)
+
+    def _go(self, how: Callable[[Any], Command], value: Any) -> None:
+        """Runs the step to its next command, or to its end."""
+        try:
+            command = self._command = how(value)
+            data = command.pack(self._store)
+        except StopIteration as end:
+            _finish(self._done, end.value, None)
+        except Exception as e:  # a request must not end the server
+            _finish(self._done, None, e)
+        else:
+            self._link.submit(wire.Request(data, self._whole if command.script else None, self._resume))
+
+    def _resume(self, reply: Any) -> None:
+        try:
+            value = self._command.result(reply)
+        except TownError as e:
+            self._go(self._step.throw, e)
+        else:
+            self._go(self._step.send, value)
+
+    def _whole(self) -> bytes:
+        """The command with its script, for a server that does not know it."""
+        return self._command.pack(self._store, whole=True)
+
+
+def _request_ids() -> Iterator[str]:
+    """Ids that no other server gives: each begins at random, and counts."""
+    start = os.urandom(5).hex()
+    return (f'{start}{number:06x}' for number in itertools.count())
+
+
+def _finish(done: Done[T], given: T | None, error: Exception | None) -> None:
+    _safely(lambda: done(given, error))
+
+
+def _safely(what: Callable[[], None]) -> None:
+    """Calls something. A fault in it is ours, and must not end the server either."""
+    try:
+        what()
+    except Exception:
+        _say(traceback.format_exc())
 
 
 def _say(text: str) -> None:

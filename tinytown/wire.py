@@ -68,12 +68,17 @@ def gone(what: str) -> Unavailable:
 
 def pack(parts: Sequence[Part]) -> bytes:
     """A command as an array of bulk strings."""
-    out = [b'*%d\r\n' % len(parts)]
+    return b'*%d\r\n%b' % (len(parts), bulks(parts))
+
+
+def bulks(parts: Sequence[Part]) -> bytes:
+    """The bulk strings of a command, without the number of them before it."""
+    out = []
     for part in parts:
-        if isinstance(part, int):
-            part = b'%d' % part
-        elif isinstance(part, str):
+        if isinstance(part, str):
             part = part.encode()
+        elif isinstance(part, int):
+            part = b'%d' % part
         out.append(b'$%d\r\n%b\r\n' % (len(part), part))
     return b''.join(out)
 
@@ -82,11 +87,11 @@ class Reader:
     """Takes bytes as they arrive and gives whole replies: int, bytes, None, list, RedisError."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer = b''
         self._at = 0
 
     def feed(self, data: bytes) -> None:
-        self._buffer += data
+        self._buffer = self._buffer + data if self._buffer else data  # mostly whole replies come, and none is left
 
     def next(self) -> Any:
         """The next whole reply, or `_MORE`."""
@@ -95,11 +100,9 @@ class Reader:
         if reply is _MORE:
             self._at = start
         elif self._at == len(self._buffer):
-            self._buffer.clear()
-            self._at = 0
+            self._buffer, self._at = b'', 0
         elif self._at > 1 << 16:
-            del self._buffer[: self._at]
-            self._at = 0
+            self._buffer, self._at = self._buffer[self._at :], 0
         return reply
 
     def _read(self) -> Any:
@@ -107,14 +110,15 @@ class Reader:
         end = buffer.find(b'\r\n', at)
         if end < 0:
             return _MORE
-        kind, line = buffer[at], bytes(buffer[at + 1 : end])
+        kind, line = buffer[at], buffer[at + 1 : end]
         self._at = end + 2
         if kind == 0x2B:  # +
             return line
         if kind == 0x2D:  # -
             return RedisError(line.decode('utf-8', 'replace'))
-        if kind not in b'$*:' or not _INTEGER.fullmatch(line):
-            raise gone(f'spoke something else than its protocol ({bytes(buffer[at : at + 40])!r})')
+        is_number = (line.isdigit() and len(line) < 20) or _INTEGER.fullmatch(line)
+        if kind not in b'$*:' or not is_number:
+            raise gone(f'spoke something else than its protocol ({buffer[at : at + 40]!r})')
         if kind == 0x24:  # $
             return self._bulk(int(line))
         return int(line) if kind == 0x3A else self._array(int(line))
@@ -126,7 +130,7 @@ class Reader:
         if len(self._buffer) < end + 2:
             return _MORE
         self._at = end + 2
-        return bytes(self._buffer[start:end])
+        return self._buffer[start:end]
 
     def _array(self, length: int) -> Any:
         if length < 0:
@@ -291,6 +295,14 @@ class Link:
         request.sent_at = time.monotonic()
         self._pending.append(request)
         self._unsent.append(request.data)
+
+    def refuse_unsent(self, error: TownError) -> None:
+        """Takes back what was queued since the last `flush`, and gives the error to those who wait for it."""
+        count = len(self._unsent)
+        self._unsent.clear()
+        refused = [self._pending.pop() for _ in range(count)]
+        for request in reversed(refused):
+            request.done(error)
 
     def flush(self) -> None:
         """Sends what was queued, in one write."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import clis, redis_server, reports
+from . import agent_tokens, clis, redact, redis_server, reports
 from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import Cli
@@ -32,7 +32,7 @@ from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .job import Job, Log
 from .model import rfc3339
 from .processes import MARK, become_subreaper, identify, python, python_path, reap_orphans, stop_tree, tree
-from .store import Command, Store, text
+from .store import NO_RUN, Command, Store, text
 from .town import Town
 
 BEAT_SECS: Final = 5.0  # at most; and three fit into a lease
@@ -82,10 +82,19 @@ class Worker:
     def run(self) -> int:
         """Works until it is told to stop, is fenced, or has done its rounds. The exit status of the process."""
         try:
+            return self._work()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # it ends anyway; a late one would look like a violent death
+
+    def _work(self) -> int:
+        try:
             while True:
                 if self._terminated:
                     raise Terminated
-                found = self._ask(self.town.store.pickup(self.id, self.instance, MOST_MESSAGES, self._deliveries))
+                found = self._ask(
+                    self.town.store.pickup(self.id, self.instance, MOST_MESSAGES, self._deliveries, self.log.offset)
+                )
                 if found[0] == b'work':
                     self._round(found[1], found[2], json.loads(found[3]))
                 elif found[1] == b'Draining':
@@ -194,6 +203,7 @@ class Worker:
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
+        self.log.secrets = redact.known(self.town.root, self.town.config, os.environ)  # those of today
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
@@ -217,7 +227,8 @@ class Worker:
         if not well and messages:
             self.note(f'exit status {job.status}: {len(messages)} messages stay for another round')
         acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if well else []
-        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged))
+        run = (work.id, work.attempt, self.log.offset) if work else NO_RUN
+        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged, run))
 
     def _is_over(self, job: Job, held: tuple[str, ...]) -> bool:
         """Whether a run is to be ended, asked at every heartbeat of it."""
@@ -312,7 +323,9 @@ def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = 
     """A worker in this process, started. Raises TownError."""
     become_subreaper()
     os.environ[MARK] = instance
-    log = Log(worker_log(town.root, name), town.config.retention.log_bytes, echo)
+    agent_tokens.issue(town.root, agent_id, instance)
+    secrets = redact.known(town.root, town.config, os.environ)
+    log = Log(worker_log(town.root, name), town.config.retention.log_bytes, secrets, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()
     return worker

@@ -1,0 +1,251 @@
+"""What a townhall process is made of: listening sockets, the server, REST, the caretaker; and how it is reloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from . import config as configuration
+from . import redis_server
+from .access import Access, Verifier, check_start
+from .caretaker import Caretaker
+from .config import Config, Limits
+from .errors import TownError, UsageError
+from .feed import Feed
+from .http1 import Request, Response
+from .listen import UNIX, host_of, open_sockets, url_of
+from .local import note_townhall
+from .metrics import Meter
+from .operations import TABLE
+from .prefork import Prefork
+from .rest import Guarded, Rest
+from .stream import Answer
+from .town import Town
+from .web import Encrypt, Server
+
+if TYPE_CHECKING:
+    from .mcp import Mcp
+
+# What a running townhall can't change: it would need another socket, another Redis, or other processes.
+_FIXED: Final = ('name', 'redis.url', 'redis.appendfsync', 'retention.events', 'townhall.bind', 'townhall.rest_port',
+                 'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled', 'townhall.mcp_port',
+                 'townhall.mcp.tools', 'townhall.mcp.read_only', 'townhall.audit.path',
+                 'townhall.audit.max_bytes')  # fmt: skip
+
+# What `mcp_http` serves, by method and path.
+MCP_ROUTES_WITHOUT_SESSIONS: Final = (('POST', '/mcp'), ('GET', '/mcp'), ('DELETE', '/mcp'))
+MCP_ROUTES: Final = (*MCP_ROUTES_WITHOUT_SESSIONS, ('GET', '/sse'), ('POST', '/messages'))
+
+
+class Hall:
+    """A townhall, in one process or several. `flags` are settings, by path, that the command line gave."""
+
+    def __init__(self, town: Town, flags: Mapping[str, Any], mode: str = 'rest') -> None:
+        """Opens its sockets. Raises UsageError when it can't listen."""
+        self.town = town
+        self._flags = dict(flags)
+        self._mode = mode
+        settings = town.config.townhall
+        self._verifier, self._encrypt = _verifier(town.config, ask=True), _encryption(town.config, town.root)
+        self._access = Access(town, self._verifier)
+        self._listeners = open_sockets(settings.bind, self._port(), settings.workers)
+        self._host = host_of(self._listeners[0])
+        for warning in check_start(town.config, self._host):
+            _say(warning)
+        self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
+        self._note: Path | None = None
+        self._feed = Feed(town.store)
+        if settings.mcp.tools or mode != 'rest':
+            _ = self.mcp  # made now: a tool that is none is told at the start
+        self._durability = durability(town)
+        self._meter = Meter(len(self._listeners))
+        town.store.close()  # it is opened anew by each thread and process that needs it
+
+    def run(self) -> int:
+        """Serves until a signal ends it. The exit status."""
+        try:
+            if len(self._listeners) == 1:
+                return self._serve(0)
+            return Prefork(len(self._listeners), self._serve, self._take_up, self._open).run()
+        finally:
+            if self._note:
+                self._note.unlink(missing_ok=True)
+            if self._url.startswith(UNIX):
+                Path(self._url.removeprefix(UNIX)).unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        """Tells that it is open: signals are heeded, and clients are served or wait in the backlog."""
+        self._note = note_townhall(self.town.root, self._url)
+        _say(f'{self.town.name} is open on {self._url}\ntownhall: {self._hint()}')
+
+    def _serve(self, number: int, lifeline: int = -1) -> int:
+        """Serves in this process. The first of several has the caretaker."""
+        town = self.town
+        table = TABLE if self._mode == 'rest' else ()
+        rest = Rest(town, self._access, self._durability, self._meter, self._feed, table)
+        self._meter.begin(number)
+        for method, path in MCP_ROUTES if len(self._listeners) == 1 else MCP_ROUTES_WITHOUT_SESSIONS:
+            rest.add(method, path, Guarded('mcp', self._answer_mcp))
+        if table:
+            rest.add('GET', '/', Guarded('dashboard', _dashboard, lambda: True))
+        caretaker = Caretaker(town)
+
+        def reload() -> None:
+            if self._take_up(tell=lifeline < 0):
+                rest.town = caretaker.town = self.town
+                self._access.apply(self.town, self._verifier)
+                server.apply(self._share(), self._encrypt)
+
+        server = Server(
+            self._listener(number), rest, town.store, self._share(), self._encrypt, reload, lifeline,
+            prepare=lambda: redis_server.ensure(town.root, town.config), meter=self._meter,
+            before_flush=self._access.audit.flush,
+        )  # fmt: skip
+        rest.probes.is_draining = lambda: server.draining
+        if lifeline < 0:
+            self._open()
+        self._feed.call_soon = server.call_soon
+        if number == 0 and not town.config.townhall.read_only:
+            caretaker.start()
+        try:
+            with self._access.audit.gathering():
+                server.serve()
+        finally:
+            caretaker.close()
+        return 0
+
+    # What many townhalls never serve is imported when it is asked for.
+
+    @cached_property
+    def mcp(self) -> Mcp:
+        """The MCP front end. Raises UsageError for a tool in the settings that is none."""
+        from .mcp import Mcp
+        from .mcp_catalogue import Catalogue
+
+        settings = self.town.config.townhall.mcp
+        return Mcp(Catalogue(lambda: self.town, self._feed, settings.tools, settings.read_only))
+
+    @cached_property
+    def _mcp_handlers(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
+        from .mcp_http import McpHttp
+
+        served = McpHttp(self.mcp, self._access, keeps_sessions=len(self._listeners) == 1)
+        return {(method, path): handle for method, path, handle in served.routes()}
+
+    def _answer_mcp(self, request: Request) -> Answer:
+        return self._mcp_handlers['GET' if request.method == 'HEAD' else request.method, request.path](request)
+
+    def _hint(self) -> str:
+        return f'try  {_example(self._url)}' if self._mode == 'rest' else f'MCP clients take  {self._url}/mcp'
+
+    def _port(self) -> int:
+        settings = self.town.config.townhall
+        if self._mode == 'rest':
+            return settings.rest_port
+        return settings.rest_port + 1 if settings.mcp_port < 0 else settings.mcp_port
+
+    def _listener(self, number: int) -> socket.socket:
+        """The socket of one process; the others' are closed in it."""
+        for each in self._listeners[:number] + self._listeners[number + 1 :]:
+            each.close()
+        return self._listeners[number]
+
+    def _share(self) -> configuration.Townhall:
+        """The settings of one process: of what is limited, its share."""
+        settings = self.town.config.townhall
+        count = settings.workers
+        limits: Limits = dataclasses.replace(
+            settings.limits,
+            connections=-(-settings.limits.connections // count),
+            streams=-(-settings.limits.streams // count),
+        )
+        return dataclasses.replace(settings, limits=limits)
+
+    def _take_up(self, tell: bool = True) -> bool:
+        """Loads the configuration again. One that is wrong changes nothing, and is told."""
+        say = _say if tell else lambda _what: None  # of several processes the parent tells
+        try:
+            config = configuration.load(self.town.root, self._flags)
+            check_start(config, self._host)
+            same = config.townhall.auth == self.town.config.townhall.auth  # then the keys that it knows stay
+            verifier = self._verifier if same else _verifier(config)
+            encrypt = _encryption(config, self.town.root)
+        except UsageError as e:
+            say(f'the configuration is not taken up, the old one stays in force: {e}')
+            return False
+        late = [path for path in _FIXED if configuration.get(config, path) != configuration.get(self.town.config, path)]
+        self.town = dataclasses.replace(self.town, config=self._with_fixed(config))
+        self._verifier, self._encrypt = verifier, encrypt
+        needs = f'; {", ".join(late)} must wait for a restart' if late else ''
+        say(f'the configuration was taken up again{needs}')
+        return True
+
+    def _with_fixed(self, config: Config) -> Config:
+        """A configuration with the old values of what can't be changed."""
+        sources = {path: self.town.config if path in _FIXED else config for path in configuration.settings()}
+        values = {path: configuration.get(source, path) for path, source in sources.items()}
+        return configuration.from_values(values, self.town.root)
+
+
+def _verifier(config: Config, ask: bool = False) -> Verifier | None:
+    """Whoever can say whose a token is, in mode oidc. To `ask` its issuer now takes seconds if that is away."""
+    if config.townhall.auth.mode != 'oidc':
+        return None
+    from . import oidc
+
+    made = oidc.Verifier(config.townhall.auth)
+    if ask and (warning := made.check()):
+        _say(warning)
+    return made
+
+
+def _encryption(config: Config, root: Path) -> Encrypt | None:
+    """What makes a connection one of TLS, if that is configured."""
+    if not config.townhall.tls.enabled:
+        if config.townhall.mtls.enabled:
+            raise UsageError(
+                'townhall.mtls is set, but townhall.tls is not; set cert_path and key_path below [townhall.tls]'
+            )
+        return None
+    from .tls import TlsSocket, server_context  # late: ssl costs time and memory
+
+    context = server_context(config.townhall.tls, config.townhall.mtls, root)
+    return lambda sock: TlsSocket(sock, context)
+
+
+def _dashboard(request: Request) -> Response:
+    from . import dashboard
+
+    return dashboard.answer(request)
+
+
+def _example(url: str) -> str:
+    if url.startswith(UNIX):
+        return f'curl -s --unix-socket {url.removeprefix(UNIX)} http://localhost/v1/status'
+    return f'curl -s {url}/v1/status'
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f'townhall: {what}\n')  # at once: a reader may go after one line
+    sys.stderr.flush()
+
+
+def durability(town: Town) -> str:
+    """How safe an acknowledged write is: always, everysec, or none (no append-only file, or an evicting policy)."""
+    try:
+        store = town.store
+        persistence = store.call(store.info('persistence')).decode()
+        memory = store.call(store.info('memory')).decode()
+        safe = 'aof_enabled:1' in persistence and 'maxmemory_policy:noeviction' in memory
+        found = store.call(store.setting('appendfsync'))[1].decode() if safe else 'none'
+    except TownError:
+        found = 'unknown'  # we may not be allowed to ask
+    if found in ('none', 'no'):
+        _say('this Redis may lose acknowledged changes; turn on appendonly and noeviction')
+        return 'none'
+    return str(found)

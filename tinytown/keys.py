@@ -1,0 +1,208 @@
+"""`tt generate-api-key` and `tt key`: API keys in the configuration of a town. A townhall that runs takes them up."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from . import config as configuration
+from . import keytable
+from .errors import TownError, UsageError
+from .local import Add, say
+from .model import ADMIN, READ
+from .redis_server import private_directory
+from .tomledit import change
+from .usage import acts_here, town_root
+
+if TYPE_CHECKING:
+    from .auth import ApiKey
+
+_MODE: Final = 'townhall.auth.mode'
+_UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
+
+
+def add_key_commands(add: Add) -> None:
+    """Adds what makes and manages keys to a command line."""
+    for words, summary in (
+        ('generate-api-key', 'Make an API key that may do everything; it is shown once'),
+        ('auth gen-key', 'The same as generate-api-key'),
+    ):
+        add('access', words, summary, _generate).add_argument('--write', action='store_true', help=_WRITE)
+    create = add('access', 'key create', 'Make an API key; it is shown once', _create)
+    create.add_argument('--scopes', metavar='LIST', default=READ, help='what it may do, as town.read,town.write')
+    create.add_argument('--expires', metavar='WHEN', help='90d, 12h, or a time as 2027-01-31T12:00:00Z')
+    create.add_argument('--note', metavar='TEXT', help='what it is for')
+    create.add_argument('--write', action='store_true', help=_WRITE)
+    add('access', 'key list', 'List the keys of this town', _list)
+    for word, summary, run in (
+        ('rotate', 'Replace a key by a new one of the same id; the old one ends at once', _rotate),
+        ('revoke', 'Remove a key; it ends at once', _revoke),
+    ):
+        add('access', f'key {word}', summary, run).add_argument('id', metavar='ID', help='see tt key list')
+
+
+_WRITE: Final = 'write it into tinytown.toml, and turn keys on'
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    return _make(arguments, {'scopes': [ADMIN]})
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    entry: dict[str, Any] = {'scopes': [part.strip() for part in arguments.scopes.split(',')]}
+    if wrong := keytable.scopes_violation(entry['scopes']):
+        raise UsageError(f'--scopes {arguments.scopes}: {wrong}, with commas between')
+    if arguments.expires is not None:
+        entry['expires'] = _expiry(arguments.expires)
+    if arguments.note is not None:
+        entry['note'] = arguments.note
+    return _make(arguments, entry)
+
+
+def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
+    """Makes a key and shows it, and writes it down if that is asked for."""
+    acts_here(arguments)
+    made = _new_key()
+    entry = {'id': made.id, 'hash': made.hash} | entry
+    if not arguments.write:
+        paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
+        return _show(arguments, made, '\n'.join([*paste, keytable.written(entry).rstrip()]))
+    file = town_root(arguments) / configuration.FILE
+    with _changing(file) as draft:
+        draft.entries.append(entry)
+        draft.text = keytable.added(draft.text, entry)
+        draft.turn_on()
+    return _show(arguments, made, f'Written to {file}, mode 0600.{draft.advice}')
+
+
+def _new_key(key_id: str = '') -> ApiKey:
+    from .auth import generate_key  # late: other commands need none of it
+
+    return generate_key(key_id)
+
+
+def _show(arguments: argparse.Namespace, made: ApiKey, more: str) -> int:
+    lines = [f'id    {made.id}', f'key   {made.key}', f'hash  {made.hash}', '', more, '', 'The key is shown this once.']
+    return say(arguments, {'id': made.id, 'key': made.key, 'hash': made.hash}, '\n'.join(lines))
+
+
+def _expiry(given: str) -> str:
+    """A time as the file holds it. Raises UsageError for none, and for one that is over."""
+    if match := re.fullmatch(r'([1-9][0-9]{0,4})([mhdw])', given):
+        ends = datetime.now(UTC) + timedelta(**{_UNITS[match[2]]: int(match[1])})
+        return ends.strftime('%Y-%m-%dT%H:%M:%SZ')
+    moment = keytable.expiry({'expires': given})
+    if moment is None:
+        raise UsageError(f'--expires {given}: give 90d, 12h, or a time as 2027-01-31T12:00:00Z')
+    if moment <= time.time():
+        raise UsageError(f'--expires {given}: that time is over')
+    return given
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    auth = configuration.load(town_root(arguments)).townhall.auth
+    keys = [{name: value for name, value in key.items() if name != 'hash'} for key in auth.keys]
+    lines = [_line(key) for key in keys]
+    if auth.api_key_hash:
+        lines.append(f'{"-":8}  {",".join(auth.api_key_scopes)}  (townhall.auth.api_key_hash)')
+    if auth.mode != 'api_key':
+        lines.append(f'{_MODE} is "{auth.mode}", so no key is asked for.')
+    answer = {'mode': auth.mode, 'keys': keys, 'api_key_hash': bool(auth.api_key_hash)}
+    return say(arguments, answer, '\n'.join(lines) or 'There is no key. Make one:  tt key create --write')
+
+
+def _line(key: dict[str, Any]) -> str:
+    parts = [key['id'], ','.join(key['scopes'])]
+    if 'expires' in key:
+        over = (keytable.expiry(key) or 0) <= time.time()
+        parts.append(f'{"expired" if over else "until"} {key["expires"]}')
+    return '  '.join([*parts, key.get('note', '')]).rstrip()
+
+
+def _rotate(arguments: argparse.Namespace) -> int:
+    file = town_root(arguments) / configuration.FILE
+    made = _new_key(_known(file, arguments.id))
+    with _changing(file) as draft:
+        draft.text = keytable.rekeyed(draft.text, made.id, made.hash)
+        draft.entries = [key | {'hash': made.hash} if key['id'] == made.id else key for key in draft.entries]
+    return _show(arguments, made, f'Written to {file}. The old key of this id is not taken any more.')
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    file = town_root(arguments) / configuration.FILE
+    key_id = _known(file, arguments.id)
+    with _changing(file) as draft:
+        draft.text = keytable.removed(draft.text, key_id)
+        draft.entries = [key for key in draft.entries if key['id'] != key_id]
+    return say(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')
+
+
+def _known(file: Path, key_id: str) -> str:
+    """The id of a key that this file has. Raises TownError."""
+    if key_id not in [key['id'] for key in configuration.read_settings(file).get(configuration.KEYS, [])]:
+        raise TownError(f"There is no key '{key_id}' in {file}; see  tt key list")
+    return key_id
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class _Draft:
+    """A configuration file that is being changed: its text, and what it is to say then."""
+
+    def __init__(self, text: str, before: dict[str, Any]) -> None:
+        self.text = text
+        self.before = before
+        self.entries = list(before.get(configuration.KEYS, []))
+        self.mode: str | None = before.get(_MODE)
+        self.advice = ''
+
+    def turn_on(self) -> None:
+        """Has keys asked for, if nothing is."""
+        if self.mode in (None, 'none'):
+            self.mode = 'api_key'
+            self.text = change(self.text, ('townhall', 'auth', 'mode'), 'api_key')
+            self.advice = ' From its next start on, townhall asks every caller for a key.'
+
+    def is_right(self) -> bool:
+        """Whether the text says what it said before, but for the keys and the mode, and of these what it should."""
+        wanted = self.before | {configuration.KEYS: self.entries, _MODE: self.mode}
+        try:
+            found = configuration.parse(self.text.encode(), 'the draft')
+        except UsageError:
+            return False
+        return {configuration.KEYS: [], _MODE: None} | found == wanted
+
+
+@contextmanager
+def _changing(file: Path) -> Iterator[_Draft]:
+    """Changes a configuration file, alone, if the change says just what it should. Raises UsageError."""
+    with _lock(file.parent):
+        whole = file.read_bytes().decode()
+        text = whole.removeprefix('\ufeff')
+        draft = _Draft(text, configuration.read_settings(file))
+        yield draft
+        if not draft.is_right():
+            raise UsageError(
+                f'{file} is left as it is: its keys are not written as [[townhall.auth.keys]]; change it by hand'
+            )
+        configuration.write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """Lets one command at a time change the configuration."""
+    descriptor = os.open(private_directory(root), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""A terminal that shows the town as it is: what stands on it (pure), and how it is taken and given back."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from .render import Answer, cleaned, counted, cut, event_line, state
+
+_COLUMNS: Final = (('AGENT', 16), ('STATE', 8), ('CLI', 8), ('DONE', 5), ('INBOX', 6), ('BEAT', 5), ('NOW', 0))
+_ENTER: Final = '\x1b[?1049h\x1b[?25l'  # the alternate screen, without a cursor
+_LEAVE: Final = '\x1b[?25h\x1b[?1049l'
+
+
+def top(answer: Answer, now: float, columns: int, lines: int) -> list[str]:
+    """The lines of `tt top` for a deep status: the agents, and below them the latest events, cut to the terminal.
+
+    `now` is in seconds since the epoch, as the heartbeats are.
+    """
+    answer = cleaned(answer)
+    agents = [_agent(agent, now) for agent in answer['agents']]
+    shown = [_summary(answer), '', _row([name for name, _ in _COLUMNS]), *(agents or ['No agents.'])]
+    if len(shown) > lines:
+        hidden = len(shown) - lines + 1
+        shown = [*shown[: lines - 1], f'… {counted(hidden, "more agent")}']
+    room = lines - len(shown) - 1
+    if room > 0:
+        shown += ['', *(event_line(event) for event in answer['recent_events'][:room])]
+    return [cut(line, columns) for line in shown]
+
+
+def _summary(answer: Answer) -> str:
+    working = sum(agent['state'] == 'Working' for agent in answer['agents'])
+    tasks = ', '.join(f'{count} {name}' for name, count in answer['tasks'].items() if count) or 'none'
+    return f'{answer["name"]}: {counted(answer["agent_count"], "agent")}, {working} working; tasks: {tasks}'
+
+
+def _agent(agent: Answer, now: float) -> str:
+    urgent = f'+{agent["urgent_len"]}' if agent['urgent_len'] else ''
+    return _row(
+        [
+            agent['name'],
+            state(agent['state']),
+            agent['cli'],
+            str(agent['tasks_completed']),
+            f'{agent["inbox_len"]}{urgent}',
+            _age(agent['last_heartbeat'], now),
+            agent['current_scope'] or '-',
+        ]
+    )
+
+
+def _age(at: str | None, now: float) -> str:
+    """How long ago something was, in seconds; after a while, in minutes or hours."""
+    if at is None:
+        return '-'
+    seconds = max(int(now - datetime.fromisoformat(at).timestamp()), 0)
+    return f'{seconds}s' if seconds < 100 else f'{seconds // 60}m' if seconds < 6000 else f'{seconds // 3600}h'
+
+
+def _row(cells: list[str]) -> str:
+    return '  '.join(
+        cut(cell, width, pad=True) if width else cell for cell, (_, width) in zip(cells, _COLUMNS, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- terminal
+
+
+class Screen:
+    """The terminal, taken as a whole. Its lines are replaced in place, so that nothing flickers."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+
+    @staticmethod
+    def size() -> tuple[int, int]:
+        """Columns and lines, as they are now; 80 and 24 of a terminal that does not know."""
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return size.columns or 80, size.lines or 24
+
+    def show(self, lines: list[str]) -> None:
+        """Shows these lines and nothing else."""
+        if lines == self._shown:
+            return
+        self._shown = lines
+        sys.stdout.write('\x1b[H' + '\x1b[K\n'.join(lines) + '\x1b[K\x1b[J')
+        sys.stdout.flush()
+
+    def redraw(self) -> None:
+        """Has the next lines be drawn even if they are the same: the terminal has another size."""
+        self._shown = []
+
+    def wait(self, pulse: int, seconds: float) -> bool:
+        """Waits until there is something to be read from `pulse`, a key is pressed, or for so long. False: to leave."""
+        inputs = [pulse, sys.stdin.fileno()] if sys.stdin.isatty() else [pulse]
+        ready, _, _ = select.select(inputs, [], [], seconds)
+        if pulse in ready:
+            with suppress(BlockingIOError):
+                os.read(pulse, 65536)
+        if sys.stdin.fileno() not in ready:
+            return True
+        keys = os.read(sys.stdin.fileno(), 64).lower()
+        return bool(keys) and b'q' not in keys
+
+
+@contextmanager
+def taken() -> Iterator[Screen]:
+    """Takes the terminal, and gives it back as it was, whatever happens: SIGTERM and SIGHUP too."""
+    screen = Screen()
+    resized = signal.signal(signal.SIGWINCH, lambda _number, _frame: screen.redraw())
+    ended = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    modes = _without_echo()
+    sys.stdout.write(_ENTER)
+    try:
+        yield screen
+    finally:
+        with suppress(OSError):
+            sys.stdout.write(_LEAVE)
+            sys.stdout.flush()
+        if modes:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        for number, handler in {signal.SIGWINCH: resized, **ended}.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _without_echo() -> list[Any] | None:
+    """Has keys be read as they are pressed, and not shown. The modes before that."""
+    if not sys.stdin.isatty():
+        return None
+    before = termios.tcgetattr(sys.stdin)
+    modes = termios.tcgetattr(sys.stdin)
+    modes[3] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+    return before
