@@ -32,7 +32,8 @@ def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
     """Runs many commands with one write, so that several fall into one millisecond. Their results."""
     wire = Wire(place.store.address, timeout=20)
     try:
-        wire.sock.sendall(b''.join(command.pack(place.store, whole=True) for command in commands))
+        sent = {command.script: command for command in reversed(commands)}  # the first of each brings the script
+        wire.sock.sendall(b''.join(each.pack(place.store, whole=sent[each.script] is each) for each in commands))
         replies: list[Any] = []
         while len(replies) < len(commands):
             if (reply := wire.reader.next()) is _MORE:
@@ -114,6 +115,10 @@ class Puppet:
         """Its record says that its worker is that process."""
         fields = ('host', process.host, 'boot', process.boot, 'pid', process.pid, 'start', process.start)
         redis(self.place, 'HSET', self.place.store.prefix + f'agent:{self.id}'.encode(), *fields)
+
+    def is_started_by(self, process: Identity) -> None:
+        """Its record says that this process is starting its worker."""
+        redis(self.place, 'HSET', self.place.store.prefix + f'agent:{self.id}'.encode(), 'starter', process.line)
 
     def messages(self) -> list[str]:
         """What the messages of its next round say."""
@@ -211,8 +216,8 @@ def _check_task_indexes(state: dict[str, Any], tasks: dict[str, Any]) -> None:
     letters = {key[5:] for key in state if key.startswith('dead:')}
     assert set(state.get('dead', {})) == letters | {task_id for task_id, task in tasks.items() if task['dead'] == '1'}
     totals = state.get('totals', {})
-    given_up = {'failed': int(totals.get('dead', 0))}  # such a task is failed, and counted apart
-    assert all(int(totals.get(end, 0)) + given_up.get(end, 0) >= count for end, count in ended.items())
+    given_up = {'failed': int(totals.get('task.dead_lettered', 0))}  # such a task is failed, and counted apart
+    assert all(int(totals.get(f'task.{end}', 0)) + given_up.get(end, 0) >= count for end, count in ended.items())
 
 
 def _check_agent_indexes(state: dict[str, Any], agents: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from tinytown import config, redis_server
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.operations import BY_NAME, call, encode
 from tinytown.store import Store, text
+from tinytown.tomledit import to_toml
 from tinytown.town import Town, open_town
 
 REPOSITORY = Path(__file__).parents[1]
@@ -140,28 +141,11 @@ class Place:
         assert done.returncode == 0, done.stderr or done.stdout
 
 
-class Hall:
-    """A townhall process."""
+class Service:
+    """Something that serves HTTP at `address` and `port`."""
 
-    def __init__(self, root: Path, flags: Iterable[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        assert self.process.stderr is not None
-        said = b''
-        while not (found := re.search(rb'is open on http://([\d.]+|\[[\da-f:]+\]):(\d+)', said)):
-            line = self.process.stderr.readline()
-            assert line, f'townhall did not start: {said.decode()}'
-            said += line
-        self.address, self.port = found[1].decode().strip('[]'), int(found[2])
-        copy = 'import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, open(sys.argv[1], "wb", 0))'
-        self.log_file = root / f'hall-{self.process.pid}.log'
-        self._log = subprocess.Popen([sys.executable, '-c', copy, str(self.log_file)], stdin=self.process.stderr)
-        self.process.stderr.close()
+    address: str
+    port: int
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         """One request on a connection of its own. `body` is sent as JSON, bytes as they are."""
@@ -193,6 +177,31 @@ class Hall:
             if finish:
                 sock.shutdown(socket.SHUT_WR)
             return read_all(sock)
+
+
+class Hall(Service):
+    """A townhall process."""
+
+    def __init__(self, root: Path, flags: Iterable[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stderr is not None
+        said = b''
+        while not (found := re.search(rb'is open on https?://([\d.]+|\[[\da-f:]+\]):(\d+)', said)):
+            line = self.process.stderr.readline()
+            assert line, f'townhall did not start: {said.decode()}'
+            said += line
+        self.address, self.port = found[1].decode().strip('[]'), int(found[2])
+        copy = 'import os, sys\nwhile data := os.read(0, 65536): os.write(1, data)'
+        self.log_file = root / f'hall-{self.process.pid}.log'
+        with open(self.log_file, 'wb') as log:
+            self._log = subprocess.Popen([sys.executable, '-c', copy], stdin=self.process.stderr, stdout=log)
+        self.process.stderr.close()
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -228,9 +237,9 @@ def make_town(root: Path, **settings: Any) -> Place:
     for name, value in settings.items():
         if isinstance(value, dict):
             tables.append(f'[{name.replace("__", ".")}]')
-            tables += [f'{key} = {config.to_toml(each)}' for key, each in value.items()]
+            tables += [f'{key} = {to_toml(each)}' for key, each in value.items()]
         else:
-            lines = [line for line in lines if not line.startswith(f'{name} =')] + [f'{name} = {config.to_toml(value)}']
+            lines = [line for line in lines if not line.startswith(f'{name} =')] + [f'{name} = {to_toml(value)}']
     (root / config.FILE).write_text('\n'.join([*lines, *tables]) + '\n')
     return Place(root)
 

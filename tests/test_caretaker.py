@@ -127,6 +127,7 @@ def test_the_task_of_a_lost_holder_moves_after_the_lease_and_not_before(ground: 
     watch.passes(2)
     assert state(ground, task_id) == 'pending'
     last = history(ground, task_id)[-1]
+    assert last.pop('secs') >= 0  # that it was running
     assert last | {'at': ''} == {
         'type': 'task.requeued',
         'at': '',
@@ -304,6 +305,28 @@ def test_an_agent_that_never_came_up_is_freed_and_one_that_comes_late_is_refused
         late.hello()
     ground.do('agent.prune')
     assert state(ground, queued) == 'pending'
+
+
+def test_an_agent_whose_starter_died_before_its_worker_ran_is_given_up_at_once(ground: Place) -> None:
+    agent = enlist(ground, 'a', hello=False)
+    watch = Watch(ground)
+    watch.passes(5)
+    assert agent.show()['state'] == 'Starting'  # its starter, this process, is at it
+    agent.is_started_by(gone())
+    watch.passes(1)
+    assert agent.show()['state'] == 'Error'
+
+
+def test_a_worker_that_is_coming_up_is_waited_for_though_its_starter_died(ground: Place) -> None:
+    agent = enlist(ground, 'a', hello=False)
+    agent.is_started_by(gone())
+    with subprocess.Popen(['cat'], stdin=subprocess.PIPE, env={'TINYTOWN_INSTANCE': agent.instance}) as process:
+        watch = Watch(ground)
+        watch.passes(5)
+        assert agent.show()['state'] == 'Starting'
+        process.kill()
+    watch.passes(1)
+    assert agent.show()['state'] == 'Error'
 
 
 def test_a_draining_agent_is_left_to_whoever_stops_it_for_half_a_minute(ground: Place, a: Puppet) -> None:
@@ -685,10 +708,10 @@ def test_a_killed_workers_task_is_done_by_the_restarted_one_once_whoever_looks_o
         ('task.started', 2, 'w'),
         ('task.completed', 2, 'w'),
     ]
-    assert told[3] == {name: value for name, value in requeued.items() if name != 'id'}
+    assert told[3] == {name: value for name, value in requeued.items() if name != 'id'} | {'secs': told[3]['secs']}
     assert told[3]['why'] == 'its process died'
     why = place.tt('task', 'why', task_id).stdout
-    assert len(why.splitlines()) == 8  # with a heading
+    assert len(why.splitlines()) == 12  # a heading and seven changes; a blank line, a heading and two attempts
     for words in (r'task.requeued +w +1 +caretaker +its process died', r'task.completed +w +2 +w', told[3]['at']):
         assert re.search(words, why)
 

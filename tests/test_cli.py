@@ -175,6 +175,10 @@ def test_every_command_of_the_table_works_here_and_through_a_townhall(town: Town
     assert [each['name'] for each in town('list --open')['agents']] == ['a']
     assert town('status --deep')['tasks']['completed'] == 1
     assert town('town')['name'] == 'test'
+    [ended] = town(f'events --type task.completed --task {task}')['events']
+    assert ended['task_id'] == task
+    assert town('history --agent a -n 1')['events'][0]['agent_name'] == 'a'
+    assert ' is up ' in town('logs a -n 3')['text']
     town('close a')
     assert town('wait a') == {'agent': 'a', 'state': 'Stopped', 'done': True}
     assert town('recover')['recovered'] == 0

@@ -14,34 +14,18 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 
 from tinytown import http1
 from tinytown.http1 import Request, Response
+from tinytown.operations import TABLE
 
-from .support import PATIENCE, REPOSITORY, Hall, Place, Reply, environment, make_town, read_all, status_of
-
-T = TypeVar('T')
-
-HOST = b'Host: localhost\r\n'
-GET = b'GET /health HTTP/1.1\r\n' + HOST + b'\r\n'
-
-
-def post(body: bytes, *fields: bytes, path: bytes = b'/v1/backlog') -> bytes:
-    """A POST in bytes, with the framing that is right."""
-    head = [b'POST ' + path + b' HTTP/1.1', b'Host: localhost', b'Content-Type: application/json', *fields]
-    return b'\r\n'.join([*head, b'Content-Length: %d' % len(body), b'', body])
-
-
-def add(text: str, *fields: bytes) -> bytes:
-    """A request that adds a task to the backlog."""
-    return post(b'{"description":"%b"}' % text.encode(), *fields)
-
+from .raw import GET, HOST, add, answers, await_descriptors, backlog, connections, descriptors, post, read_answer, timed
+from .support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, shell_cli, status_of
 
 SMUGGLED = add('smuggled')
 
@@ -49,7 +33,9 @@ SMUGGLED = add('smuggled')
 @pytest.fixture(scope='module')
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """One town for all tests of this file that change nothing, or clean up."""
-    made = make_town(tmp_path_factory.mktemp('http'), agent_clis={'stubborn': 'sh -c \'trap "" TERM; sleep 60\''})
+    root = tmp_path_factory.mktemp('http')
+    stubborn = shell_cli(f'trap "" TERM; echo > {root}/is-stubborn; sleep 60')
+    made = make_town(root, agent_clis={'stubborn': stubborn})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HOME', str(made.root))
         yield made
@@ -77,58 +63,6 @@ def page(place: Place) -> bytes:
 
 
 PAGE = 3 * 65536
-
-
-def answers(raw: bytes, *, to_head: bool = False) -> list[Reply]:
-    """All answers in what a server sent, each of its exact length."""
-    found = []
-    while raw:
-        head, blank, raw = raw.partition(b'\r\n\r\n')
-        assert blank, head
-        lines = head.decode().split('\r\n')
-        assert re.fullmatch(r'HTTP/1\.1 [1-5]\d\d [A-Za-z -]+', lines[0])
-        fields = {name.lower(): value for name, value in (line.split(': ', 1) for line in lines[1:])}
-        length = 0 if to_head else int(fields.get('content-length', 0))
-        assert len(raw) >= length, 'the answer is cut off'
-        found.append(Reply(int(lines[0][9:12]), fields, raw[:length]))
-        raw = raw[length:]
-    return found
-
-
-def read_answer(sock: socket.socket) -> Reply:
-    """The next answer on a connection on which one is due."""
-    raw = b''
-    while b'\r\n\r\n' not in raw:
-        part = sock.recv(65536)
-        assert part, f'closed after {raw!r}'
-        raw += part
-    length = int((re.search(rb'Content-Length: (\d+)', raw) or [b'', b'0'])[1])
-    while len(raw) < raw.index(b'\r\n\r\n') + 4 + length:
-        raw += sock.recv(65536)
-    return answers(raw)[0]
-
-
-def backlog(hall: Hall) -> list[str]:
-    return [task['description'] for task in hall.get('/v1/backlog').json['backlog']]
-
-
-@contextmanager
-def connections(hall: Hall, count: int) -> Iterator[list[socket.socket]]:
-    """Many connections at once, closed afterwards."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(hall.connect()) for _ in range(count)]
-
-
-def descriptors(hall: Hall) -> int:
-    return len(os.listdir(f'/proc/{hall.process.pid}/fd'))
-
-
-def await_descriptors(hall: Hall, most: int) -> None:
-    """Waits until the server holds no more than so many, asking it something meanwhile."""
-    deadline = time.monotonic() + PATIENCE
-    while descriptors(hall) > most:
-        assert hall.get('/health').status in (200, 503)  # 503 while those who went still count
-        assert time.monotonic() < deadline, f'{descriptors(hall)} descriptors are open, not {most}'
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -256,6 +190,48 @@ def test_a_request_refused_by_its_head_is_answered_before_its_body_arrives(hall:
     assert (answer.status, answer.headers['connection']) == (404, 'close')
 
 
+def test_a_head_that_is_just_small_enough_is_taken(hall: Hall) -> None:
+    line = b'GET /health?%b HTTP/1.1' % (b'a' * 8170)
+    fields = [b'X-%d: a' % i for i in range(63)]
+    whole = b'\r\n'.join([b'GET /health HTTP/1.1', b'Host: localhost', b'X: %b' % (b'a' * 8189), b'Y: ', b''])
+    for request in (
+        line + b'\r\n' + HOST + b'\r\n',
+        b'\r\n'.join([b'GET /health HTTP/1.1', b'Host: localhost', *fields, b'', b'']),
+        whole.replace(b'Y: ', b'Y: ' + b'a' * (16384 + 2 - len(whole))) + b'\r\n',
+    ):
+        assert status_of(hall.talk(request)) == 200
+
+
+ROUTES = [(op.method, op.path) for op in TABLE] + [('GET', path) for path in ('/health', '/ready', '/metrics')]
+WRONG_ON_EVERY_ROUTE = {
+    (400, b'Transfer-Encoding: chunked\r\nContent-Length: 0'),
+    (411, b'Transfer-Encoding: chunked'),
+    (501, b'Transfer-Encoding: gzip'),
+    (400, b'Content-Length: +0'),
+    (400, b'Content-Length: 0\r\nContent-Length: 0'),
+    (413, b'Content-Length: 1048577'),
+    (400, b'Host: localhost'),
+    (400, b'X : a'),
+    (403, b'Origin: http://evil.example'),
+    (417, b'Expect: a-pony'),
+}
+
+
+@pytest.mark.parametrize(('method', 'path'), ROUTES)
+def test_every_route_is_as_strict(hall: Hall, place: Place, method: str, path: str) -> None:
+    line = f'{method} {re.sub("{.*?}", "x", path)} HTTP/1.1\r\n'.encode()
+    before = place.store.call(place.store.last_event())
+    for status, fields in WRONG_ON_EVERY_ROUTE:
+        found = answers(hall.talk(line + HOST + fields + b'\r\n\r\n'))
+        assert [answer.status for answer in found] == [status], fields
+    assert status_of(hall.talk(line + b'Host: evil.example\r\n\r\n')) == 421
+    assert status_of(hall.talk(line + b'\r\n')) == 400
+    if method == 'POST':
+        typed = b'Content-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}'
+        assert status_of(hall.talk(line + HOST + typed)) == 415
+    assert place.store.call(place.store.last_event()) == before
+
+
 def test_a_bad_line_is_answered_before_the_head_is_complete(hall: Hall) -> None:
     assert status_of(hall.talk(b'GET /health HTTP/1.1\r\nHost: localhost\nX', finish=False)) == 400
 
@@ -357,6 +333,8 @@ def test_http_1_0_is_closed_after_one_answer_unless_it_asks_to_be_kept(hall: Hal
         for _ in range(2):
             sock.sendall(b'GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n')
             assert read_answer(sock).headers['connection'] == 'keep-alive'
+        sock.sendall(b'GET /health HTTP/1.0\r\nConnection: keep-alive, close\r\n\r\n' + GET)
+        assert len(answers(read_all(sock))) == 1
 
 
 def test_a_client_that_has_finished_sending_gets_all_its_answers(hall: Hall, place: Place) -> None:
@@ -375,8 +353,9 @@ def test_head_is_get_without_a_body(hall: Hall) -> None:
     assert second.status == 200
     [missing] = answers(hall.talk(b'HEAD /nowhere HTTP/1.1\r\n' + HOST + b'\r\n'), to_head=True)
     assert missing.status == 404
-    refused = hall.talk(b'HEAD /health HTTP/1.1\r\n' + HOST + b'Content-Length: x\r\n\r\n')
-    assert answers(refused, to_head=True)[0].status == 400
+    for wrong in (b'Content-Length: x\r\n', b'nonsense\r\n', b'X: a\n'):
+        refused = hall.talk(b'HEAD /health HTTP/1.1\r\n' + HOST + wrong + b'\r\n')
+        assert [answer.status for answer in answers(refused, to_head=True)] == [400]
 
 
 @pytest.mark.parametrize(
@@ -449,12 +428,6 @@ def test_large_answers_reach_a_reader_that_is_slow(hall: Hall, page: bytes) -> N
 # ------------------------------------------------------------------------------------------------------- deadlines
 
 
-def timed(talk: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-    """What a call gives, and the seconds it takes."""
-    began = time.monotonic()
-    return talk(*arguments), time.monotonic() - began
-
-
 def drip(hall: Hall, start: bytes) -> bytes:
     """Sends `start`, then a byte now and then until something comes back."""
     with hall.connect() as sock:
@@ -513,9 +486,12 @@ def test_a_client_that_does_not_read_is_given_up(brief: Hall, page: bytes) -> No
 
 
 def test_an_operation_past_its_time_is_answered_503_with_its_outcome_unknown(brief: Hall, place: Place) -> None:
+    os.mkfifo(place.root / 'is-stubborn')
+    begun = os.open(place.root / 'is-stubborn', os.O_RDONLY | os.O_NONBLOCK)
     place.do('agent.spawn', name='stubborn', cli='stubborn')
     place.do('task.assign', agent='stubborn', task='hold on')
-    place.await_event('task.started', agent_name='stubborn')
+    assert select.select([begun], [], [], PATIENCE)[0]
+    os.close(begun)
     answer, took = timed(lambda: brief.post('/v1/agents/stubborn/kill'))
     assert (answer.status, answer.json['code'], answer.headers['connection']) == (503, 'timeout', 'close')
     assert int(answer.headers['retry-after']) >= 1
@@ -574,12 +550,13 @@ def test_idle_connections_cost_a_new_client_nothing_even_where_few_files_may_be_
 
 
 def test_a_server_out_of_descriptors_serves_who_is_in_and_recovers(place: Place) -> None:
-    starved = place.hall()
+    starved = place.hall('--read-only')  # without a caretaker, which opens one at a time of its own
     with starved.connect() as inside:
-        inside.sendall(GET)
+        inside.sendall(b'GET /v1/status HTTP/1.1\r\n' + HOST + b'\r\n')
         assert read_answer(inside).status == 200
         usual = descriptors(starved)
-        resource.prlimit(starved.process.pid, resource.RLIMIT_NOFILE, (usual + 5, usual + 5))
+        most = len(os.listdir(f'/proc/{starved.process.pid}/fd')) + 5
+        resource.prlimit(starved.process.pid, resource.RLIMIT_NOFILE, (most, most))
         with connections(starved, 20) as outside:
             for sock in outside:
                 sock.sendall(GET)
@@ -758,22 +735,26 @@ def test_a_machine_without_epoll_is_served_too(place: Place, page: bytes, tmp_pa
 BROKEN = """
 import sys
 from pathlib import Path
-from tinytown.http1 import Response
+from tinytown.stream import Slow
+from tinytown.http1 import Peer, Response
+from tinytown.listen import open_sockets
 from tinytown.town import open_town
 from tinytown.web import Server
 
 class Broken:
+    def meet(self, sock, address):
+        return Peer(address[0])
+    def refused(self, request, error):
+        pass
     def begin(self, request):
         if request.path == '/begin':
             raise ZeroDivisionError('secret')
-    def is_slow(self, request):
-        return request.path == '/slow'
     def handle(self, request):
         if request.path == '/handle':
             raise ZeroDivisionError('secret')
         if request.path == '/header':
             return Response(headers=(('X', 'a\\r\\nY: b'),))
-        return self.steps(request)
+        return Slow(self.steps(request)) if request.path == '/slow' else self.steps(request)
     def steps(self, request):
         if request.path != '/fine':
             yield store.ping()
@@ -782,7 +763,7 @@ class Broken:
 
 town = open_town(Path(sys.argv[1]))
 store = town.store
-server = Server(('127.0.0.1', 0), Broken(), store, town.config.townhall.limits)
+server = Server(open_sockets('127.0.0.1', 0)[0], Broken(), store, town.config.townhall)
 print(server.server_address[1], flush=True)
 server.serve()
 """

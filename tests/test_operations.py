@@ -195,6 +195,13 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     told = scene('task.history', task_id=task['task_id'])['history']
     assert [each['type'] for each in told] == ['task.created', 'task.assigned', 'task.started', 'task.completed']
     assert [each.get('by') for each in told] == ['operator', 'operator', 'backend', 'backend']
+    page = scene('events.list', task=task['task_id'], limit=2)
+    assert [each['type'] for each in page['events']] == ['task.created', 'task.assigned']
+    assert (page['next_after'], page['more']) == (page['events'][-1]['id'], True)
+    assert scene('events.latest', agent='backend', limit=1)['events'][0]['type'] == 'task.completed'
+    log = scene('agent.logs', agent='backend')
+    assert (log['agent'], log['offset'], log['next_offset']) == ('backend', 0, log['size'])
+    assert 'demo: done: hello' in log['text']
     puppet = enlist(place, 'puppet')
     held_by_puppet = scene('task.assign', agent='puppet', task='hold')['task_id']
     assert puppet.take() == (held_by_puppet, 1)
@@ -946,6 +953,19 @@ def test_items_that_vanish_between_pages_hide_no_others(ground: Place, which: st
     assert len(found) == len(set(found))
     assert set(found) == made
     assert vanished < made
+
+
+def test_an_inbox_goes_on_behind_a_lane_that_was_emptied_meanwhile(ground: Place) -> None:
+    enlist(ground, 'a')
+    for i in range(2):
+        ground.do('message.send', to='a', message=f'urgent {i}', urgent=True)
+    ground.do('message.send', to='a', message='calm')
+    task = ground.do('task.assign', agent='a', task='work')['task_id']
+    first = ground.do('agent.inbox', agent='a', limit=1)
+    redis(ground, 'DEL', ground.store.prefix + f'inbox:{ground.do("agent.get", agent="a")["id"]}:u'.encode())
+    rest = ground.do('agent.inbox', agent='a', cursor=first['next_cursor'])
+    assert [message['summary'] for message in rest['messages']] == ['calm', 'work']
+    assert (rest['messages'][1]['id'], rest['total'], rest['urgent']) == (task, 2, 0)
 
 
 def test_tasks_of_an_agent_stay_listed_when_they_have_ended(ground: Place) -> None:

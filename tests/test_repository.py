@@ -100,13 +100,16 @@ def test_modules_import_only_from_lower_layers() -> None:
         name: level
         for level, names in enumerate(
             (
-                'errors model config',
-                'schema wire store processes redis_server clis',
-                'town messages tasks backlog deadletter reports agents recovery caretaker',
-                'auth operations',
-                'http1 router connection web rest client',
+                'errors model tomledit keytable config',
+                'schema wire store processes redis_server clis redact peer',
+                'town messages tasks backlog deadletter reports agents agent_tokens recovery caretaker '
+                'feed timeline logs events census',
+                'shared ratelimit audit auth oidc operations',
+                'http1 router tls stream connection listen prefork web access event_stream log_stream metrics '
+                'openapi probes dashboard rest client '
+                'mcp_messages mcp mcp_content mcp_catalogue mcp_headers mcp_sessions mcp_http mcp_stdio',
                 'briefing job worker demo',
-                'usage render doctor local cli townhall',
+                'usage render doctor local keys screen watch cli hall townhall',
             )
         )
         for name in names.split()

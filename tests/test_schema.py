@@ -181,6 +181,24 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_wrong(name: str, valu
     assert complaint in found[f'/{name}']
 
 
+def test_a_whole_number_may_be_written_with_a_fraction_of_zero() -> None:
+    given = validate(PARAMETERS, {'agent': 'a', 'few': 3.0})
+    assert (given['few'], type(given['few'])) == (3, int)
+    for value in (1e300, float(2**53), 3.5):
+        assert list(places({'agent': 'a', 'few': value})) == ['/few']
+
+
+@pytest.mark.parametrize('name', ['text', 'nickname', 'tags'])
+def test_the_characters_that_are_taken_are_those_that_the_schema_allows(name: str) -> None:
+    published = Draft202012Validator(PARAMETERS[name].schema)
+    for number in (*range(0xD800), *range(0xE000, 0x10000), 0x1F600):
+        for text in (chr(number), f'a{chr(number)}b'):
+            value = [text] if name == 'tags' else text
+            errors: list[dict[str, str]] = []
+            PARAMETERS[name].check(value, '', errors)
+            assert published.is_valid(value) == (not errors), (text, errors)
+
+
 def test_an_item_of_a_list_is_named_by_its_index() -> None:
     assert list(places({'agent': 'a', 'tags': ['fine', 'a,b', 3, 'x\ny']})) == ['/tags/1', '/tags/2', '/tags/3']
 
@@ -226,6 +244,7 @@ def test_a_long_wrong_value_is_cut_in_the_message() -> None:
         ('open', '0', False),
         ('open', 'maybe', 'maybe'),
         ('tags', 'a,b', ['a', 'b']),
+        ('tags', '', []),
         ('agent', '12', '12'),
     ],
 )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pytest
 
 from tinytown import config, redis_server, store
 from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
-from tinytown.model import CONDUCTOR_ID, new_id
+from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
 from tinytown.store import Store, scripts, text
 from tinytown.town import Town, open_town
 from tinytown.wire import _MORE, Reader, RedisError, Wire, as_town_error, pack, parse_address
@@ -69,6 +70,24 @@ def test_no_script_writes_a_global() -> None:
         written = {name.strip() for each in assigned.findall(lines) for name in each.split(',')}
         assert written <= names, script.name
         assert not re.search(r'^\s*function ', lines, re.M), script.name
+
+
+def test_a_script_has_what_it_uses_of_the_prelude_before_its_first_use_and_nothing_else() -> None:
+    source = files('tinytown').joinpath('scripts.lua').read_text()
+    prelude = source.partition('-- @prelude\n')[2].partition('-- @script')[0]
+    names = set(re.findall(r'^local (?:function )?(\w+)', lua_sets() + prelude, re.M))
+    assert {'LIVE', 'P', 'NOW', 'refuse', 'iso', 'set_task', 'page'} <= names
+    for script in scripts().values():
+        lines = script.text.decode()
+        assert '--' not in lines
+        head = lines.partition('\nlocal function body()')[0]
+        declared = {found[1]: found.start(1) for found in re.finditer(r'^local (?:function )?(\w+)', head, re.M)}
+        mentioned: dict[str, list[int]] = {}
+        for found in re.finditer(r'\w+', lines):
+            if found[0] in names:
+                mentioned.setdefault(found[0], []).append(found.start())
+        assert {name: places[0] for name, places in mentioned.items()} == declared, script.name
+        assert all(len(places) > 1 for places in mentioned.values()), script.name
 
 
 def test_every_verb_of_the_store_names_a_script_and_every_script_has_a_verb() -> None:

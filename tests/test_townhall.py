@@ -99,8 +99,8 @@ def test_it_says_its_version_and_its_modes(directory: Path) -> None:
 @pytest.mark.parametrize(
     ('line', 'says'),
     [
-        ('mcp-stdio', 'the mode mcp-stdio is not there yet'),
-        ('mcp-http --port 1', 'the mode mcp-http is not there yet'),
+        ('mcp-stdio', 'not in a town.*tt init'),
+        ('mcp-http --port 1', 'not in a town.*tt init'),
         ('', 'not in a town.*tt init'),
         ('rest --town .', 'holds no town.*tt init --town'),
         ('dance', "invalid choice: 'dance'"),

@@ -67,7 +67,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = make_town(
         tmp_path_factory.mktemp('w'),
         max_agents=4,
-        agent={'lease_secs': 6, 'pass_env': ['PYTHONHOME']},
+        agent={'lease_secs': 6, 'pass_env': ['PYTHONHOME'], 'role_scopes': {'lead': ['agent.manage']}},
         retention={'log_bytes': 65536},
         agent_clis=CLIS,
     )
@@ -383,7 +383,7 @@ def test_what_a_run_leaves_behind_can_write_for_ever_and_delays_nobody(place: Pl
 
 
 def test_an_agent_that_an_agent_spawned_is_a_tree_of_its_own(place: Place) -> None:
-    parent = spawn(place)
+    parent = spawn(place, role_id='lead')
     task_id = give(place, 'tt spawn child --cli cat --parent w')
     assert place.await_end(task_id)['state'] == 'completed', place.log('w')
     place.await_end(give(place, 'true'))  # a round later

@@ -1,0 +1,259 @@
+"""A client of MCP for tests: over stdio as a process, over HTTP as bytes; what it hears is held against the schema."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mcp_types import methods
+from mcp_types.jsonrpc import jsonrpc_message_adapter
+
+from tinytown.mcp_messages import LEGACY, MODERN, PREFIX
+from tinytown.model import Json
+
+from .support import PATIENCE, REPOSITORY, Hall, Reply, environment
+
+META: Json = {f'{PREFIX}protocolVersion': MODERN, f'{PREFIX}clientCapabilities': {}}
+CLIENT: Json = {'name': 'tests', 'version': '1'}
+
+
+def validate(message: Json, method: str, revision: str) -> None:
+    """Holds a message to the JSON schema of a revision, as the models of `mcp-types` (generated from it) have it.
+
+    `method` is that of the request that a response answers.
+    """
+    if set(message) == {'jsonrpc', 'error'}:  # whose id could not be read: `mcp-types` wants one, the schema does not
+        message = message | {'id': 0}
+    jsonrpc_message_adapter.validate_python(message)
+    if 'result' in message:
+        methods.validate_server_result(method, revision, message['result'])
+    elif 'method' in message:
+        methods.parse_server_notification(message['method'], revision, message.get('params'))
+
+
+def with_meta(params: Json | None) -> Json:
+    params = dict(params or {})
+    return params | {'_meta': META | params.get('_meta', {})}
+
+
+class Stdio:
+    """A `townhall mcp-stdio` and its client. Every line that it writes must be a message of its revision."""
+
+    def __init__(self, root: Path, *flags: str, **more: str) -> None:
+        argv = [sys.executable, str(REPOSITORY / 'townhall.py'), 'mcp-stdio', '--town', str(root), *flags]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(argv, env=environment(**more), stdin=pipe, stdout=pipe, stderr=pipe)
+        self.told: list[Json] = []  # notifications that came while an answer was awaited
+        self.revision = LEGACY[0]
+        self._asked: dict[Any, tuple[str, str]] = {}
+        self._number = 0
+
+    def send(self, *messages: Any) -> None:
+        """Sends messages, bytes as they are."""
+        assert self.process.stdin
+        for message in messages:
+            for each in message if isinstance(message, list) else [message]:
+                if isinstance(each, dict) and 'id' in each:
+                    self._asked.setdefault(each['id'], (each.get('method', ''), self.revision))
+            data = message if isinstance(message, bytes) else json.dumps(message).encode()
+            self.process.stdin.write(data + b'\n')
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        """The next line."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, self.errors()
+        message = json.loads(line)
+        for each in message if isinstance(message, list) else [message]:
+            method, revision = self._asked.get(each.get('id'), ('', self._of(each)))
+            validate(each, method, revision)
+        return message
+
+    def _of(self, message: Json) -> str:
+        meta = message.get('params', {}).get('_meta', {})
+        return MODERN if f'{PREFIX}subscriptionId' in meta else self.revision
+
+    def start(self, method: str, params: Json | None = None, modern: bool = False) -> int:
+        """Asks, and does not wait. The id."""
+        self._number += 1
+        asked = with_meta(params) if modern else params or {}
+        self._asked[self._number] = (method, MODERN if modern else self.revision)
+        self.send({'jsonrpc': '2.0', 'id': self._number, 'method': method, 'params': asked})
+        return self._number
+
+    def answer_to(self, number: int) -> Json:
+        """The answer to what was asked; what comes before it goes to `told`."""
+        while True:
+            message: Json = self.hear()
+            if message.get('id') == number and 'method' not in message:
+                return message
+            self.told.append(message)
+
+    def ask(self, method: str, params: Json | None = None, modern: bool = False) -> Json:
+        return self.answer_to(self.start(method, params, modern))
+
+    def await_told(self, method: str, **params: Any) -> Json:
+        """The next notification of that method and parameters, of those that have come or will."""
+        while True:
+            for each in self.told:
+                if each.get('method') == method and params.items() <= each['params'].items():
+                    self.told.remove(each)
+                    return each
+            self.told.append(self.hear())
+
+    def greet(self, revision: str = LEGACY[0]) -> Json:
+        """The handshake of a legacy client."""
+        self.revision = revision
+        reply = self.ask('initialize', {'protocolVersion': revision, 'capabilities': {}, 'clientInfo': CLIENT})
+        self.send({'jsonrpc': '2.0', 'method': 'notifications/initialized'})
+        return reply
+
+    def call(self, tool: str, modern: bool = False, **arguments: Any) -> Json:
+        """The result of a tool."""
+        named = {name.rstrip('_'): value for name, value in arguments.items()}
+        reply = self.ask('tools/call', {'name': tool, 'arguments': named}, modern)
+        assert 'result' in reply, reply
+        result: Json = reply['result']
+        return result
+
+    def finish(self) -> tuple[int, bytes]:
+        """Ends its input. Its exit status, and what it still wrote."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        rest = self.process.stdout.read()
+        return self.process.wait(PATIENCE), rest
+
+    def errors(self) -> str:
+        """What it has said on stderr, ended."""
+        self.kill()
+        return self._errors.decode()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._errors = b''
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream
+            if stream is self.process.stderr and not stream.closed:
+                self._errors = stream.read()
+            stream.close()
+
+
+@contextmanager
+def stdio(root: Path, *flags: str, **more: str) -> Iterator[Stdio]:
+    client = Stdio(root, *flags, **more)
+    try:
+        yield client
+    finally:
+        client.kill()
+
+
+class Http:
+    """MCP over the HTTP of a townhall."""
+
+    def __init__(self, hall: Hall, revision: str = MODERN, **headers: str) -> None:
+        self.hall = hall
+        self.revision = revision
+        self.headers = {name.replace('_', '-'): value for name, value in headers.items()}
+
+    def head(self, method: str, params: Json) -> dict[str, str]:
+        """The headers of a request."""
+        found = {'Content-Type': 'application/json', 'Accept': 'application/json, text/event-stream'}
+        found |= {'MCP-Protocol-Version': self.revision} | self.headers
+        if self.revision == MODERN:
+            found['Mcp-Method'] = method
+            if name := params.get('name', params.get('uri')):
+                found['Mcp-Name'] = str(name)
+        return found
+
+    def post(self, method: str, params: Json | None = None, id: Any = 1, **headers: str) -> Reply:
+        """One request. Headers that are given as '' are left out."""
+        params = with_meta(params) if self.revision == MODERN else params or {}
+        changed = {name.replace('_', '-').lower(): value for name, value in headers.items()}
+        head = {n: v for n, v in self.head(method, params).items() if n.lower() not in changed}
+        head |= {name: value for name, value in changed.items() if value}
+        message = {'jsonrpc': '2.0', 'id': id, 'method': method, 'params': params}
+        reply = self.hall.request('POST', '/mcp', json.dumps(message).encode(), **head)
+        if reply.headers.get('content-type') == 'application/json':
+            validate(reply.json, method, self.revision)
+        return reply
+
+    def call(self, tool: str, **arguments: Any) -> Json:
+        """The result of a tool that is quick."""
+        reply = self.post('tools/call', {'name': tool, 'arguments': arguments})
+        assert reply.status == 200, reply
+        result: Json = reply.json['result']
+        return result
+
+    @contextmanager
+    def stream(self, method: str, params: Json | None = None, id: Any = 1) -> Iterator[Events]:
+        """A request whose answer is a stream."""
+        params = with_meta(params) if self.revision == MODERN else params or {}
+        message = {'jsonrpc': '2.0', 'id': id, 'method': method, 'params': params}
+        with events(self.hall, 'POST', '/mcp', self.head(method, params), json.dumps(message).encode()) as stream:
+            yield stream
+
+
+class Events:
+    """A stream of server-sent events."""
+
+    def __init__(self, response: http.client.HTTPResponse, sock: socket.socket) -> None:
+        self.response = response
+        self._sock = sock
+
+    def next(self) -> tuple[str, str] | None:
+        """The name and data of the next event; None at the end."""
+        name, data = 'message', []
+        while line := self.response.readline().decode().rstrip('\n'):
+            field, _, value = line.partition(': ')
+            if field == 'event':
+                name = value
+            elif field == 'data':
+                data.append(value)
+        return (name, '\n'.join(data)) if data else None
+
+    def message(self) -> Json:
+        """The next message."""
+        event = self.next()
+        assert event, 'the stream has ended'
+        assert event[0] == 'message'
+        found: Json = json.loads(event[1])
+        return found
+
+    def messages(self) -> list[Json]:
+        """All messages to the end."""
+        found = []
+        while event := self.next():
+            found.append(json.loads(event[1]))
+        return found
+
+
+@contextmanager
+def events(hall: Hall, method: str, path: str, head: dict[str, str], body: bytes | None = None) -> Iterator[Events]:
+    """An open stream; it is closed at the end."""
+    connection = http.client.HTTPConnection(hall.address, hall.port, timeout=PATIENCE)
+    try:
+        connection.request(method, path, body, head)
+        sock = connection.sock
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        assert response.headers['Content-Type'] == 'text/event-stream'
+        assert response.headers['X-Accel-Buffering'] == 'no'
+        yield Events(response, sock)
+    finally:
+        connection.close()
+
+
+def since(began: float) -> float:
+    """Seconds since a moment of the monotonic clock."""
+    return time.monotonic() - began

@@ -1,0 +1,525 @@
+"""The catalogue that the official conformance suite asks for by name, on the protocol code that Townhall ships.
+
+    python -m tests.mcp_fixture DIR [PORT]    serves it on /mcp, as `townhall mcp-http` would the town in DIR
+
+Everything that the product does not do is here: asking the client (sampling, elicitation, roots) in both generations,
+log messages, lists that change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tinytown.mcp import LEVELS, Ask, Manner, Mcp, Stop, Tell
+from tinytown.mcp_messages import INTERNAL, INVALID_PARAMS, MISSING_CAPABILITY, NO_RESOURCE, PREFIX, Fault
+from tinytown.model import Json, Principal
+from tinytown.store import Step
+
+PNG: Final = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=='
+WAV: Final = 'UklGRiQAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQAAAAA='
+PATIENCE: Final = 20.0
+
+Tool = Callable[['Fixture', Ask, Json], Json]
+_tools: dict[str, tuple[Tool, Manner, Json]] = {}
+
+
+def tool(manner: Manner = 'quick', **properties: Json) -> Callable[[Tool], Tool]:
+    """Lists a function as the tool of its name, after `test_`, with these arguments."""
+
+    def add(function: Tool) -> Tool:
+        schema = {'type': 'object', 'properties': properties, 'additionalProperties': False}
+        _tools[f'test_{function.__name__.rstrip("_")}'] = (function, manner, schema)
+        return function
+
+    return add
+
+
+def text(*lines: str) -> Json:
+    return {'content': [{'type': 'text', 'text': line} for line in lines]}
+
+
+def image() -> Json:
+    return {'type': 'image', 'data': PNG, 'mimeType': 'image/png'}
+
+
+def resource(uri: str, kind: str, said: str) -> Json:
+    return {'type': 'resource', 'resource': {'uri': uri, 'mimeType': kind, 'text': said}}
+
+
+def form(message: str, **properties: Json) -> Json:
+    """What asks a person to fill in a form."""
+    schema = {'type': 'object', 'properties': properties, 'required': list(properties)}
+    return {'method': 'elicitation/create', 'params': {'mode': 'form', 'message': message, 'requestedSchema': schema}}
+
+
+def sampling(prompt: str, most: int) -> Json:
+    message = {'role': 'user', 'content': {'type': 'text', 'text': prompt}}
+    return {'method': 'sampling/createMessage', 'params': {'messages': [message], 'maxTokens': most}}
+
+
+ROOTS: Final = {'method': 'roots/list', 'params': {}}
+NAME: Final = {'type': 'string'}
+
+
+# --------------------------------------------------------------------------------------------------- plain tools
+
+
+@tool()
+def simple_text(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return text('This is a simple text response for testing.')
+
+
+@tool()
+def image_content(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return {'content': [image()]}
+
+
+@tool()
+def audio_content(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return {'content': [{'type': 'audio', 'data': WAV, 'mimeType': 'audio/wav'}]}
+
+
+@tool()
+def embedded_resource(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return {'content': [resource('test://embedded-resource', 'text/plain', 'This is an embedded resource content.')]}
+
+
+@tool()
+def multiple_content_types(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    mixed = resource('test://mixed-content-resource', 'application/json', '{"test":"data","value":123}')
+    return {'content': [{'type': 'text', 'text': 'Multiple content types test:'}, image(), mixed]}
+
+
+@tool()
+def error_handling(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return text('This tool intentionally returns an error for testing') | {'isError': True}
+
+
+_SCHEMA: Final[Json] = {
+    'type': 'object',
+    'additionalProperties': False,
+    '$schema': 'https://json-schema.org/draft/2020-12/schema',
+    '$defs': {
+        'address': {
+            '$anchor': 'addressDef',
+            'type': 'object',
+            'properties': {'street': {'type': 'string'}, 'city': {'type': 'string'}},
+        }
+    },
+    'properties': {
+        'name': {'type': 'string'},
+        'address': {'$ref': '#/$defs/address'},
+        'contactMethod': {'type': 'string', 'enum': ['phone', 'email']},
+        'phone': {'type': 'string'},
+        'email': {'type': 'string'},
+    },
+    'allOf': [{'anyOf': [{'required': ['phone']}, {'required': ['email']}]}],
+    'if': {'properties': {'contactMethod': {'const': 'phone'}}, 'required': ['contactMethod']},
+    'then': {'required': ['phone']},
+    'else': {'required': ['email']},
+}
+
+
+def json_schema_2020_12_tool(_fixture: Fixture, _ask: Ask, arguments: Json) -> Json:
+    return text(json.dumps(arguments))
+
+
+_tools['json_schema_2020_12_tool'] = (json_schema_2020_12_tool, 'quick', _SCHEMA)
+
+
+@tool(region={'type': 'string', 'x-mcp-header': 'Region'}, count={'type': 'integer', 'x-mcp-header': 'Count'})
+def header_parameter(_fixture: Fixture, _ask: Ask, arguments: Json) -> Json:
+    return text(json.dumps(arguments))
+
+
+# ------------------------------------------------------------------------------------- tools that tell on the way
+
+
+@tool('stream')
+def tool_with_progress(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    for done in (0, 50, 100):
+        ask.progress(done, 100)
+    return text('Progress was reported')
+
+
+def _log(ask: Ask, *lines: str) -> None:
+    """Log messages; a modern client must have asked for them."""
+    if not ask.is_modern or ask.meta.get(f'{PREFIX}logLevel') in LEVELS:
+        for line in lines:
+            ask.tell('notifications/message', {'level': 'info', 'data': line})
+
+
+@tool('stream')
+def tool_with_logging(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    _log(ask, 'Tool execution started', 'Tool processing data', 'Tool execution completed')
+    return text('Three messages were logged')
+
+
+@tool('stream')
+def logging_tool(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    _log(ask, 'Logged')
+    return text('Logged, if that was asked for')
+
+
+@tool('stream')
+def reconnection(_fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    return text('There was no need to reconnect')
+
+
+@tool()
+def trigger_tool_change(fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    fixture.changed('tools')
+    return text('The tools have changed')
+
+
+@tool()
+def trigger_prompt_change(fixture: Fixture, _ask: Ask, _arguments: Json) -> Json:
+    fixture.changed('prompts')
+    return text('The prompts have changed')
+
+
+# -------------------------------------------------------------------- asking the client, as legacy servers may
+
+
+@tool('stream', prompt={'type': 'string'})
+def sampling_(fixture: Fixture, ask: Ask, arguments: Json) -> Json:
+    answer = fixture.demand(ask, sampling(arguments['prompt'], 100))
+    return text(f'LLM response: {answer["content"]["text"]}')
+
+
+@tool('stream', message={'type': 'string'})
+def elicitation(fixture: Fixture, ask: Ask, arguments: Json) -> Json:
+    wanted = form(
+        arguments['message'],
+        username={'type': 'string', 'description': "User's response"},
+        email={'type': 'string', 'description': "User's email address"},
+    )
+    answer = fixture.demand(ask, wanted)
+    return text(f'User response: action: {answer["action"]}, content: {json.dumps(answer.get("content"))}')
+
+
+def _elicit(fixture: Fixture, ask: Ask, **properties: Json) -> Json:
+    wanted = form('Please fill this in', **properties)
+    wanted['params']['requestedSchema']['required'] = []
+    answer = fixture.demand(ask, wanted)
+    return text(f'Elicitation completed: action={answer["action"]}, content={json.dumps(answer.get("content"))}')
+
+
+@tool('stream')
+def elicitation_sep1034_defaults(fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    return _elicit(
+        fixture,
+        ask,
+        name={'type': 'string', 'default': 'John Doe'},
+        age={'type': 'integer', 'default': 30},
+        score={'type': 'number', 'default': 95.5},
+        status={'type': 'string', 'enum': ['active', 'inactive', 'pending'], 'default': 'active'},
+        verified={'type': 'boolean', 'default': True},
+    )
+
+
+def _titled(*titles: str) -> list[Json]:
+    return [{'const': f'value{i}', 'title': title} for i, title in enumerate(titles, 1)]
+
+
+@tool('stream')
+def elicitation_sep1330_enums(fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    options, short = ['option1', 'option2', 'option3'], ['opt1', 'opt2', 'opt3']
+    names = ['Option One', 'Option Two', 'Option Three']
+    return _elicit(
+        fixture,
+        ask,
+        untitledSingle={'type': 'string', 'enum': options},
+        titledSingle={'type': 'string', 'oneOf': _titled('First Option', 'Second Option', 'Third Option')},
+        legacyEnum={'type': 'string', 'enum': short, 'enumNames': names},
+        untitledMulti={'type': 'array', 'items': {'type': 'string', 'enum': options}},
+        titledMulti={'type': 'array', 'items': {'anyOf': _titled('First Choice', 'Second Choice', 'Third Choice')}},
+    )
+
+
+# ----------------------------------------------------------------------- asking the client, as modern servers may
+
+
+def need(ask: Ask, state: str, **requests: Json) -> Json | None:
+    """What asks the client for input; None when all of it has come."""
+    given = ask.params.get('inputResponses', {})
+    if not isinstance(given, dict):
+        raise Fault(INVALID_PARAMS, 'inputResponses must be an object')
+    if all(isinstance(given.get(name), dict) for name in requests):
+        return None
+    signed = {'requestState': sign(ask, state)} if state else {}
+    return {'resultType': 'input_required', 'inputRequests': requests, **signed}
+
+
+_SECRET: Final = os.urandom(32)
+
+
+def sign(ask: Ask, state: str) -> str:
+    """A state that only comes back as it was given, to whom it was given, for the same request."""
+    bound = f'{ask.by.name} {ask.params.get("name")} {state}'
+    return f'{state}.{hmac.new(_SECRET, bound.encode(), hashlib.sha256).hexdigest()}'
+
+
+def state_of(ask: Ask) -> str:
+    """The state that came back, '' if none. Raises Fault for one that is not ours."""
+    given = ask.params.get('requestState')
+    if given is None:
+        return ''
+    state = str(given).partition('.')[0]
+    if not hmac.compare_digest(str(given), sign(ask, state)):
+        raise Fault(INVALID_PARAMS, 'requestState is not what was given')
+    return state
+
+
+WHO: Final = form('What is your name?', name=NAME)
+OK: Final = form('Please confirm', ok={'type': 'boolean'})
+
+
+@tool()
+def missing_capability(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    if 'sampling' not in ask.meta.get(f'{PREFIX}clientCapabilities', {}):
+        raise Fault(MISSING_CAPABILITY, 'this tool needs sampling', {'requiredCapabilities': {'sampling': {}}})
+    return text('The client can sample')
+
+
+@tool('stream')
+def streaming_elicitation(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    ask.progress(0, 1)
+    return need(ask, '', user_name=WHO) or text('Elicited')
+
+
+@tool()
+def input_required_result_elicitation(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    return need(ask, '', user_name=WHO) or text(f'Hello, {_answer(ask, "user_name")["content"]["name"]}!')
+
+
+@tool()
+def input_required_result_sampling(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    asked = need(ask, '', capital_question=sampling('What is the capital of France?', 100))
+    return asked or text(_answer(ask, 'capital_question')['content']['text'])
+
+
+@tool()
+def input_required_result_list_roots(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    return need(ask, '', client_roots=ROOTS) or text(json.dumps(_answer(ask, 'client_roots')['roots']))
+
+
+@tool()
+def input_required_result_request_state(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    return need(ask, 'waiting', confirm=OK) or text('state-ok' if state_of(ask) == 'waiting' else 'no state')
+
+
+@tool()
+def input_required_result_tampered_state(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    state_of(ask)
+    return need(ask, 'waiting', confirm=OK) or text('state-ok')
+
+
+@tool()
+def input_required_result_multiple_inputs(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    state_of(ask)
+    asked = need(ask, 'waiting', user_name=WHO, greeting=sampling('Generate a greeting', 50), client_roots=ROOTS)
+    return asked or text('All of it has come')
+
+
+@tool()
+def input_required_result_multi_round(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    state = state_of(ask)
+    if state == 'second':
+        return need(ask, 'second', step2=_COLOUR) or text('Both steps are done')
+    return need(ask, 'first', step1=_STEP1) or need(ask, 'second', step2=_COLOUR) or text('Both steps are done')
+
+
+_STEP1: Final = form('Step 1: What is your name?', name=NAME)
+_COLOUR: Final = form('Step 2: What is your favorite color?', color={'type': 'string'})
+
+
+@tool()
+def input_required_result_capabilities(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
+    can = ask.meta.get(f'{PREFIX}clientCapabilities', {})
+    requests = {'user_name': WHO} if 'elicitation' in can else {}
+    requests |= {'greeting': sampling('Generate a greeting', 50)} if 'sampling' in can else {}
+    return need(ask, '', **requests) or text('Nothing could be asked')
+
+
+def _answer(ask: Ask, name: str) -> Json:
+    found: Json = ask.params['inputResponses'][name]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- the catalogue
+
+
+def _prompt(name: str, *arguments: str) -> Json:
+    listed = [{'name': each, 'required': True} for each in arguments]
+    return {'name': name, 'description': 'For the conformance suite', **({'arguments': listed} if listed else {})}
+
+
+PROMPTS: Final = [
+    _prompt('test_simple_prompt'),
+    _prompt('test_prompt_with_arguments', 'arg1', 'arg2'),
+    _prompt('test_prompt_with_embedded_resource', 'resourceUri'),
+    _prompt('test_prompt_with_image'),
+    _prompt('test_input_required_result_prompt'),
+]
+
+
+def _said(*contents: Json) -> Json:
+    return {'messages': [{'role': 'user', 'content': content} for content in contents]}
+
+
+def _line(said: str) -> Json:
+    return {'type': 'text', 'text': said}
+
+
+class Fixture:
+    """The catalogue (`mcp.Catalogue`)."""
+
+    page = 100
+
+    def __init__(self) -> None:
+        self.info: Json = {'name': 'conformance-fixture', 'title': 'Conformance fixture', 'version': '1'}
+        self.instructions = 'For the conformance suite.'
+        self.capabilities: Json = {
+            'tools': {'listChanged': True},
+            'resources': {'subscribe': True},
+            'prompts': {'listChanged': True},
+            'completions': {},
+            'logging': {},
+        }
+        self._watchers: list[tuple[Json, Tell]] = []
+        self._demands: dict[str, _Demand] = {}
+
+    def tools(self, _by: Principal) -> list[Json]:
+        return [
+            {'name': name, 'description': 'For the conformance suite', 'inputSchema': schema}
+            for name, (_, _, schema) in _tools.items()
+        ]
+
+    def manner(self, _ask: Ask, tool: str) -> Manner:
+        return _tools[tool][1] if tool in _tools else 'quick'
+
+    def call(self, ask: Ask, tool: str, arguments: Json) -> Step[Json]:
+        yield from ()
+        if tool not in _tools:
+            raise Fault(INVALID_PARAMS, f'there is no tool {tool!r}')
+        return _tools[tool][0](self, ask, arguments)
+
+    def resources(self, _by: Principal) -> list[Json]:
+        uris = ('test://static-text', 'test://static-binary', 'test://watched-resource')
+        return [{'uri': uri, 'name': uri.removeprefix('test://')} for uri in uris]
+
+    def templates(self, _by: Principal) -> list[Json]:
+        return [{'uriTemplate': 'test://template/{id}/data', 'name': 'template'}]
+
+    def read(self, _ask: Ask, uri: str) -> Step[list[Json]]:
+        yield from ()
+        if uri in ('test://static-text', 'test://watched-resource'):
+            said = 'This is the content of the static text resource.'
+            return [{'uri': uri, 'mimeType': 'text/plain', 'text': said}]
+        if uri == 'test://static-binary':
+            return [{'uri': uri, 'mimeType': 'image/png', 'blob': PNG}]
+        if uri.startswith('test://template/') and uri.endswith('/data'):
+            number = uri.split('/')[3]
+            found = {'id': number, 'templateTest': True, 'data': f'Data for ID: {number}'}
+            return [{'uri': uri, 'mimeType': 'application/json', 'text': json.dumps(found)}]
+        raise Fault(NO_RESOURCE, 'Resource not found', {'uri': uri})
+
+    def prompts(self, _by: Principal) -> list[Json]:
+        return PROMPTS
+
+    def prompt(self, ask: Ask, name: str, arguments: dict[str, str]) -> Step[Json]:
+        yield from ()
+        if name == 'test_simple_prompt':
+            return _said(_line('This is a simple prompt for testing.'))
+        if name == 'test_prompt_with_arguments':
+            return _said(_line(f"Prompt with arguments: arg1='{arguments['arg1']}', arg2='{arguments['arg2']}'"))
+        if name == 'test_prompt_with_embedded_resource':
+            embedded = resource(arguments['resourceUri'], 'text/plain', 'Embedded resource content for testing.')
+            return _said(embedded, _line('Please process the embedded resource above.'))
+        if name == 'test_prompt_with_image':
+            return _said(image(), _line('Please analyze the image above.'))
+        if name == 'test_input_required_result_prompt':
+            wanted = form('What context should the prompt use?', context={'type': 'string'})
+            return need(ask, '', user_context=wanted) or _said(_line('With the context that was given'))
+        raise Fault(INVALID_PARAMS, f'there is no prompt {name!r}')
+
+    def complete(self, _ask: Ask, _ref: Json, _argument: str, value: str) -> Step[list[str]]:
+        yield from ()
+        return [word for word in ('paris', 'park', 'party', 'test') if word.startswith(value)]
+
+    def honoured(self, _by: Principal, wanted: Json) -> Json:
+        return {name: value for name, value in wanted.items() if name != 'resourcesListChanged'}
+
+    def position(self) -> Step[str]:
+        yield from ()
+        return ''
+
+    def watch(self, _position: str, wanted: Json, tell: Tell) -> Stop:
+        watcher = (wanted, tell)
+        self._watchers.append(watcher)
+        return lambda: self._watchers.remove(watcher)
+
+    def changed(self, kind: str) -> None:
+        """Tells those who asked for it that a list has changed."""
+        for wanted, tell in list(self._watchers):
+            if wanted.get(f'{kind}ListChanged'):
+                tell(f'notifications/{kind}/list_changed', {})
+
+    def demand(self, ask: Ask, wanted: Json) -> Json:
+        """Asks the client, as legacy servers may, and waits for what it says."""
+        if ask.is_modern:
+            raise Fault(INVALID_PARAMS, 'a server asks no client in this revision')
+        demand = _Demand()
+        number = f'demand-{os.urandom(8).hex()}'
+        self._demands[number] = demand
+        ask.notify({'jsonrpc': '2.0', 'id': number, **wanted})
+        if not demand.has_come.wait(PATIENCE) or demand.result is None:
+            raise Fault(INTERNAL, 'the client gave no answer')
+        return demand.result
+
+    def heard(self, message: Any) -> None:
+        """Takes a client's response to what was demanded."""
+        demand = self._demands.pop(str(message.get('id')), None) if isinstance(message, dict) else None
+        if demand:
+            demand.result = message.get('result')
+            demand.has_come.set()
+
+
+class _Demand:
+    def __init__(self) -> None:
+        self.has_come = threading.Event()
+        self.result: Json | None = None
+
+
+class FixtureMcp(Mcp):
+    """The protocol, which also hears responses."""
+
+    def read(self, message: Any, *rest: Any, **named: Any) -> Ask | None:
+        assert isinstance(self.catalogue, Fixture)
+        if isinstance(message, dict) and 'method' not in message:
+            self.catalogue.heard(message)
+        return super().read(message, *rest, **named)
+
+
+def main(root: str, port: str = '0') -> int:
+    """Serves the catalogue as `townhall mcp-http` serves a town. The exit status."""
+    from tinytown.hall import Hall
+    from tinytown.town import open_town
+
+    flags = {'townhall.mcp_port': int(port)}
+    hall = Hall(open_town(Path(root), flags), flags, 'mcp-http')
+    hall.mcp = FixtureMcp(Fixture())
+    return hall.run()
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""The feed: every event once and in order, whoever joins when; gaps are told; it ends with its last subscriber."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from queue import Queue
+
+import pytest
+
+from tinytown import feed
+from tinytown.feed import Event, Feed
+from tinytown.store import Command
+
+from .support import PATIENCE, Place, redis_pid, start_redis
+from .test_worker import await_exit
+
+
+class Listener:
+    """A subscriber."""
+
+    def __init__(self, feed: Feed, position: str) -> None:
+        self.heard: Queue[Event] = Queue()
+        stop = feed.subscribe(position, self.deliver)
+        assert stop
+        self.stop = stop
+
+    def deliver(self, events: list[Event]) -> None:
+        for event in events:
+            self.heard.put(event)
+
+    def next(self) -> Event:
+        return self.heard.get(timeout=PATIENCE)
+
+    def types(self, count: int) -> list[str]:
+        return [self.next().fields['type'] for _ in range(count)]
+
+
+@pytest.fixture
+def source(ground: Place) -> Iterator[Feed]:
+    made = Feed(ground.store)
+    yield made
+    for subscriber in list(made._subscribers):
+        made._leave(subscriber)
+
+
+def here(place: Place) -> str:
+    """Where the events are now."""
+    return place.store.run(feed.page(place.store, '$'))[1]
+
+
+def add(place: Place, *names: str) -> list[str]:
+    return [place.do('backlog.add', description=name)['task_id'] for name in names]
+
+
+def test_a_page_holds_what_came_after_an_event_and_says_where_to_go_on(ground: Place) -> None:
+    start = here(ground)
+    tasks = add(ground, 'a', 'b', 'c')
+    events, position = ground.store.run(feed.page(ground.store, start, 2))
+    assert [event.fields['task_id'] for event in events] == tasks[:2]
+    assert position == events[-1].id
+    events, position = ground.store.run(feed.page(ground.store, position, 2))
+    assert [event.fields['task_id'] for event in events] == tasks[2:]
+    assert ground.store.run(feed.page(ground.store, position, 2)) == ([], position)
+    assert events[0].fields['id'] == events[0].id
+
+
+@pytest.mark.parametrize('after', ['0-0', '1-1'])
+def test_a_page_from_before_the_beginning_holds_everything(ground: Place, after: str) -> None:
+    tasks = add(ground, 'a', 'b')
+    events, _ = ground.store.run(feed.page(ground.store, after))
+    assert [event.fields['task_id'] for event in events] == tasks
+
+
+def test_a_page_tells_that_events_are_gone(ground: Place) -> None:
+    add(ground, 'a')
+    old = here(ground)
+    add(ground, 'b', 'c')
+    key = ground.store.prefix + b'events'
+    ground.store.call(Command(None, ('XTRIM', key, 'MAXLEN', 1)))
+    events, _ = ground.store.run(feed.page(ground.store, old))
+    assert [event.is_gap for event in events] == [True, False]
+    ground.store.call(Command(None, ('XTRIM', key, 'MAXLEN', 0)))
+    [gap], position = ground.store.run(feed.page(ground.store, old))
+    assert gap.is_gap
+    assert ground.store.run(feed.page(ground.store, position)) == ([], position)
+    ground.store.call(Command(None, ('DEL', key)))
+    [gap], position = ground.store.run(feed.page(ground.store, old))
+    assert (gap.is_gap, position) == (True, '0-0')
+    assert ground.store.run(feed.page(ground.store, '$')) == ([], '0-0')
+
+
+def test_a_page_tells_that_the_stream_began_anew_with_lower_ids(ground: Place) -> None:
+    [task] = add(ground, 'a')
+    later = f'{int(time.time() * 1000) + 100_000}-0'
+    events, position = ground.store.run(feed.page(ground.store, later))
+    assert [event.is_gap for event in events] == [True, False]
+    assert events[1].fields['task_id'] == task
+    assert position == here(ground)
+
+
+def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(ground: Place, source: Feed) -> None:
+    first = Listener(source, here(ground))
+    a = add(ground, *'abc')
+    assert [first.next().fields['task_id'] for _ in a] == a
+    middle = here(ground)
+    b = add(ground, *'defg')
+    second = Listener(source, middle)
+    assert [second.next().fields['task_id'] for _ in b] == b
+    assert [first.next().fields['task_id'] for _ in b] == b
+    assert first.heard.empty()
+
+
+def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_of_a_gap(
+    ground: Place, source: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, 'MOST_KEPT', 3)
+    start = here(ground)
+    first = Listener(source, start)
+    add(ground, *'abcdef')
+    first.types(6)
+    assert source.subscribe(start, first.deliver) is None
+    late: Queue[Event] = Queue()
+    stop = source.join(lambda events: late.put(events[0]))
+    assert late.get(timeout=PATIENCE).is_gap
+    add(ground, 'g')
+    assert late.get(timeout=PATIENCE).fields['type'] == 'task.created'
+    stop()
+
+
+def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: Feed) -> None:
+    add(ground, 'a')
+    listener = Listener(source, here(ground))
+    add(ground, 'b')
+    assert listener.types(1) == ['task.created']
+    ground.do('town.reset', force=True)
+    heard: list[str] = []
+    while not heard or heard[-1] != 'town.reset':
+        heard += listener.types(1)
+    assert 'gap' in heard
+    add(ground, 'c')
+    assert listener.types(1) == ['task.created']
+
+
+def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: Place, source: Feed) -> None:
+    before = set(threading.enumerate())
+    first, second = Listener(source, here(ground)), Listener(source, here(ground))
+    [reader] = set(threading.enumerate()) - before
+    first.stop()
+    add(ground, 'a')
+    assert second.types(1) == ['task.created']
+    second.stop()
+    second.stop()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+    third = Listener(source, here(ground))
+    add(ground, 'b')
+    assert third.types(1) == ['task.created']
+    assert first.heard.empty()
+
+
+def test_it_outlives_a_redis_that_is_killed(place: Place) -> None:
+    source = Feed(place.store)
+    listener = Listener(source, here(place))
+    add(place, 'a')
+    assert listener.types(1) == ['task.created']
+    server = redis_pid(place)
+    os.kill(server, signal.SIGKILL)
+    await_exit(server)
+    start_redis(place)
+    [task] = add(place, 'b')
+    assert listener.next().fields['task_id'] == task
+    listener.stop()
+
+
+def test_events_are_delivered_where_the_owner_wants_them(ground: Place) -> None:
+    queue: Queue[object] = Queue()
+    source = Feed(ground.store, queue.put)
+    listener = Listener(source, here(ground))
+    add(ground, 'a')
+    deliver = queue.get(timeout=PATIENCE)
+    assert listener.heard.empty()
+    assert callable(deliver)
+    deliver()
+    assert listener.types(1) == ['task.created']
+    listener.stop()

@@ -1,0 +1,308 @@
+"""A townhall as a server on a machine: several processes, SIGHUP, unix sockets."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown import config, tomledit
+
+from .support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of
+
+
+def children(pid: int) -> list[int]:
+    """The processes that serve, of a townhall with several."""
+    found = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    return [int(child) for child in found if b'townhall' in Path(f'/proc/{child}/cmdline').read_bytes()]
+
+
+def said(hall: Hall, pattern: str) -> str:
+    """What a townhall has said, once a pattern is in it."""
+    deadline = time.monotonic() + PATIENCE
+    idle = threading.Event()
+    while True:
+        text = hall.log_file.read_text() if hall.log_file.exists() else ''
+        if re.search(pattern, text):
+            return text
+        assert time.monotonic() < deadline, text
+        idle.wait(0.01)
+
+
+def await_end(pid: int) -> None:
+    """Waits until a process that is no child of ours has ended."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        try:
+            assert poll.poll(PATIENCE * 1000), f'{pid} still runs'
+        finally:
+            os.close(descriptor)
+
+
+def change(place: Place, **settings: Any) -> None:
+    """Changes settings of townhall in the town's file."""
+    file = place.root / config.FILE
+    text = file.read_text()
+    for name, value in settings.items():
+        text = tomledit.change(text, ('townhall', *name.split('__')), value)
+    file.write_text(text)
+
+
+def test_what_is_seldom_served_is_not_imported_before_it_is_asked_for(hall: Hall) -> None:
+    late = {f'tinytown.{name}' for name in ('mcp', 'mcp_http', 'mcp_catalogue', 'openapi', 'dashboard', 'tls', 'oidc')}
+    late |= {'redis', 'argon2', 'asyncio', 'logging', 'tinytown.watch'}
+    code = 'import sys, tinytown.townhall, tinytown.hall; print(*sys.modules)'
+    found = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True)
+    assert late & set(found.stdout.split()) == set()
+    assert [hall.get(path).status for path in ('/', '/openapi.json')] == [200, 200]
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope='module')
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    made = make_town(tmp_path_factory.mktemp('several'))
+    yield made
+    made.close()
+
+
+def test_several_processes_serve_one_port_and_see_one_town(several: Place) -> None:
+    hall = several.hall('--workers', '3')
+    assert len(children(hall.process.pid)) == 3
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: hall.post('/v1/backlog', {'description': f'task {n}'}).status, range(60)))
+    assert made == [201] * 60
+    assert hall.get('/v1/backlog').json['count'] == 60
+    inodes = {
+        line.split()[9] for line in Path('/proc/net/tcp').read_text().splitlines() if f':{hall.port:04X} ' in line
+    }
+    assert len(inodes) >= 3
+
+
+def test_processes_give_different_request_ids(several: Place) -> None:
+    hall = several.hall('--workers', '3')
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda _: hall.get('/health').headers['x-request-id'], range(100)))
+    assert len(set(given)) == 100
+    assert len({each[:10] for each in given}) > 1, 'only one process was asked'
+
+
+def test_sigterm_ends_all_processes_and_a_request_under_way_is_answered(several: Place) -> None:
+    hall = several.hall('--workers', '2')
+    pids = children(hall.process.pid)
+    several.do('agent.spawn', name='waits')
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(hall.post, '/v1/agents/waits/wait', {'timeout': 2}) for _ in range(2)]
+        until_served(hall, 2)
+        hall.process.send_signal(signal.SIGTERM)
+        assert [wait.result().status for wait in waits] == [200, 200]
+    assert hall.process.wait(PATIENCE) == 0
+    for pid in pids:
+        await_end(pid)
+    several.do('agent.kill', agent='waits')
+
+
+def until_served(hall: Hall, count: int) -> None:
+    """Waits until so many connections to a townhall are established."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        rows = [line.split() for line in Path('/proc/net/tcp').read_text().splitlines()[1:]]
+        if sum(row[1].endswith(f':{hall.port:04X}') and row[3] == '01' and row[9] != '0' for row in rows) >= count:
+            return
+    raise AssertionError('the clients are not connected')
+
+
+def test_a_group_that_is_told_twice_to_stop_still_drains(several: Place) -> None:
+    hall = several.hall('--workers', '2')
+    several.do('agent.spawn', name='lingers')
+    with ThreadPoolExecutor(1) as pool:
+        wait = pool.submit(hall.post, '/v1/agents/lingers/wait', {'timeout': 2})
+        until_served(hall, 1)
+        for pid in (*children(hall.process.pid), hall.process.pid):  # as a service manager does
+            os.kill(pid, signal.SIGTERM)
+        assert wait.result().status == 200
+    assert hall.process.wait(PATIENCE) == 0
+    several.do('agent.kill', agent='lingers')
+
+
+def test_a_process_that_is_killed_is_replaced(several: Place) -> None:
+    hall = several.hall('--workers', '2')
+    first = children(hall.process.pid)[0]
+    os.kill(first, signal.SIGKILL)
+    said(hall, r'process \d ended \(status -9\) and is replaced')
+    deadline = time.monotonic() + PATIENCE
+    while len(children(hall.process.pid)) < 2:
+        assert time.monotonic() < deadline
+    assert first not in children(hall.process.pid)
+    assert {hall.get('/health').status for _ in range(20)} == {200}
+
+
+def test_the_processes_end_when_their_parent_is_killed(several: Place) -> None:
+    hall = several.hall('--workers', '2')
+    pids = children(hall.process.pid)
+    hall.kill()
+    for pid in pids:
+        await_end(pid)
+
+
+def test_a_port_that_another_townhall_has_is_refused_also_with_several_processes(several: Place) -> None:
+    hall = several.hall('--workers', '2')
+    argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(several.root), '--port', str(hall.port)]
+    for more in ([], ['--workers', '2']):
+        done = subprocess.run(argv + more, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert 'Address already in use' in done.stderr
+
+
+def test_the_limits_are_shared_among_the_processes(several: Place) -> None:
+    hall = several.hall('--workers', '2', TINYTOWN_TOWNHALL_LIMITS_CONNECTIONS='8')
+    held, served = [], 0
+    for _ in range(40):
+        sock = hall.connect()
+        sock.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        held.append(sock)
+        answer = sock.recv(4096)
+        assert status_of(answer) in (200, 503)
+        served += status_of(answer) == 200
+    for sock in held:
+        sock.close()
+    assert served == 8
+
+
+# ---------------------------------------------------------------------------------------------------------- reloading
+
+
+@pytest.mark.parametrize('flags', [(), ('--workers', '2')])
+def test_sighup_takes_up_the_configuration(place: Place, flags: tuple[str, ...]) -> None:
+    hall = place.hall(*flags)
+    assert hall.get('/health', Host='town.example').status == 421
+    change(place, allowed_hosts=['town.example'], limits__body_bytes=1024)
+    hall.process.send_signal(signal.SIGHUP)
+    assert said(hall, r'taken up again').count('taken up again') == 1
+    deadline = time.monotonic() + PATIENCE
+    while {hall.get('/health', Host='town.example').status for _ in range(10)} != {200}:
+        assert time.monotonic() < deadline
+    assert hall.post('/v1/backlog', {'description': 'x' * 2000}).status == 413
+
+
+def test_a_configuration_that_is_wrong_leaves_the_old_one_in_force(place: Place) -> None:
+    change(place, allowed_hosts=['town.example'])
+    hall = place.hall()
+    file = place.root / config.FILE
+    right = file.read_text()
+    file.write_text(right + '\n[townhal]\nbind = 1\n')
+    hall.process.send_signal(signal.SIGHUP)
+    assert 'did you mean townhall?' in said(hall, r'is not taken up, the old one stays in force')
+    file.write_text(right)
+    assert hall.get('/health', Host='town.example').status == 200
+
+
+def test_what_only_a_restart_can_change_is_named(place: Place) -> None:
+    hall = place.hall()
+    change(place, workers=2, allowed_hosts=['town.example'])
+    hall.process.send_signal(signal.SIGHUP)
+    said(hall, r'taken up again; townhall\.workers must wait for a restart')
+    assert hall.get('/health', Host='town.example').status == 200
+
+
+# ------------------------------------------------------------------------------------------------------- unix sockets
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__('localhost', timeout=PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(str(self._path))
+
+
+def on_socket(place: Place, path: Path, *flags: str) -> subprocess.Popen[str]:
+    """A townhall that listens at a path."""
+    argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}', *flags]
+    process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == f'townhall: test is open on unix:{path}\n'
+    assert process.stderr.readline() == f'townhall: try  curl -s --unix-socket {path} http://localhost/v1/status\n'
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    process.terminate()
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0
+    return said
+
+
+@pytest.mark.parametrize('flags', [(), ('--workers', '2')])
+def test_it_serves_at_a_path_that_only_its_user_may_open(place: Place, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    path = tmp_path / 'hall.sock'
+    process = on_socket(place, path, *flags)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    connection = UnixConnection(path)
+    for _ in range(2):
+        connection.request('GET', '/v1/status')
+        assert connection.getresponse().read().startswith(b'{"name": "test"')
+    connection.close()
+    end(process)
+    assert not path.exists()
+
+
+def test_a_socket_that_a_dead_townhall_left_is_replaced_and_a_live_one_is_not(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / 'hall.sock'
+    process = on_socket(place, path)
+    process.kill()
+    process.communicate()
+    assert path.exists()
+    process = on_socket(place, path)
+    argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}']
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, 'another server listens there' in done.stderr) == (2, True)
+    end(process)
+
+
+@pytest.mark.parametrize(
+    ('path', 'says'),
+    [
+        ('relative.sock', 'give an absolute path'),
+        ('/proc/version', 'there is a file that is no socket'),
+        ('/nowhere/hall.sock', 'No such file or directory'),
+        ('/proc/' + 'x' * 120, 'too long'),
+    ],
+)
+def test_a_path_that_can_not_be_listened_on_is_refused(place: Place, path: str, says: str) -> None:
+    argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}']
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert re.fullmatch(rf'townhall: [^\n]*{re.escape(path)}[^\n]*{says}[^\n]*\n', done.stderr), done.stderr
+
+
+def test_requests_in_bytes_are_answered_at_a_path(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / 'hall.sock'
+    process = on_socket(place, path)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(str(path))
+        sock.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+        assert status_of(read_all(sock)) == 200
+    assert re.search(r'unix GET /health 200 ', end(process))

@@ -1,0 +1,285 @@
+"""The protocol itself, over the conformance fixture's catalogue: eras, envelopes, errors, lists, cancellation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tinytown import mcp_messages as codes
+from tinytown.mcp import Session
+from tinytown.mcp_messages import LEGACY, MODERN, PREFIX, Fault
+from tinytown.model import ALL_SCOPES, Json, Principal
+
+from .mcp_fixture import Fixture, FixtureMcp
+
+BY = Principal('tester', ALL_SCOPES)
+META = {f'{PREFIX}protocolVersion': MODERN, f'{PREFIX}clientCapabilities': {}}
+
+
+class Client:
+    """Talks to the protocol with no transport between. `told` is what came beside the answers."""
+
+    def __init__(self) -> None:
+        self.told: list[Json] = []
+        self.session = Session(self.told.append)
+        self.fixture = Fixture()
+        self.mcp = FixtureMcp(self.fixture)
+
+    def say(self, message: Any) -> Json | None:
+        """The reply to a message."""
+        try:
+            ask = self.mcp.read(message, BY, self.told.append, self.session)
+        except Fault as e:
+            return codes.error_reply(e)
+        if ask is None:
+            return None
+        step = self.mcp.run(ask)
+        with pytest.raises(StopIteration) as end:
+            next(step)
+        reply: Json | None = end.value.value
+        return reply
+
+    def ask(self, method: str, params: Json | None = None, modern: bool = False, id: Any = 1) -> Json:
+        params = dict(params or {})
+        if modern:
+            params['_meta'] = {**META, **params.get('_meta', {})}
+        reply = self.say({'jsonrpc': '2.0', 'id': id, 'method': method, 'params': params})
+        assert reply is not None
+        return reply
+
+
+@pytest.fixture
+def client() -> Client:
+    return Client()
+
+
+def request(method: str, **params: Any) -> Json:
+    return {'jsonrpc': '2.0', 'id': 2, 'method': method, 'params': params}
+
+
+def code_of(reply: Json | None) -> int:
+    assert reply is not None
+    found: int = reply['error']['code']
+    return found
+
+
+@pytest.mark.parametrize(
+    ('message', 'code', 'id'),
+    [
+        ([], codes.INVALID_REQUEST, None),
+        ('text', codes.INVALID_REQUEST, None),
+        ({}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '1.0', 'id': 1, 'method': 'ping'}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '2.0', 'id': None, 'method': 'ping'}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '2.0', 'id': True, 'method': 'ping'}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '2.0', 'id': 1.5, 'method': 'ping'}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '2.0', 'id': {}, 'method': 'ping'}, codes.INVALID_REQUEST, None),
+        ({'jsonrpc': '2.0', 'id': 1}, codes.INVALID_REQUEST, 1),
+        ({'jsonrpc': '2.0', 'id': 1, 'method': 7}, codes.INVALID_REQUEST, 1),
+        ({'jsonrpc': '2.0', 'id': 1, 'method': 'ping', 'params': []}, codes.INVALID_PARAMS, 1),
+        ({'jsonrpc': '2.0', 'id': 'a', 'method': 'nothing'}, codes.NO_METHOD, 'a'),
+        (request('tools/call'), codes.INVALID_PARAMS, 2),
+        (request('tools/call', name='no'), codes.INVALID_PARAMS, 2),
+        (request('tools/call', name='test_simple_text', arguments=[]), codes.INVALID_PARAMS, 2),
+        (request('logging/setLevel', level='loud'), codes.INVALID_PARAMS, 2),
+        (request('initialize'), codes.INVALID_PARAMS, 2),
+        (request('resources/read', uri=7), codes.INVALID_PARAMS, 2),
+        (request('prompts/get', name='x', arguments={'a': 1}), codes.INVALID_PARAMS, 2),
+    ],
+)
+def test_a_message_that_is_wrong_is_answered_with_its_code(client: Client, message: Any, code: int, id: Any) -> None:
+    reply = client.say(message)
+    assert code_of(reply) == code
+    assert reply is not None
+    assert reply.get('id') == id
+
+
+@pytest.mark.parametrize(
+    'message',
+    [
+        {'jsonrpc': '2.0', 'method': 'notifications/initialized'},
+        {'jsonrpc': '2.0', 'method': 'notifications/whatever', 'params': {'x': 1}},
+        {'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': 99}},
+        {'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': {}}},
+        {'jsonrpc': '2.0', 'id': 'stranger', 'result': {}},
+        {'jsonrpc': '2.0', 'id': 4, 'error': {'code': 1, 'message': 'no'}},
+    ],
+)
+def test_notifications_and_responses_are_never_answered(client: Client, message: Json) -> None:
+    assert client.say(message) is None
+    assert client.told == []
+
+
+@pytest.mark.parametrize('wanted', [*LEGACY, MODERN, '1999-01-01'])
+def test_initialize_echoes_a_legacy_revision_and_answers_others_with_the_newest(client: Client, wanted: str) -> None:
+    result = client.ask('initialize', {'protocolVersion': wanted, 'capabilities': {}})['result']
+    assert result['protocolVersion'] == (wanted if wanted in LEGACY else LEGACY[0])
+    assert set(result) == {'protocolVersion', 'capabilities', 'serverInfo', 'instructions'}
+
+
+def test_ping_and_lists_are_answered_before_initialize(client: Client) -> None:
+    assert client.ask('ping')['result'] == {}
+    assert client.ask('tools/list')['result']['tools']
+
+
+@pytest.mark.parametrize('missing', sorted(META))
+def test_a_modern_request_without_its_metadata_is_refused(client: Client, missing: str) -> None:
+    meta = {name: value for name, value in META.items() if name != missing}
+    reply = client.ask('server/discover', {'_meta': meta})
+    assert code_of(reply) == codes.INVALID_PARAMS
+    assert missing in reply['error']['message']
+
+
+@pytest.mark.parametrize('version', ['2025-11-25', '2027-01-01', ''])
+def test_a_modern_request_of_another_revision_is_told_which_there_are(client: Client, version: str) -> None:
+    reply = client.ask('tools/list', {'_meta': META | {f'{PREFIX}protocolVersion': version}})
+    assert code_of(reply) == codes.UNSUPPORTED_VERSION
+    assert reply['error']['data'] == {'supported': [MODERN], 'requested': version}
+
+
+@pytest.mark.parametrize(
+    'method',
+    ['initialize', 'ping', 'logging/setLevel', 'resources/subscribe', 'resources/unsubscribe', 'unknown/method'],
+)
+def test_what_is_gone_from_the_modern_protocol_is_no_method_of_it(client: Client, method: str) -> None:
+    assert code_of(client.ask(method, modern=True)) == codes.NO_METHOD
+
+
+CALLS: list[tuple[str, Json]] = [
+    ('tools/list', {}),
+    ('resources/list', {}),
+    ('resources/templates/list', {}),
+    ('prompts/list', {}),
+    ('resources/read', {'uri': 'test://static-text'}),
+    ('tools/call', {'name': 'test_simple_text'}),
+    ('prompts/get', {'name': 'test_simple_prompt'}),
+    ('completion/complete', {'ref': {'type': 'ref/prompt', 'name': 'x'}, 'argument': {'name': 'a', 'value': 'par'}}),
+]
+
+
+@pytest.mark.parametrize(('method', 'params'), CALLS)
+def test_the_generations_differ_in_the_envelope_alone(client: Client, method: str, params: Json) -> None:
+    legacy = client.ask(method, params)['result']
+    modern = client.ask(method, params, modern=True)['result']
+    assert modern.pop('resultType') == 'complete'
+    assert modern.pop('_meta')[f'{PREFIX}serverInfo'] == client.fixture.info
+    cacheable = method.endswith('/list') or method == 'resources/read'
+    assert ('ttlMs' in modern, 'cacheScope' in modern) == (cacheable, cacheable)
+    if cacheable:
+        assert isinstance(modern.pop('ttlMs'), int)
+        assert modern.pop('cacheScope') == 'private'
+    assert modern == legacy
+
+
+def test_discover_tells_revisions_capabilities_and_how_to_begin(client: Client) -> None:
+    found = client.ask('server/discover', modern=True)['result']
+    assert found['supportedVersions'] == [MODERN]
+    assert found['capabilities'] == client.fixture.capabilities
+    assert found['instructions']
+    assert found['cacheScope'] == 'public'
+
+
+def test_a_resource_that_is_not_there_has_the_code_of_its_generation(client: Client) -> None:
+    wanted = {'uri': 'test://nowhere'}
+    legacy, modern = client.ask('resources/read', wanted), client.ask('resources/read', wanted, modern=True)
+    assert (code_of(legacy), code_of(modern)) == (codes.NO_RESOURCE, codes.INVALID_PARAMS)
+    assert legacy['error']['data'] == modern['error']['data'] == wanted
+
+
+def test_lists_come_in_pages_that_join_to_the_whole(client: Client) -> None:
+    whole = client.ask('tools/list')['result']['tools']
+    client.fixture.page = 7
+    found, cursor = [], None
+    while True:
+        result = client.ask('tools/list', {'cursor': cursor} if cursor else {})['result']
+        assert 0 < len(result['tools']) <= 7
+        found += result['tools']
+        cursor = result.get('nextCursor')
+        if cursor is None:
+            break
+    assert found == whole
+
+
+@pytest.mark.parametrize('cursor', ['', 'x', '7', 'bzA=', 'bzk5OTk=', 'b-1', 7, [], 'é'])
+def test_a_cursor_that_was_not_given_out_is_refused(client: Client, cursor: Any) -> None:
+    assert code_of(client.ask('tools/list', {'cursor': cursor})) == codes.INVALID_PARAMS
+
+
+@pytest.mark.parametrize(('token', 'count'), [('t', 3), (0, 3), (None, 0), (True, 0)])
+def test_progress_is_told_to_those_who_gave_a_token(client: Client, token: Any, count: int) -> None:
+    meta = {} if token is None else {'_meta': {'progressToken': token}}
+    client.ask('tools/call', {'name': 'test_tool_with_progress', **meta})
+    assert [each['params']['progress'] for each in client.told] == [0, 50, 100][:count]
+    assert all(each['params']['progressToken'] == token for each in client.told)
+
+
+def test_a_request_that_was_cancelled_is_not_answered(client: Client) -> None:
+    ask = client.mcp.read(
+        {'jsonrpc': '2.0', 'id': 5, 'method': 'tools/call', 'params': {'name': 'test_tool_with_progress'}},
+        BY,
+        client.told.append,
+        client.session,
+    )
+    assert ask
+    client.session.running[5] = ask
+    assert client.say({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': 5}}) is None
+    with pytest.raises(StopIteration) as end:
+        next(client.mcp.run(ask))
+    assert end.value.value is None
+    assert client.told == []
+
+
+def test_a_subscription_is_acknowledged_first_and_told_only_what_was_asked_for(client: Client) -> None:
+    wanted = {'notifications': {'toolsListChanged': True, 'promptsListChanged': False}}
+    ask = client.mcp.read(
+        {'jsonrpc': '2.0', 'id': 'sub', 'method': 'subscriptions/listen', 'params': {**wanted, '_meta': META}},
+        BY,
+        client.told.append,
+    )
+    assert ask
+    assert client.mcp.manner(ask) == 'listen'
+    with pytest.raises(StopIteration) as end:
+        next(client.mcp.run(ask))
+    assert end.value.value is None
+    client.fixture.changed('prompts')
+    client.fixture.changed('tools')
+    ask.cancel()
+    client.fixture.changed('tools')
+    tag = {'_meta': {f'{PREFIX}subscriptionId': 'sub'}}
+    acknowledged = {'notifications': {'toolsListChanged': True}} | tag
+    assert [(each['method'], each['params']) for each in client.told] == [
+        ('notifications/subscriptions/acknowledged', acknowledged),
+        ('notifications/tools/list_changed', tag),
+    ]
+    assert client.mcp.farewell(ask)['result']['_meta'][f'{PREFIX}subscriptionId'] == 'sub'
+
+
+@pytest.mark.parametrize('uris', ['test://a', [7], ['test://a'] * 101])
+def test_a_subscription_to_what_are_no_uris_is_refused(client: Client, uris: Any) -> None:
+    wanted = {'notifications': {'resourceSubscriptions': uris}}
+    assert code_of(client.ask('subscriptions/listen', wanted, modern=True)) == codes.INVALID_PARAMS
+
+
+def test_a_fault_of_ours_is_an_internal_error_and_ends_nothing(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = client.ask('prompts/get', {'name': 'test_prompt_with_arguments'})
+    assert code_of(reply) == codes.INTERNAL
+    assert 'arg1' not in json.dumps(reply)
+    assert 'KeyError' in capsys.readouterr().err
+    assert client.ask('ping')['result'] == {}
+
+
+@pytest.mark.parametrize('data', [b'{', b'\xff', b'[' * 100_000, b'{"a": NaN}', b'9' * 5000, b''])
+def test_what_is_no_json_is_a_parse_error(data: bytes) -> None:
+    with pytest.raises(Fault) as error:
+        codes.decode(data)
+    assert error.value.code == codes.PARSE_ERROR
+
+
+def test_a_message_is_one_line_whatever_stands_in_it() -> None:
+    data = codes.encode({'text': 'a\nb\u2028\ud800é'})
+    assert b'\n' not in data
+    assert json.loads(data)['text'].startswith('a\nb')

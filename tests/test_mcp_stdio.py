@@ -1,0 +1,326 @@
+"""`townhall mcp-stdio` as a client's child process: real lines on real pipes, each held against the schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown import mcp_messages as codes
+from tinytown.mcp_messages import BATCHING, LEGACY, MODERN, PREFIX
+from tinytown.model import new_id
+
+from .mcp_client import CLIENT, META, Stdio, since, stdio
+from .support import REPOSITORY, Place, environment, make_town
+
+
+@pytest.fixture
+def client(ground: Place) -> Iterator[Stdio]:
+    """A client of the module's town, which has an agent `a`."""
+    add_agent(ground, 'a')
+    with stdio(ground.root) as started:
+        yield started
+
+
+@pytest.mark.parametrize('modern', [False, True])
+def test_an_agent_is_spawned_given_work_and_watched(place: Place, modern: bool) -> None:
+    with stdio(place.root) as client:
+        if not modern:
+            client.greet()
+        assert client.call('town_get_status', modern)['structuredContent']['agents'] == []
+        spawned = client.call('agent.spawn', modern, name='backend')
+        assert not spawned['isError'], spawned
+        if modern:
+            wanted = {'notifications': {'resourceSubscriptions': ['tinytown://tasks/none', 'tinytown://agents']}}
+            client.start('subscriptions/listen', wanted, modern)
+            client.await_told('notifications/subscriptions/acknowledged')
+        else:
+            assert client.ask('resources/subscribe', {'uri': 'tinytown://agents'})['result'] == {}
+        assigned = client.call('task_assign', modern, agent='backend', task='write a haiku')['structuredContent']
+        told = client.await_told('notifications/resources/updated', uri='tinytown://agents')
+        assert (f'{PREFIX}subscriptionId' in told['params'].get('_meta', {})) == modern
+        place.await_end(assigned['task_id'])
+        read = client.ask('resources/read', {'uri': f'tinytown://tasks/{assigned["task_id"]}'}, modern)['result']
+        [content] = read['contents']
+        assert json.loads(content['text'])['result'] == 'demo: done: write a haiku'
+        prompt = client.ask('prompts/get', {'name': 'conductor.startup_context'}, modern)['result']
+        assert 'backend' in prompt['messages'][0]['content']['text']
+        assert client.call('agent_kill', modern, agent='backend')['structuredContent']['status'] == 'stopped'
+        status, rest = client.finish()
+        assert status == 0
+        assert all(json.loads(line) for line in rest.splitlines())
+
+
+@pytest.mark.parametrize('revision', [*LEGACY, MODERN])
+def test_every_method_answers_as_the_schema_of_the_revision_says(client: Stdio, revision: str) -> None:
+    """`Stdio.hear` holds each line against it."""
+    modern = revision == MODERN
+    if not modern:
+        assert client.greet(revision)['result']['protocolVersion'] == revision
+        assert client.ask('ping')['result'] == {}
+        assert client.ask('resources/subscribe', {'uri': 'tinytown://backlog'})['result'] == {}
+        assert client.ask('resources/unsubscribe', {'uri': 'tinytown://backlog'})['result'] == {}
+    else:
+        assert client.ask('server/discover', modern=True)['result']['supportedVersions'] == [MODERN]
+    for method in ('tools/list', 'resources/list', 'resources/templates/list', 'prompts/list'):
+        assert 'result' in client.ask(method, modern=modern)
+    assert 'result' in client.ask('resources/read', {'uri': 'tinytown://agents'}, modern)
+    ref = {'type': 'ref/resource', 'uri': 'tinytown://agents/{agent_name}'}
+    wanted = {'ref': ref, 'argument': {'name': 'agent_name', 'value': ''}}
+    assert client.ask('completion/complete', wanted, modern)['result']['completion']['values'] == ['a']
+    assert client.call('town_get', modern)['structuredContent']['name'] == 'test'
+    assert client.call('agent_get', modern, agent='nobody')['isError']
+    error = client.ask('resources/read', {'uri': 'tinytown://agents/nobody'}, modern)['error']
+    assert (error['code'], error['data']) == (
+        codes.INVALID_PARAMS if modern else codes.NO_RESOURCE,
+        {'uri': 'tinytown://agents/nobody'},
+    )
+
+
+def test_bad_lines_are_answered_and_survived(client: Stdio) -> None:
+    cases: list[tuple[bytes, int]] = [
+        (b'{', codes.PARSE_ERROR),
+        (b'\xff\xfe', codes.PARSE_ERROR),
+        (b'[]', codes.INVALID_REQUEST),
+        (b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', codes.INVALID_REQUEST),
+        (b'7', codes.INVALID_REQUEST),
+        (b'{"jsonrpc":"2.0","id":1}', codes.INVALID_REQUEST),
+        (b'x' * (1 << 21), codes.INVALID_REQUEST),
+        (b'[' * 200_000, codes.PARSE_ERROR),
+    ]
+    for line, code in cases:
+        client.send(b'', b'   ', line)
+        assert client.hear()['error']['code'] == code, line[:40]
+    assert client.ask('ping')['result'] == {}
+
+
+@pytest.mark.parametrize('revision', LEGACY)
+def test_an_array_of_messages_is_taken_in_the_one_revision_that_has_them(client: Stdio, revision: str) -> None:
+    client.greet(revision)
+    client.send(
+        [
+            {'jsonrpc': '2.0', 'id': 'a', 'method': 'ping'},
+            {'jsonrpc': '2.0', 'method': 'notifications/initialized'},
+            {'jsonrpc': '2.0', 'id': 'b', 'method': 'tools/call', 'params': {'name': 'town_get'}},
+            {'jsonrpc': '2.0', 'id': 'c', 'method': 'nothing'},
+            {'jsonrpc': '2.0', 'id': 'd', 'method': 'tools/list', 'params': {'_meta': META}},
+            7,
+        ]
+    )
+    reply = client.hear()
+    if revision == BATCHING:
+        assert [each.get('id') for each in reply] == ['a', 'b', 'c', 'd', None]
+        assert reply[1]['result']['structuredContent']['name'] == 'test'
+        assert reply[3]['error']['code'] == codes.INVALID_REQUEST
+        client.send([{'jsonrpc': '2.0', 'method': 'notifications/initialized'}])  # is answered by nothing
+    else:
+        assert reply['error']['code'] == codes.INVALID_REQUEST
+    assert client.ask('ping')['result'] == {}
+
+
+def test_what_was_read_is_answered_before_it_ends_with_its_input(ground: Place) -> None:
+    lines = [{'jsonrpc': '2.0', 'id': i, 'method': 'tools/call', 'params': {'name': 'town_get'}} for i in range(20)]
+    done = run(ground.root, *lines)
+    assert [json.loads(line)['id'] for line in done.stdout.splitlines()] == list(range(20))
+    assert done.returncode == 0
+    assert done.stderr == b''
+
+
+def run(root: Path, *lines: Any, **more: str) -> subprocess.CompletedProcess[bytes]:
+    """A session that is all written before it is read, without a newline at its end."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / 'townhall.py'), 'mcp-stdio', '--town', str(root)],
+        input='\n'.join(map(json.dumps, lines)).encode(),
+        env=environment(**more),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_the_block_of_the_readme_for_a_client_s_configuration_works_as_pasted(place: Place) -> None:
+    [block] = re.findall(r'^```json\n(\{"mcpServers".*)\n```', (REPOSITORY / 'README.md').read_text(), re.M)
+    server = json.loads(block)['mcpServers']['townhall']
+    assert server['command'] == 'townhall'
+    arguments = [str(place.root) if argument.startswith('/') else argument for argument in server['args']]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / 'townhall.py'), *arguments],
+        input=b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"town_get"}}\n',
+        env=environment(),
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+    assert json.loads(done.stdout)['result']['structuredContent']['name'] == 'test'
+
+
+def test_without_a_town_it_ends_with_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert (done.returncode, done.stdout) == (2, b'')
+    assert b'tt init' in done.stderr
+    assert done.stderr.count(b'\n') == 1
+
+
+def test_sigterm_ends_it(ground: Place) -> None:
+    with stdio(ground.root) as client:
+        client.greet()
+        client.process.send_signal(signal.SIGTERM)
+        assert client.process.wait(10) == 0
+
+
+def test_while_a_client_waits_for_an_agent_others_are_answered_and_it_hears_of_progress(client: Stdio) -> None:
+    client.greet()
+    wait = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 2}, '_meta': {'progressToken': 'p'}}
+    number = client.start('tools/call', wait)
+    assert client.ask('ping')['result'] == {}
+    reply = client.answer_to(number)
+    assert reply['result']['structuredContent']['done'] is False
+    told = [each['params'] for each in client.told if each['method'] == 'notifications/progress']
+    assert told
+    assert [each['progress'] for each in told] == sorted({each['progress'] for each in told})
+    assert told[0]['progressToken'] == 'p'
+    assert told[0]['total'] == 2
+
+
+def add_agent(place: Place, name: str) -> str:
+    """An agent without a process, which stays Starting. Its id."""
+    agent = new_id()
+    record = {'id': agent, 'name': name, 'nickname': None, 'role_id': None, 'parent_agent_id': None}
+    head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'})[:-1]
+    place.store.call(place.store.register(agent, name, head, 10, 'demo', 0, new_id()))
+    return agent
+
+
+def test_a_wait_that_is_cancelled_is_not_answered(client: Stdio) -> None:
+    client.greet()
+    began = time.monotonic()
+    number = client.start('tools/call', {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 25}})
+    client.send({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': number}})
+    status, rest = client.finish()
+    assert (status, rest) == (0, b'')
+    assert since(began) < 10
+
+
+def test_a_subscription_ends_when_it_is_cancelled(client: Stdio, ground: Place) -> None:
+    wanted = {'notifications': {'resourceSubscriptions': ['tinytown://backlog'], 'toolsListChanged': True}}
+    number = client.start('subscriptions/listen', wanted, modern=True)
+    acknowledged = client.await_told('notifications/subscriptions/acknowledged')
+    assert acknowledged['params']['notifications'] == {'resourceSubscriptions': ['tinytown://backlog']}
+    ground.do('backlog.add', description='one')
+    client.await_told('notifications/resources/updated', uri='tinytown://backlog')
+    client.send({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': number}})
+    client.ask('tools/list', modern=True)  # by then it is heeded
+    ground.do('backlog.add', description='two')
+    status, rest = client.finish()
+    assert (status, rest) == (0, b'')
+
+
+def test_what_is_written_to_stdout_by_mistake_goes_to_stderr(ground: Place) -> None:
+    code = (
+        'import os, sys; from pathlib import Path; from tinytown import mcp_stdio, mcp_catalogue\n'
+        'def tools(self, by):\n    print("stray"); os.system("echo child"); return []\n'
+        'mcp_catalogue.Catalogue.tools = tools\n'
+        'sys.exit(mcp_stdio.serve(Path(sys.argv[1]), {}))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(ground.root)],
+        input=b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n',
+        env=environment(),
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+    assert json.loads(done.stdout)['result'] == {'tools': []}
+    assert sorted(done.stderr.split()) == [b'child', b'stray']
+
+
+def test_read_only_offers_what_reads_and_refuses_the_rest(ground: Place) -> None:
+    with stdio(ground.root, '--read-only') as client:
+        tools = client.ask('tools/list')['result']['tools']
+        assert tools
+        assert all(tool['annotations']['readOnlyHint'] for tool in tools)
+        refused = client.call('backlog_add', description='x')
+        assert refused['isError']
+        assert 'town.write' in refused['content'][0]['text']
+
+
+@pytest.mark.parametrize('tools', [['task.assign', 'agent_list'], ['task_assign', 'agent.list']])
+def test_a_setting_limits_the_tools(directory: Path, tools: list[str]) -> None:
+    place = make_town(directory, townhall__mcp={'tools': tools})
+    with stdio(place.root) as client:
+        offered = client.ask('tools/list')['result']['tools']
+        assert sorted(tool['name'] for tool in offered) == ['agent_list', 'task_assign']
+        assert client.ask('tools/call', {'name': 'backlog_add'})['error']['code'] == codes.INVALID_PARAMS
+
+
+def test_a_setting_leaves_out_what_changes_anything(directory: Path) -> None:
+    place = make_town(directory, townhall__mcp={'read_only': True})
+    with stdio(place.root) as client:
+        assert all(tool['annotations']['readOnlyHint'] for tool in client.ask('tools/list')['result']['tools'])
+        assert client.ask('tools/call', {'name': 'backlog_add'})['error']['code'] == codes.INVALID_PARAMS
+
+
+def test_a_tool_that_there_is_not_in_the_setting_is_a_usage_error(directory: Path) -> None:
+    done = run(make_town(directory, townhall__mcp={'tools': ['task_asign']}).root)
+    assert done.returncode == 2
+    assert b"townhall.mcp.tools: there is no tool 'task_asign'; did you mean task_assign?" in done.stderr
+
+
+def test_a_client_inside_a_run_speaks_for_its_agent(ground: Place) -> None:
+    agent = add_agent(ground, 'inner')
+    with stdio(ground.root, TINYTOWN_AGENT_ID=agent, TINYTOWN_AGENT_NAME='inner') as client:
+        sent = client.call('message_send', to='conductor', message='hello', kind='info')
+        assert not sent['isError'], sent
+    [message] = ground.do('agent.inbox', agent='conductor')['messages']
+    assert message['from'] == agent
+    assert ground.history()[-1]['by'] == 'inner'
+
+
+def test_the_town_opens_when_it_is_first_needed(directory: Path) -> None:
+    place = make_town(directory)
+    with stdio(place.root) as client:
+        client.greet()
+        assert client.ask('tools/list')['result']['tools']
+        assert not (place.root / '.tt').exists()
+        assert client.call('town_get')['structuredContent']['name'] == 'test'
+        assert (place.root / '.tt').exists()
+    place.close()
+
+
+def test_discover_and_initialize_are_answered_whatever_came_before(client: Stdio) -> None:
+    """A client of both generations probes with discover and then says initialize."""
+    params = {'_meta': META, 'clientInfo': CLIENT}
+    assert 'result' in client.ask('server/discover', params, modern=True)
+    assert client.greet()['result']['protocolVersion'] == LEGACY[0]
+    assert client.call('town_get', modern=True)['resultType'] == 'complete'
+    assert 'resultType' not in client.call('town_get')
+
+
+def test_no_descriptor_of_the_client_stays_with_a_worker(place: Place) -> None:
+    with stdio(place.root) as client:
+        client.call('agent_spawn', name='a')
+        pid = place.do('agent.get', agent='a')['pid']
+        assert client.process.stdout
+        ours = os.fstat(client.process.stdout.fileno()).st_ino
+        held = {file.stat().st_ino for file in Path(f'/proc/{pid}/fd').iterdir()}
+        assert ours not in held
+
+
+def test_it_ends_when_nobody_reads_what_it_says(ground: Place) -> None:
+    with stdio(ground.root) as client:
+        client.greet()
+        assert client.process.stdout
+        client.process.stdout.close()
+        client.send(*[{'jsonrpc': '2.0', 'id': i, 'method': 'tools/list'} for i in range(2)])
+        assert client.process.wait(10) == 0
+        assert client.process.stderr
+        assert client.process.stderr.read() == b''

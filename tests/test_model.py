@@ -1,0 +1,73 @@
+"""The words that everything shares: ids and times."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tinytown.model import UUID_PATTERN, brief, new_id, rfc3339
+
+MANY = 1000  # more than are made ready at once
+
+
+def test_an_id_is_a_random_uuid_of_which_no_two_are_alike() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: new_id(), range(8 * MANY)))
+    assert len(set(made)) == len(made)
+    assert all(re.fullmatch(UUID_PATTERN, each) for each in made)
+    assert {(uuid.UUID(each).version, uuid.UUID(each).variant) for each in made} == {(4, uuid.RFC_4122)}
+
+
+def test_processes_that_were_forked_make_different_ids() -> None:
+    new_id()  # so that there are some at hand
+    read, write = os.pipe()
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if not child:
+            os.write(write, ''.join(new_id() for _ in range(20)).encode())
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    os.close(write)
+    with open(read) as pipe:
+        theirs = re.findall(UUID_PATTERN, pipe.read())
+    ours = [new_id() for _ in range(20)]
+    assert len(theirs) == 40
+    assert len({*theirs, *ours}) == 60
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [
+        (0.0, '1970-01-01T00:00:00.000Z'),
+        (-0.5, '1969-12-31T23:59:59.500Z'),
+        (951782400.0, '2000-02-29T00:00:00.000Z'),
+        (1795269600.25, '2026-11-21T14:00:00.250Z'),
+        (1795269599.9996, '2026-11-21T13:59:59.999Z'),
+    ],
+)
+def test_a_moment_is_told_in_utc_with_milliseconds(seconds: float, text: str) -> None:
+    assert rfc3339(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ('text', 'line'),
+    [
+        ('one', 'one'),
+        ('', ''),
+        (' \n\t\n', ''),
+        ('\n\n  first \r\nsecond', 'first'),
+        ('a\u2028b', 'a'),
+        ('\x85 a\x0bb', 'a'),
+        ('x' * 160, 'x' * 160),
+        ('x' * 161, 'x' * 159 + '…'),
+    ],
+)
+def test_a_text_in_brief_is_its_first_line_that_says_something(text: str, line: str) -> None:
+    assert brief(text) == line

@@ -1,0 +1,68 @@
+"""The router: which route a path means, and with which values."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinytown.errors import MethodNotAllowed, NotFound
+from tinytown.router import Router
+
+
+@pytest.fixture
+def router() -> Router[str]:
+    made: Router[str] = Router()
+    for method, path in (
+        ('GET', '/agents'),
+        ('GET', '/agents/{agent}'),
+        ('POST', '/agents/prune'),
+        ('GET', '/agents/{agent}/inbox'),
+        ('GET', '/{kind}/all/inbox'),
+        ('POST', '/tasks/{task_id}/parts/{part}'),
+        ('DELETE', '/tasks/{id}/parts/{number}'),
+    ):
+        made.add(method, path, f'{method} {path}')
+    return made
+
+
+@pytest.mark.parametrize(
+    ('method', 'path', 'target', 'values'),
+    [
+        ('GET', '/agents', '/agents', {}),
+        ('HEAD', '/agents/a', '/agents/{agent}', {'agent': 'a'}),
+        ('POST', '/agents/prune', '/agents/prune', {}),
+        ('GET', '/agents/prune', '/agents/{agent}', {'agent': 'prune'}),
+        ('GET', '/agents/{}', '/agents/{agent}', {'agent': '{}'}),
+        ('GET', '/agents/all/inbox', '/agents/{agent}/inbox', {'agent': 'all'}),
+        ('GET', '/towns/all/inbox', '/{kind}/all/inbox', {'kind': 'towns'}),
+        ('POST', '/tasks/1/parts/2', '/tasks/{task_id}/parts/{part}', {'task_id': '1', 'part': '2'}),
+        ('DELETE', '/tasks/1/parts/2', '/tasks/{id}/parts/{number}', {'id': '1', 'number': '2'}),
+    ],
+)
+def test_a_path_means_one_route_an_exact_one_first(
+    router: Router[str], method: str, path: str, target: str, values: dict[str, str]
+) -> None:
+    found = 'GET' if method == 'HEAD' else method
+    assert router.match(method, path) == (f'{found} {target}', values)
+
+
+@pytest.mark.parametrize('path', ['/', '', '/agent', '/agents/', '/agents//inbox', '/agents/a/b', '/{}/x', '/tasks/1'])
+def test_a_path_without_a_route_is_not_found(router: Router[str], path: str) -> None:
+    with pytest.raises(NotFound):
+        router.match('GET', path)
+    with pytest.raises(NotFound):
+        router.allow(path)
+
+
+@pytest.mark.parametrize(
+    ('path', 'allowed'),
+    [
+        ('/agents', 'GET, HEAD, OPTIONS'),
+        ('/agents/prune', 'GET, HEAD, OPTIONS, POST'),
+        ('/tasks/1/parts/2', 'DELETE, OPTIONS, POST'),
+    ],
+)
+def test_another_method_is_told_those_of_every_route_that_fits(router: Router[str], path: str, allowed: str) -> None:
+    assert router.allow(path) == allowed
+    with pytest.raises(MethodNotAllowed) as caught:
+        router.match('PUT', path)
+    assert caught.value.allow == allowed
