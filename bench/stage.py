@@ -1,0 +1,127 @@
+"""The town that is measured: one Redis, 100 agents that are records only, an inbox of 10, a backlog of 100."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from tests.ground import redis
+from tests.support import make_town
+from tinytown import redis_server
+from tinytown.model import CONDUCTOR_ID, new_id
+from tinytown.store import Command, scripts
+from tinytown.wire import _MORE, Wire
+
+AGENTS, MESSAGES, BACKLOG = 100, 10, 100
+READER, WRITER = 'agent-001', 'agent-002'
+_BATCH = 500  # commands in one write
+
+
+class Stage:
+    """A town in a directory of its own. `url` is another stage's Redis, where it is not to have one of its own."""
+
+    def __init__(self, url: str = '', finished: int = 0) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix='bench'))
+        self.finished = finished
+        shared = {'redis': {'url': url}} if url else {}
+        quiet = {'access_log': 'off'}
+        self.place = make_town(self.root, name=self.root.name, max_agents=1000, townhall=quiet, **shared)
+        self._owns_redis = not url
+        redis(self.place, 'CONFIG', 'SET', 'auto-aof-rewrite-percentage', 0)  # none in the middle of a measurement
+        for script in scripts().values():
+            redis(self.place, 'SCRIPT', 'LOAD', script.text)
+        self._settings()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._owns_redis:
+            redis_server.stop(self.root, self.place.town.config)
+        self.place.store.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        return f'unix://{redis_server.socket_path(self.root)}'
+
+    def _settings(self) -> None:
+        """Writes what a peer must know, in the file that it is given."""
+        store = self.place.store
+        told = {'socket': str(store.address['path']), 'prefix': store.prefix.decode(), 'events': store.events}
+        told |= {'conductor': CONDUCTOR_ID} | {name: scripts()[name].text.decode() for name in ('inbox', 'assign')}
+        self.settings = self.root / 'peer.json'
+        self.settings.write_text(json.dumps(told))
+
+    # ----------------------------------------------------------------------------------------------------- state
+
+    def policy(self, appendfsync: str) -> None:
+        """When Redis writes to its disk: everysec or always."""
+        redis(self.place, 'CONFIG', 'SET', 'appendfsync', appendfsync)
+
+    def reset(self) -> None:
+        """The same state for everyone who is measured, and a short append-only file. Empties the whole Redis."""
+        redis(self.place, 'FLUSHALL')
+        redis(self.place, 'BGREWRITEAOF')
+        while b'aof_rewrite_in_progress:1' in self.place.store.call(self.place.store.info('persistence')):
+            time.sleep(0.01)
+        self.fill()
+
+    def fill(self) -> None:
+        store = self.place.store
+        store.call(store.open((self.root / '.tt' / 'town-id').read_text().strip()))
+        self._run(command for number in range(AGENTS) for command in self._agent(f'agent-{number:03}'))
+        rest = (
+            '","type":"info","summary":"Please look at the failing tests in the parser first, and say what you find."}'
+        )
+        self._run(store.send(READER, '', 'n', new_id(), rest, 'info') for _ in range(MESSAGES))
+        self._run(store.backlog_add(_task(f'Item {number} of the backlog')) for number in range(BACKLOG))
+        self._run(command for number in range(self.finished) for command in self._finished(number))
+
+    def _agent(self, name: str) -> tuple[Command, Command]:
+        """An agent whose worker runs on another machine, so that nobody here can tell that there is none."""
+        store, agent, instance = self.place.store, new_id(), new_id()
+        record = {'id': agent, 'name': name, 'nickname': None, 'role_id': 'worker', 'parent_agent_id': None}
+        head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'}, separators=(',', ':'))[:-1]
+        born = store.register(agent, name, head, 1000, 'demo', 0, instance)
+        return born, store.hello(agent, instance, 'elsewhere', 'boot', 7, '1')
+
+    def _finished(self, number: int) -> tuple[Command, Command]:
+        task = _task(f'Task {number} of the past')
+        return self.place.store.backlog_add(task), self.place.store.finish(task[0], '', 'completed', '"done"', 'null')
+
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return int(redis(self.place, 'ZCARD', self.place.store.prefix + b'tasks'))
+
+    def _run(self, commands: Iterable[Command]) -> None:
+        """Runs many commands, a batch with one write."""
+        wire = Wire(self.place.store.address, timeout=60)
+        try:
+            batch: list[Command] = []
+            for command in commands:
+                batch.append(command)
+                if len(batch) == _BATCH:
+                    self._send(wire, batch)
+                    batch = []
+            self._send(wire, batch)
+        finally:
+            wire.close()
+
+    def _send(self, wire: Wire, batch: list[Command]) -> None:
+        wire.sock.sendall(b''.join(command.pack(self.place.store) for command in batch))
+        for command in batch:
+            while (reply := wire.reader.next()) is _MORE:
+                wire.reader.feed(wire.sock.recv(1 << 18))
+            command.result(reply)
+
+
+def _task(description: str) -> tuple[str, str, str, str, str, int]:
+    task = new_id()
+    head = json.dumps({'task_id': task, 'description': description}, separators=(',', ':'))[:-1]
+    return task, head, json.dumps(description), '["tests"]', CONDUCTOR_ID, 3
