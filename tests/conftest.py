@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tinytown.store import Command
 from .support import Hall, Place, make_town
 
 _count = itertools.count()
+
+# Where we run in the background of a shell, SIGINT is ignored, and so it would be by all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

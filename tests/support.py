@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shlex
 import socket
 import subprocess
@@ -179,35 +180,42 @@ class Service:
             return read_all(sock)
 
 
+_OPEN = r'is open on https?://([\d.]+|\[[\da-f:]+\]):(\d+)'
+
+
 class Hall(Service):
-    """A townhall process."""
+    """A townhall process. What it says is in `log_file`."""
 
     def __init__(self, root: Path, flags: Iterable[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        assert self.process.stderr is not None
-        said = b''
-        while not (found := re.search(rb'is open on https?://([\d.]+|\[[\da-f:]+\]):(\d+)', said)):
-            line = self.process.stderr.readline()
-            assert line, f'townhall did not start: {said.decode()}'
-            said += line
-        self.address, self.port = found[1].decode().strip('[]'), int(found[2])
-        copy = 'import os, sys\nwhile data := os.read(0, 65536): os.write(1, data)'
-        self.log_file = root / f'hall-{self.process.pid}.log'
+        self.log_file = root / f'hall-{len(list(root.glob("hall-*.log")))}-{os.urandom(2).hex()}.log'
         with open(self.log_file, 'wb') as log:
-            self._log = subprocess.Popen([sys.executable, '-c', copy], stdin=self.process.stderr, stdout=log)
-        self.process.stderr.close()
+            self.process = subprocess.Popen(
+                [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        found = re.search(_OPEN, self.said(_OPEN))
+        assert found
+        self.address, self.port = found[1].strip('[]'), int(found[2])
+
+    def said(self, pattern: str) -> str:
+        """All that it has said, once a pattern is in it."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            ended = self.process.poll() is not None
+            text = self.log_file.read_text()
+            if re.search(pattern, text):
+                return text
+            assert not ended, f'townhall ended: {text}'
+            assert time.monotonic() < deadline, text
+            select.select([], [], [], 0.005)
 
     def kill(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self._log.wait()
 
 
 def read_all(sock: socket.socket) -> bytes:

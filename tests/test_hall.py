@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,18 +29,6 @@ def children(pid: int) -> list[int]:
     """The processes that serve, of a townhall with several."""
     found = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
     return [int(child) for child in found if b'townhall' in Path(f'/proc/{child}/cmdline').read_bytes()]
-
-
-def said(hall: Hall, pattern: str) -> str:
-    """What a townhall has said, once a pattern is in it."""
-    deadline = time.monotonic() + PATIENCE
-    idle = threading.Event()
-    while True:
-        text = hall.log_file.read_text() if hall.log_file.exists() else ''
-        if re.search(pattern, text):
-            return text
-        assert time.monotonic() < deadline, text
-        idle.wait(0.01)
 
 
 def await_end(pid: int) -> None:
@@ -147,7 +134,7 @@ def test_a_process_that_is_killed_is_replaced(several: Place) -> None:
     hall = several.hall('--workers', '2')
     first = children(hall.process.pid)[0]
     os.kill(first, signal.SIGKILL)
-    said(hall, r'process \d ended \(status -9\) and is replaced')
+    hall.said(r'process \d ended \(status -9\) and is replaced')
     deadline = time.monotonic() + PATIENCE
     while len(children(hall.process.pid)) < 2:
         assert time.monotonic() < deadline
@@ -196,7 +183,7 @@ def test_sighup_takes_up_the_configuration(place: Place, flags: tuple[str, ...])
     assert hall.get('/health', Host='town.example').status == 421
     change(place, allowed_hosts=['town.example'], limits__body_bytes=1024)
     hall.process.send_signal(signal.SIGHUP)
-    assert said(hall, r'taken up again').count('taken up again') == 1
+    assert hall.said(r'taken up again').count('taken up again') == 1
     deadline = time.monotonic() + PATIENCE
     while {hall.get('/health', Host='town.example').status for _ in range(10)} != {200}:
         assert time.monotonic() < deadline
@@ -210,7 +197,7 @@ def test_a_configuration_that_is_wrong_leaves_the_old_one_in_force(place: Place)
     right = file.read_text()
     file.write_text(right + '\n[townhal]\nbind = 1\n')
     hall.process.send_signal(signal.SIGHUP)
-    assert 'did you mean townhall?' in said(hall, r'is not taken up, the old one stays in force')
+    assert 'did you mean townhall?' in hall.said(r'is not taken up, the old one stays in force')
     file.write_text(right)
     assert hall.get('/health', Host='town.example').status == 200
 
@@ -219,7 +206,7 @@ def test_what_only_a_restart_can_change_is_named(place: Place) -> None:
     hall = place.hall()
     change(place, workers=2, allowed_hosts=['town.example'])
     hall.process.send_signal(signal.SIGHUP)
-    said(hall, r'taken up again; townhall\.workers must wait for a restart')
+    hall.said(r'taken up again; townhall\.workers must wait for a restart')
     assert hall.get('/health', Host='town.example').status == 200
 
 

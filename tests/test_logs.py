@@ -105,7 +105,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
         'MY_TOKEN': 'my-own-token',
         'JAVA_HOME': '/usr/lib/jvm/java-17',
         'HTTPS_PROXY': 'http://me:proxy-pass@proxy:3128',
-        'HOME': '/home/somebody',
+        'HOME': '/srv/somebody',
         'OTHER': 'not-passed-on',
     }
     secrets = known(tmp_path, config, environ)
@@ -121,7 +121,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
     ]
     for value in hidden:
         assert secrets.hide(value.encode()) == MARK
-    for value in ('/usr/lib/jvm/java-17', '/home/somebody', 'not-passed-on'):
+    for value in ('/usr/lib/jvm/java-17', '/srv/somebody', 'not-passed-on'):
         assert secrets.hide(value.encode()) == value.encode()
 
 
