@@ -25,7 +25,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q -n 4
 
 test-system: .venv/dev .venv/tools
-	$(BIN)/python -m pytest -q tests/system
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/system
 	FUZZ=3000 FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/test_fuzz.py
 
 conformance: .venv/dev

@@ -77,7 +77,9 @@ def make(directory: Path) -> Iterator[Callable[..., Keyed]]:
 
 
 def audit_of(place: Place) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (place.root / '.tt' / 'audit.jsonl').read_text().splitlines()]
+    """What is on record of changes, and then of refusals."""
+    files = [place.root / '.tt' / name for name in ('audit.jsonl', 'audit.denied.jsonl')]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------- operation × credential
@@ -323,7 +325,10 @@ def test_tt_shows_its_key_and_says_when_it_is_refused(make: Callable[..., Keyed]
     done = keyed.place.tt('kill', 'x', *remote, '--api-key-file', str(file), check=False)
     assert (done.returncode, 'needs the scope agent.manage' in done.stderr) == (1, True)
     done = keyed.place.tt('status', *remote, check=False)
-    assert (done.returncode, done.stderr) == (1, 'tt: send an API key, as Authorization: Bearer …\n')
+    assert (done.returncode, done.stderr) == (
+        1,
+        'tt: send an API key, as Authorization: Bearer …; give a key that is good there: --api-key-file F\n',
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- wrong keys

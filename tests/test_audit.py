@@ -78,7 +78,8 @@ def test_every_refusal_is_one_line(directory: Path) -> None:
     assert hall.post('/v1/agents/backend/kill').status == 401
     assert hall.get('/v1/agents/backend', X_API_Key='x').status == 401
     assert [hall.get('/v1/town', **key).status for _ in range(2)] == [200, 429]
-    found = lines(directory / '.tt' / 'audit.jsonl')
+    found = lines(directory / '.tt' / 'audit.denied.jsonl')
+    assert not lines(directory / '.tt' / 'audit.jsonl')
     place.close()
     who: tuple[str | None, list[str]] = (f'key:{made.id}', ['town.read'])
     nobody: tuple[str | None, list[str]] = (None, [])
@@ -219,6 +220,7 @@ def test_an_end_that_can_not_be_written_leaves_the_answer_and_is_counted(directo
     file.rename(directory / 'away')
     file.symlink_to('/dev/full')
     audit.end(record, 'ok')
+    audit.end(record, 'ok')
     audit.denied(visit(), Conflict('no'))
     assert not audit.is_writable()
     with pytest.raises(Unavailable, match='the audit can not be written'):
@@ -254,10 +256,60 @@ def test_a_file_that_is_full_is_put_aside_once(directory: Path) -> None:
     audit = Audit(file, 2000)
     for i in range(100):
         audit.begin(visit(task_id=f't{i}'))
-    kept = lines(directory / 'audit.jsonl.1') + lines(file)
+    found = lines(directory / 'audit.jsonl.1') + lines(file)
+    kept = [line for line in found if line['phase'] == 'begin']
     assert [line['target']['task_id'] for line in kept] == [f't{i}' for i in range(100 - len(kept), 100)]
     assert all(path.stat().st_size <= 2000 for path in directory.iterdir())
-    assert {path.name for path in directory.iterdir()} == {'audit.jsonl', 'audit.jsonl.1'}
+    assert {path.name for path in directory.iterdir()} == {'audit.jsonl', 'audit.jsonl.1', 'audit.denied.jsonl'}
+
+
+def test_the_last_files_are_kept_and_a_new_one_tells_how_much_was_discarded(directory: Path) -> None:
+    file = directory / 'audit.jsonl'
+    audit = Audit(file, 2000, keep=3)
+    written, told, before = 0, 0, 0
+    while told < 2:
+        audit.begin(visit(task_id=f't{written}'))
+        written += 1
+        first = lines(file)[0]
+        if first['phase'] == 'discarded' and len(lines(file)) == 2:
+            told += 1
+            assert first['bytes'] == before
+        before = (directory / 'audit.jsonl.3').stat().st_size if (directory / 'audit.jsonl.3').exists() else 0
+    aside = [directory / f'audit.jsonl.{i}' for i in (3, 2, 1)]
+    kept = [line for path in [*aside, file] for line in lines(path) if line['phase'] == 'begin']
+    assert [line['target']['task_id'] for line in kept] == [f't{i}' for i in range(written - len(kept), written)]
+    assert not (directory / 'audit.jsonl.4').exists()
+    aside[1].unlink()
+    while lines(file)[0]['phase'] == 'discarded':
+        audit.begin(visit())
+    assert all(path.exists() for path in aside), 'a free place is taken, and nothing is discarded'
+
+
+def test_refusals_fill_files_of_their_own_and_displace_no_change(directory: Path) -> None:
+    file = directory / 'audit.jsonl'
+    audit = Audit(file, 2000)
+    audit.begin(visit(task_id='t1'))
+    before = file.read_text()
+    for _ in range(100):
+        audit.denied(visit(task_id='t2'), Conflict('no'))
+    assert file.read_text() == before
+    denied = directory / 'audit.denied.jsonl'
+    assert {path.name for path in directory.iterdir()} == {file.name, denied.name, f'{denied.name}.1'}
+    assert {line['phase'] for line in lines(denied)} == {'discarded', 'denied'}
+    assert all(path.stat().st_size <= 2000 for path in directory.iterdir())
+
+
+def test_a_pipe_takes_changes_and_refusals(directory: Path) -> None:
+    pipe = directory / 'pipe'
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    audit = Audit(pipe, 1 << 20)
+    audit.begin(visit())
+    audit.denied(visit(), Conflict('no'))
+    found = [json.loads(line)['phase'] for line in os.read(reader, 65536).splitlines()]
+    os.close(reader)
+    assert found == ['begin', 'denied']
+    assert [path.name for path in directory.iterdir()] == ['pipe']
 
 
 def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_put_aside(directory: Path) -> None:
@@ -296,7 +348,7 @@ def test_nobody_writes_while_a_process_may_be_putting_the_file_aside(directory: 
         audit.begin(visit())
         os.write(doing, b'.')
         os._exit(0)
-    with audit._alone():
+    with audit._changes._alone():
         os.write(going, b'.')
         assert select.select([done], [], [], 0.2)[0] == []
     assert os.read(done, 1) == b'.'

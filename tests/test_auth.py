@@ -219,6 +219,29 @@ def test_wrong_keys_of_one_address_are_refused_unseen_and_others_go_on(
     checks.admit(found, 'mallory')
 
 
+def test_wrong_keys_are_counted_by_network_and_for_a_key_over_all_addresses(
+    ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, found = ring
+    checks = Checks(Buckets(lambda: 1000.0))
+    assert checks.verify(key, found, '2001:db8::1')
+    monkeypatch.setattr(auth, 'matches', lambda *_: False)
+
+    def fail(times: int, address: str) -> None:
+        for i in range(times):
+            checks.admit(found, address.format(i))
+            assert not checks.verify(f'wrong {i} {address}', found, address.format(i))
+
+    fail(auth.FAILURES, '2001:db8::{:x}')
+    with pytest.raises(TooManyRequests, match='too many wrong keys from 2001:db8::/64'):
+        checks.admit(found, '2001:db8::ffff')
+    fail(auth.FAILURES_OF_ALL - auth.FAILURES, '2001:db8:{:x}1::1')
+    with pytest.raises(TooManyRequests, match='too many wrong keys from everywhere for this key'):
+        checks.admit(found, '192.0.2.1')
+    checks.admit(auth.Entry('another', found.hash, found.principal), '192.0.2.1')
+    assert checks.recall(key) == found.hash
+
+
 def test_what_is_known_of_keys_is_bounded(ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = ring
     monkeypatch.setattr(auth, 'matches', lambda *_: True)

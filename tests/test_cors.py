@@ -61,7 +61,7 @@ def test_any_other_page_is_refused_and_that_is_on_record(hall: Hall, place: Plac
         answer = hall.request(method, path, Origin=origin)
         assert (answer.status, answer.json['code']) == (403, 'foreign-origin')
         assert 'access-control-allow-origin' not in answer.headers
-    last = json.loads((place.root / '.tt/audit.jsonl').read_text().splitlines()[-1])
+    last = json.loads((place.root / '.tt/audit.denied.jsonl').read_text().splitlines()[-1])
     assert last['outcome'] == 'foreign-origin'
 
 

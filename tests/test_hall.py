@@ -11,8 +11,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -92,40 +93,37 @@ def test_processes_give_different_request_ids(several: Place) -> None:
     assert len({each[:10] for each in given}) > 1, 'only one process was asked'
 
 
-def test_sigterm_ends_all_processes_and_a_request_under_way_is_answered(several: Place) -> None:
+def ask_to_wait(hall: Hall, agent: str, seconds: int) -> socket.socket:
+    """A connection on which a request for that has been sent."""
+    sock = hall.connect()
+    body = b'{"timeout":%d}' % seconds
+    head = b'POST /v1/agents/%b/wait HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n' % agent.encode()
+    sock.sendall(head + b'Content-Length: %d\r\n\r\n' % len(body) + body)
+    return sock
+
+
+def test_sigterm_ends_all_processes_and_what_was_asked_is_answered(several: Place) -> None:
     hall = several.hall('--workers', '2')
     pids = children(hall.process.pid)
     several.do('agent.spawn', name='waits')
-    with ThreadPoolExecutor(2) as pool:
-        waits = [pool.submit(hall.post, '/v1/agents/waits/wait', {'timeout': 2}) for _ in range(2)]
-        until_served(hall, 2)
-        hall.process.send_signal(signal.SIGTERM)
-        assert [wait.result().status for wait in waits] == [200, 200]
+    socks = [ask_to_wait(hall, 'waits', 2) for _ in range(4)]
+    hall.process.send_signal(signal.SIGTERM)
+    assert [status_of(read_all(sock)) for sock in socks] == [200] * 4
     assert hall.process.wait(PATIENCE) == 0
     for pid in pids:
         await_end(pid)
+    for sock in socks:
+        sock.close()
     several.do('agent.kill', agent='waits')
-
-
-def until_served(hall: Hall, count: int) -> None:
-    """Waits until so many connections to a townhall are established."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        rows = [line.split() for line in Path('/proc/net/tcp').read_text().splitlines()[1:]]
-        if sum(row[1].endswith(f':{hall.port:04X}') and row[3] == '01' and row[9] != '0' for row in rows) >= count:
-            return
-    raise AssertionError('the clients are not connected')
 
 
 def test_a_group_that_is_told_twice_to_stop_still_drains(several: Place) -> None:
     hall = several.hall('--workers', '2')
     several.do('agent.spawn', name='lingers')
-    with ThreadPoolExecutor(1) as pool:
-        wait = pool.submit(hall.post, '/v1/agents/lingers/wait', {'timeout': 2})
-        until_served(hall, 1)
+    with ask_to_wait(hall, 'lingers', 2) as sock:
         for pid in (*children(hall.process.pid), hall.process.pid):  # as a service manager does
             os.kill(pid, signal.SIGTERM)
-        assert wait.result().status == 200
+        assert status_of(read_all(sock)) == 200
     assert hall.process.wait(PATIENCE) == 0
     several.do('agent.kill', agent='lingers')
 
@@ -199,6 +197,95 @@ def test_a_configuration_that_is_wrong_leaves_the_old_one_in_force(place: Place)
     hall.process.send_signal(signal.SIGHUP)
     assert 'did you mean townhall?' in hall.said(r'is not taken up, the old one stays in force')
     file.write_text(right)
+    assert hall.get('/health', Host='town.example').status == 200
+
+
+def test_a_process_that_replaces_another_has_the_rules_of_the_last_reload(place: Place) -> None:
+    hall = place.hall('--workers', '2')
+    assert hall.get('/v1/status').status == 200
+    place.tt('generate-api-key', '--write')
+    hall.process.send_signal(signal.SIGHUP)
+    hall.said('taken up again')
+    until(lambda: {hall.get('/v1/status').status for _ in range(10)} == {401})
+    killed = set(children(hall.process.pid))
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: len(set(children(hall.process.pid)) - killed) == 2)
+    assert {hall.get('/v1/status').status for _ in range(20)} == {401}
+
+
+@pytest.mark.parametrize('flags', [(), ('--workers', '2')])
+@pytest.mark.parametrize('slip', ['max_agents = ' + '9' * 5000, '[[[', 'x = 1', 'name = "\\ud800"'])
+def test_no_slip_in_the_file_ends_a_townhall_that_is_told_to_reload(
+    place: Place, flags: tuple[str, ...], slip: str
+) -> None:
+    hall = place.hall(*flags)
+    file = place.root / config.FILE
+    right = file.read_text()
+    file.write_text(f'{slip}\n{right}')
+    hall.process.send_signal(signal.SIGHUP)
+    assert 'Traceback' not in hall.said('the old one stays in force')
+    file.write_text(right)
+    assert hall.get('/v1/status').status == 200
+
+
+def test_a_townhall_that_is_told_to_reload_while_it_starts_goes_on(place: Place) -> None:
+    place.town.store.close()
+    argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--port', '0']
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        status = Path(f'/proc/{process.pid}/status')
+        until(lambda: int(re.search(r'SigCgt:\s*(\w+)', status.read_text())[1], 16) & 1 << signal.SIGHUP - 1)  # type: ignore[index]
+        process.send_signal(signal.SIGHUP)
+        assert 'is open on' in process.stderr.readline()
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + PATIENCE
+    idle = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline
+        idle.wait(0.01)
+
+
+def test_waits_leave_threads_for_changes(place: Place) -> None:
+    hall = place.hall()
+    place.do('agent.spawn', name='waits')
+    held = [ask_to_wait(hall, 'waits', 20) for _ in range(70)]
+    refused = [sock for sock in held if select.select([sock], [], [], 0.2)[0]]
+    assert {status_of(sock.recv(4096)) for sock in refused} == {503}
+    assert len(refused) == 70 - 64
+    assert hall.post('/v1/agents/waits/kill', {'force': True}).status == 200
+    assert {status_of(sock.recv(4096)) for sock in held if sock not in refused} == {200}
+    for sock in held:
+        sock.close()
+
+
+def test_keys_that_are_turned_on_are_asked_for_at_once(place: Place) -> None:
+    hall = place.hall()
+    assert hall.get('/v1/status').status == 200
+    done = place.tt('generate-api-key', '--write').stdout
+    assert 'From now on, townhall asks every caller for a key.' in done
+    hall.said('taken up again')
+    assert hall.get('/v1/status').status == 401
+    key = re.search(r'^key +(\S+)', done, re.M)
+    assert key
+    assert hall.get('/v1/status', X_API_Key=key[1]).status == 200
+    file = place.root / 'key'
+    file.write_text(key[1])
+    url = f'http://{hall.address}:{hall.port}'
+    assert 'give a key that is good there: --api-key-file F' in place.tt('list', '--url', url, check=False).stderr
+    assert place.tt_json('list', '--url', url, '--api-key-file', str(file))['count'] == 0
+
+
+def test_a_setting_that_is_changed_is_taken_up_by_the_townhall_that_runs(place: Place) -> None:
+    hall = place.hall()
+    assert 'the townhall that runs takes it up' in place.tt('config', 'townhall.allowed_hosts', 'town.example').stdout
+    hall.said('taken up again')
     assert hall.get('/health', Host='town.example').status == 200
 
 

@@ -385,7 +385,7 @@ def test_a_call_without_scope_is_403_names_the_scope_and_is_on_record(directory:
                     assert op.scope in reply.json['error']['message']
                 else:
                     assert reply.json['result']['isError']
-        audit = (place.root / '.tt' / 'audit.jsonl').read_text()
+        audit = (place.root / '.tt' / 'audit.denied.jsonl').read_text()
         assert audit.count('insufficient-scope') == sum(
             scope not in (op.scope, 'admin') for scope in keys for op in TABLE
         )

@@ -103,6 +103,25 @@ def test_bad_lines_are_answered_and_survived(client: Stdio) -> None:
     assert client.ask('ping')['result'] == {}
 
 
+@pytest.mark.parametrize(
+    ('before', 'after', 'told'),
+    [
+        ('{"jsonrpc":"2.0","id":7,"method":"', '"}', 7),
+        ('{"method":"', '","jsonrpc":"2.0","id":"x-7"}', 'x-7'),
+        ('{"method":"', '", "id": 7, "jsonrpc": "2.0"}', 7),
+        ('{"method":"\\"id\\":7,', '"}', None),
+        ('"', '"', None),
+    ],
+)
+def test_a_line_that_is_too_long_is_refused_under_its_id(
+    client: Stdio, before: str, after: str, told: int | str | None
+) -> None:
+    client.send((before + 'x' * 3_000_000 + after).encode())
+    answer = client.hear()
+    assert (answer.get('id'), 'longer than 1048576 bytes' in answer['error']['message']) == (told, True)
+    assert client.ask('ping')['result'] == {}
+
+
 @pytest.mark.parametrize('revision', LEGACY)
 def test_an_array_of_messages_is_taken_in_the_one_revision_that_has_them(client: Stdio, revision: str) -> None:
     client.greet(revision)

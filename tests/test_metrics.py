@@ -399,23 +399,25 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hall, di
     place.close()
 
 
-def test_metrics_may_need_a_scope(guarded: tuple[Hall, dict[str, str], Path]) -> None:
+def test_metrics_and_scaling_may_need_a_scope(guarded: tuple[Hall, dict[str, str], Path]) -> None:
     hall, keys, root = guarded
-    nobody = hall.get('/metrics')
-    assert (nobody.status, nobody.json['code']) == (401, 'unauthorized')
-    assert nobody.headers['www-authenticate'].startswith('Bearer')
-    assert hall.get('/metrics', Authorization='Bearer tt_x').status == 401
-    writer = hall.get('/metrics', X_API_Key=keys['town.write'])
-    assert (writer.status, writer.json['code']) == (403, 'insufficient-scope')
-    assert writer.json['detail'].startswith('metrics needs the scope town.read')
+    for path, name in (('/metrics', 'metrics'), ('/api/scaling', 'scaling')):
+        nobody = hall.get(path)
+        assert (nobody.status, nobody.json['code']) == (401, 'unauthorized')
+        assert nobody.headers['www-authenticate'].startswith('Bearer')
+        assert hall.get(path, Authorization='Bearer tt_x').status == 401
+        writer = hall.get(path, X_API_Key=keys['town.write'])
+        assert (writer.status, writer.json['code']) == (403, 'insufficient-scope')
+        assert writer.json['detail'].startswith(f'{name} needs the scope town.read')
+        assert hall.get(path, X_API_Key=keys['town.read']).status == 200
     for scope in ('town.read', 'admin'):
         for _ in range(2):  # the first is checked on a thread, the second known
             assert scrape(hall, Authorization=f'Bearer {keys[scope]}')['tinytown_up'] == 1
-    denied = [line for line in (root / '.tt' / 'audit.jsonl').read_text().splitlines() if '"metrics"' in line]
-    assert len(denied) == 3
+    denied = (root / '.tt' / 'audit.denied.jsonl').read_text()
+    assert (denied.count('"metrics"'), denied.count('"scaling"')) == (3, 3)
 
 
-@pytest.mark.parametrize('path', [path for path in ROUTES if path != '/metrics'])
+@pytest.mark.parametrize('path', [path for path in ROUTES if path not in ('/metrics', '/api/scaling')])
 def test_the_other_probes_are_for_everyone(guarded: tuple[Hall, dict[str, str], Path], path: str) -> None:
     hall, keys, _ = guarded
     assert hall.get(path).status == 200

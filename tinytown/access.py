@@ -31,6 +31,7 @@ from .operations import Gate
 from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
 from .store import Step
+from .stream import Stream
 from .town import Call, Town
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
@@ -65,10 +66,11 @@ class Access:
 
     def __init__(self, town: Town, verifier: Verifier | None = None) -> None:
         audit = town.config.townhall.audit
-        self.audit = Audit(town.root / audit.path, audit.max_bytes)
+        self.audit = Audit(town.root / audit.path, audit.max_bytes, audit.keep)
         self._agents_key = agent_tokens.key_of(town.root)
         self._buckets = Buckets()
         self._checks = Checks(self._buckets)
+        self._asks_slowly = False
         self.apply(town, verifier)
 
     def apply(self, town: Town, verifier: Verifier | None = None) -> None:
@@ -107,6 +109,7 @@ class Access:
             self.refused(request, operation, arguments, e)
             raise
         request.by = self._limited(found) if isinstance(found, Principal) else found
+        request.ask_again = self.ask_again
         if isinstance(found, Principal):
             request.caller = found.name
 
@@ -122,6 +125,39 @@ class Access:
         request.by = by = self._limited(found)
         request.caller = by.name
         return by
+
+    def ask_again(self, stream: Stream) -> None:
+        """Judges anew who reads a stream, and ends it for one who is no longer let in, or now has other scopes.
+
+        What can't be said now (Redis or the issuer is away) ends nothing. Of proofs that are slow one at a time is
+        made, on a thread: it brings what it learned to the next ones.
+        """
+        if not isinstance(stream.request.by, Principal):
+            return  # it is being proven
+        try:
+            found = self._judge(stream.request)
+        except TownError as e:
+            self._confirm(stream, None, e)
+            return
+        if isinstance(found, Principal):
+            self._confirm(stream, found, None)
+        elif not found.is_slow:
+            stream.run(found.prove(), lambda by, error: self._confirm(stream, by, error))
+        elif not self._asks_slowly:
+            self._asks_slowly = True
+            stream.run(found.prove(), lambda by, error: self._confirm_slowly(stream, by, error), True, True)
+
+    def _confirm_slowly(self, stream: Stream, by: Principal | None, error: Exception | None) -> None:
+        self._asks_slowly = False
+        self._confirm(stream, by, error)
+
+    def _confirm(self, stream: Stream, by: Principal | None, error: Exception | None) -> None:
+        request = stream.request
+        if by is not None and self._limited(by) != request.by:
+            error = Unauthorized('what this caller may do has changed; call again', code='scopes-changed')
+        if isinstance(error, TownError) and error.status in (401, 403) and stream.is_open:
+            self.refused(request, request.operation, request.values, error)
+            stream.refuse(error)
 
     def refused(self, request: Request, operation: str, arguments: Mapping[str, Any], error: TownError) -> None:
         """Puts a refusal on record, and says how a caller who is not known may be."""

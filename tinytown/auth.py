@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from . import config, keytable
 from .errors import TooManyRequests, Unavailable, UsageError
 from .model import Principal, Scope
-from .ratelimit import Buckets
+from .ratelimit import Buckets, network
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 MOST_AT_ONCE: Final = 2  # hashes under way
 MOST_WAITING: Final = 16  # further ones that may wait for their turn
 MOST_KNOWN: Final = 1024
-FAILURES: Final = 20  # wrong keys of one address for one id, and then this many a minute
+FAILURES: Final = 20  # wrong keys of one address (IPv6: /64) for one id, and then this many a minute
+FAILURES_OF_ALL: Final = 200  # the same for one id over all addresses
 LONGEST: Final = 512  # characters of a key
 
 _KEY: Final = re.compile(r'(tt_([0-9a-f]{8})_[A-Za-z0-9_-]{43})_([0-9a-f]{8})')
@@ -168,12 +169,13 @@ class Checks:
 
     def admit(self, entry: Entry, address: str) -> None:
         """Refuses to look at yet another key for this entry. Raises TooManyRequests, Unavailable."""
-        wait = self._failures.take(f'failed {entry.id} {address}', FAILURES, FAILURES, 0.0)
-        if wait:
-            detail = f'too many wrong keys from {address or "this socket"}; wait, or use the right one'
-            raise TooManyRequests(detail, code='too-many-failures', retry_after=math.ceil(wait))
         if len(self._under_way) >= MOST_AT_ONCE + MOST_WAITING:
             raise Unavailable('too many keys are being checked', code='busy', retry_after=1)
+        for whence, bucket, most in _buckets(entry, address):
+            wait = self._failures.take(bucket, most, most, 0.0)
+            if wait:
+                detail = f'too many wrong keys from {whence}; wait, or use one that was found right before'
+                raise TooManyRequests(detail, code='too-many-failures', retry_after=math.ceil(wait))
 
     def verify(self, key: str, entry: Entry, address: str) -> bool:
         """Whether a key is that of an entry. Blocks for the hash. Raises Unavailable."""
@@ -190,7 +192,8 @@ class Checks:
                 mine = self._under_way[proof] = Future[bool]()
         good = flight.result() if flight else self._hash(key, proof, mine)
         if not good:
-            self._failures.take(f'failed {entry.id} {address}', FAILURES, FAILURES)
+            for _, bucket, most in _buckets(entry, address):
+                self._failures.take(bucket, most, most)
         return good
 
     def _hash(self, key: str, proof: tuple[bytes, str], flight: Future[bool]) -> bool:
@@ -213,3 +216,12 @@ class Checks:
         if len(self._known) >= MOST_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[digest] = text
+
+
+def _buckets(entry: Entry, address: str) -> list[tuple[str, str, int]]:
+    """Where failures are counted: whence they come, the bucket, and how many it holds and takes in a minute."""
+    whence = network(address)
+    return [
+        (whence or 'this socket', f'failed {entry.id} {whence}', FAILURES),
+        ('everywhere for this key', f'failed {entry.id}', FAILURES_OF_ALL),
+    ]

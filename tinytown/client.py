@@ -174,6 +174,10 @@ class Remote:
             found = json.loads(text)
         except ValueError:
             found = None
+        if isinstance(found, dict) and status == 401:
+            raise TownError(
+                f'{found.get("detail")}; give a key that is good there:  --api-key-file F', code='unauthorized'
+            )
         if isinstance(found, dict) and status >= 400:
             raise TownError(str(found.get('detail', f'{self._url} answered {status}')), code=str(found.get('code', '')))
         if not isinstance(found, dict) or not found.keys() >= set(op.output.get('required', ())):

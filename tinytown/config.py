@@ -117,14 +117,17 @@ class Cors:
 
 @dataclass(frozen=True)
 class Audit:
-    path: str = _set('.tt/audit.jsonl', "file that records every change and denial, from the town's directory")
-    max_bytes: int = _set(67_108_864, 'largest size; then it is put aside once, as NAME.1', 65536, 1 << 40)
+    path: str = _set(
+        '.tt/audit.jsonl', "file that records every change, from the town's directory; denials: NAME.denied.jsonl"
+    )
+    max_bytes: int = _set(67_108_864, 'largest size of either; then it is put aside, as NAME.1', 65536, 1 << 40)
+    keep: int = _set(4, 'how many that were put aside are kept of either; NAME.1 is the newest', 1, 100)
 
 
 @dataclass(frozen=True)
 class Metrics:
     scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
-        '', 'what a caller must have to read /metrics; empty: nothing'
+        '', 'what a caller must have to read /metrics and /api/scaling; empty: nothing'
     )
 
 
@@ -397,6 +400,8 @@ def parse(data: bytes, source: str) -> dict[str, Any]:
         raise UsageError(f'{source}: it is not TOML: {e}') from None
     except RecursionError:
         raise UsageError(f'{source}: it is not TOML that can be taken: nested too deep') from None
+    except ValueError as e:  # an integer of too many digits, say
+        raise UsageError(f'{source}: it is not TOML that can be taken: {e}') from None
 
 
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:

@@ -435,6 +435,8 @@ class Connection:
 
     def expire(self, now: float) -> None:
         """Ends what has taken too long: a head or body with 408, an operation with 503, anything else by closing."""
+        if self.stream:
+            self.stream.ask_again(now)
         request = self._request
         if self.stream and not self._out:
             self.stream.expire(now)

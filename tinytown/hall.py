@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Hall:
         try:
             if len(self._listeners) == 1:
                 return self._serve(0)
-            return Prefork(len(self._listeners), self._serve, self._take_up, self._open).run()
+            return Prefork(len(self._listeners), self._serve, self._take_up, self._open, self._close).run()
         finally:
             if self._note:
                 self._note.unlink(missing_ok=True)
@@ -82,6 +83,11 @@ class Hall:
         """Tells that it is open: signals are heeded, and clients are served or wait in the backlog."""
         self._note = note_townhall(self.town.root, self._url)
         _say(f'{self.town.name} is open on {self._url}\ntownhall: {self._hint()}')
+
+    def _close(self) -> None:
+        """Lets no client into a backlog that nobody serves any more."""
+        for each in self._listeners:
+            each.close()
 
     def _serve(self, number: int, lifeline: int = -1) -> int:
         """Serves in this process. The first of several has the caretaker."""
@@ -98,7 +104,6 @@ class Hall:
         def reload() -> None:
             if self._take_up(tell=lifeline < 0):
                 rest.town = caretaker.town = self.town
-                self._access.apply(self.town, self._verifier)
                 server.apply(self._share(), self._encrypt)
 
         server = Server(
@@ -170,17 +175,20 @@ class Hall:
         """Loads the configuration again. One that is wrong changes nothing, and is told."""
         say = _say if tell else lambda _what: None  # of several processes the parent tells
         try:
-            config = configuration.load(self.town.root, self._flags)
+            wanted = configuration.load(self.town.root, self._flags)
+            config = self._with_fixed(wanted)
             check_start(config, self._host)
             same = config.townhall.auth == self.town.config.townhall.auth  # then the keys that it knows stay
             verifier = self._verifier if same else _verifier(config)
             encrypt = _encryption(config, self.town.root)
-        except UsageError as e:
-            say(f'the configuration is not taken up, the old one stays in force: {e}')
+            town = dataclasses.replace(self.town, config=config)
+            self._access.apply(town, verifier)  # in the parent, too: what it forks from now on begins with this
+        except Exception as e:  # whatever is wrong with it, what is in force stays
+            what = str(e) if isinstance(e, UsageError) else traceback.format_exc()
+            say(f'the configuration is not taken up, the old one stays in force: {what}')
             return False
-        late = [path for path in _FIXED if configuration.get(config, path) != configuration.get(self.town.config, path)]
-        self.town = dataclasses.replace(self.town, config=self._with_fixed(config))
-        self._verifier, self._encrypt = verifier, encrypt
+        self.town, self._verifier, self._encrypt = town, verifier, encrypt
+        late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
         say(f'the configuration was taken up again{needs}')
         return True

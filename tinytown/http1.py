@@ -69,6 +69,7 @@ class Request:
     caller: str = ''
     cors: str = ''  # the other origin whose pages may read the answer
     by: Any = None  # who that is: a Principal, or the claim of one
+    ask_again: Callable[[Any], None] | None = None  # has it proven again for a stream that goes on
     began: float = 0.0
     answered: bool = False
     deadline: float = 0.0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import config as configuration
 from . import keytable
 from .errors import TownError, UsageError
-from .local import Add, say
+from .local import Add, say, tell_townhalls
 from .model import ADMIN, READ
 from .redis_server import private_directory
 from .tomledit import change
@@ -163,6 +163,7 @@ class _Draft:
         self.before = before
         self.entries = list(before.get(configuration.KEYS, []))
         self.mode: str | None = before.get(_MODE)
+        self.turns_on = False
         self.advice = ''
 
     def turn_on(self) -> None:
@@ -170,7 +171,7 @@ class _Draft:
         if self.mode in (None, 'none'):
             self.mode = 'api_key'
             self.text = change(self.text, ('townhall', 'auth', 'mode'), 'api_key')
-            self.advice = ' From its next start on, townhall asks every caller for a key.'
+            self.turns_on = True
 
     def is_right(self) -> bool:
         """Whether the text says what it said before, but for the keys and the mode, and of these what it should."""
@@ -195,6 +196,9 @@ def _changing(file: Path) -> Iterator[_Draft]:
                 f'{file} is left as it is: its keys are not written as [[townhall.auth.keys]]; change it by hand'
             )
         configuration.write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
+    if draft.turns_on:
+        when = 'now on, townhall' if tell_townhalls(file.parent) else 'its next start on, townhall'
+        draft.advice = f' From {when} asks every caller for a key.'
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def open_sockets(bind: str, port: int, count: int = 1) -> list[socket.socket]:
             each.listen(BACKLOG)
     except (OSError, OverflowError) as e:
         what = getattr(e, 'strerror', None) or e
-        raise UsageError(f'{bind}:{port}: {what}; choose another: --port N, or townhall.rest_port') from None
+        raise UsageError(
+            f'{bind}:{port}: {what}; choose another: townhall --port N, or tt config townhall.rest_port N'
+        ) from None
     return sockets
 
 

@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -159,6 +161,15 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
     return found
 
 
+def tell_townhalls(root: Path) -> int:
+    """Has the townhalls of this town that run on this machine take up the configuration. How many there are."""
+    alive = [process for _, process, _ in running_townhalls(root) if verdict(process) == 'alive']
+    for process in alive:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGHUP)
+    return len(alive)
+
+
 def _stop(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     config = configuration.load(root)
@@ -223,10 +234,11 @@ def _config(arguments: argparse.Namespace) -> int:
         return say(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
     file = root / configuration.FILE
     new = _change(file, setting, key, arguments.value)
+    told = '; the townhall that runs takes it up, and tells in its log what must wait for a restart'
     return say(
         arguments,
         {arguments.key: new},
-        f'{arguments.key} = {to_toml(new)}  ({file}; a townhall that runs takes it up at its next start)',
+        f'{arguments.key} = {to_toml(new)}  ({file}{told if tell_townhalls(root) else ""})',
     )
 
 

@@ -32,7 +32,7 @@ class LogStreams:
 
     def answer(self, request: Request, op: Op) -> Answer:
         """A page, or a stream that begins with it. It reads files, and so is never for the loop's thread."""
-        return Slow((self._open if wants_stream(request) else self._page)(request, op))
+        return Slow((self._open if wants_stream(request) else self._page)(request, op), waits=True)
 
     def _page(self, request: Request, op: Op) -> Step[Response]:
         arguments = yield from self._door.read(request, op)

@@ -86,11 +86,15 @@ def _beside(file: Path) -> Path:
 def _opened(file: Path) -> Iterator[list[_Piece]]:
     """The files of a log that are there, the older one first, as they were at one moment."""
     with ExitStack() as stack:
-        newer, older = _open(file, stack), _open(_aside(file), stack)
-        while newer and older and newer.inode == older.inode:  # it was put aside just then
+        while True:
+            record = _record(file)
             newer, older = _open(file, stack), _open(_aside(file), stack)
+            is_one = newer is not None and older is not None and newer.inode == older.inode
+            if not is_one and _record(file) == record:
+                break
+            stack.close()  # it was put aside meanwhile
         pieces = [piece for piece in (older, newer) if piece]
-        _place(pieces, _begins(file))
+        _place(pieces, _begins(record))
         yield pieces
 
 
@@ -104,10 +108,18 @@ def _open(path: Path, stack: ExitStack) -> _Piece | None:
     return _Piece(descriptor, status.st_ino, status.st_size)
 
 
-def _begins(file: Path) -> dict[str, int]:
+def _record(file: Path) -> bytes:
+    """What is written beside a log; b'' if nothing is. Putting it aside begins with writing this."""
     try:
-        found: dict[str, int] = json.loads(_beside(file).read_text())
-    except (OSError, ValueError):
+        return _beside(file).read_bytes()
+    except OSError:
+        return b''
+
+
+def _begins(record: bytes) -> dict[str, int]:
+    try:
+        found: dict[str, int] = json.loads(record)
+    except ValueError:
         return {}
     return found
 

@@ -134,7 +134,7 @@ class McpHttp:
         if manner == 'stream' and accepts(request, EVENTS):
             return self._stream(ask, channel)
         step = self._plain(ask)
-        return step if manner == 'quick' else Slow(step)
+        return step if manner == 'quick' else Slow(step, waits=manner == 'stream')
 
     def _plain(self, ask: Ask) -> Step[Response]:
         reply = yield from self._mcp.run(ask)
@@ -153,7 +153,7 @@ class McpHttp:
                 ask.session.running[ask.id] = ask
             channel.open(stream)
             stream.on_close = close
-            stream.run(self._mcp.run(ask), done, slow=True)
+            stream.run(self._mcp.run(ask), done, slow=True, waits=True)
 
         def done(reply: Json | None, error: Exception | None) -> None:
             if error:
@@ -202,7 +202,7 @@ class McpHttp:
                 asks.append(error_reply(e))
         is_quick = all(self._mcp.manner(ask) == 'quick' for ask in asks if isinstance(ask, Ask))
         step = self._batch([ask for ask in asks if ask is not None])
-        return step if is_quick else Slow(step)
+        return step if is_quick else Slow(step, waits=True)
 
     def _batch(self, asks: list[Ask | Json]) -> Step[Response]:
         replies = []
@@ -281,7 +281,7 @@ class McpHttp:
             if reply:
                 session.send(reply)
 
-        stream.run(self._mcp.run(ask), done, manner in ('slow', 'stream'))
+        stream.run(self._mcp.run(ask), done, manner in ('slow', 'stream'), waits=manner == 'stream')
 
 
 class _Channel:
@@ -347,7 +347,7 @@ def _pass_on(answer: Answer, stream: Stream) -> None:
     if isinstance(answer, Response):
         stream.answer(answer)
     elif isinstance(answer, Slow):
-        stream.run(answer.step, done, slow=True)
+        stream.run(answer.step, done, slow=True, waits=answer.waits)
     else:
         assert not isinstance(answer, Later)
         stream.run(answer, done)

@@ -54,7 +54,9 @@ def decode(data: bytes) -> Any:
     """A message as it was sent. Raises Fault."""
     try:
         return json.loads(data.decode('utf-8'), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as e:
+    except RecursionError:
+        raise Fault(PARSE_ERROR, 'this is nested too deep') from None
+    except ValueError as e:
         raise Fault(PARSE_ERROR, f'this is not JSON in UTF-8: {e}') from None
 
 

@@ -6,7 +6,9 @@ a ping is answered meanwhile. Messages are written whole, one at a time.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,8 +30,20 @@ from .store import Step, Store
 from .town import Town, open_town
 
 MOST_THREADS: Final = 32
+_EDGE: Final = 400  # bytes at each end of a line that is too long, in which its id is looked for
+_ID: Final = rb'"id"\s*:\s*(-?[0-9]{1,15}|"[^"\\]{1,100}")\s*'
 
 Run = Callable[[Step[Any]], Any]
+
+
+def _id_of(start: bytes, end: bytes) -> int | str | None:
+    """The id of a request of which only both ends are there; without it its sender would wait for ever."""
+    found = re.match(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?' + _ID + b',', start[:_EDGE])
+    found = found or re.search(rb',\s*' + _ID + rb'(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*\Z', end)
+    if not found:
+        return None
+    told: int | str = json.loads(found[1])
+    return told
 
 
 def private_stdout() -> BinaryIO:
@@ -68,10 +82,14 @@ class Stdio:
         """The lines of the input; one that is too long is answered and left out, blank ones are left out."""
         while self._is_heard and (line := self._source.readline(self._most + 1)):
             if len(line) > self._most and not line.endswith(b'\n'):
+                end = line
                 while rest := self._source.readline(65536):
+                    end = (end + rest)[-_EDGE:]
                     if rest.endswith(b'\n'):
                         break
-                self._refuse(Fault(INVALID_REQUEST, f'a line is longer than {self._most} bytes'))
+                self._refuse(
+                    Fault(INVALID_REQUEST, f'a line is longer than {self._most} bytes', None, _id_of(line, end))
+                )
             elif line.strip():
                 yield line
 

@@ -307,8 +307,9 @@ def _probes(mode: str, metrics_scope: str) -> Json:
         '/openapi.json': ('openapi', 'Show this document', 'It is made once.', document),
     }
     paths: Json = {path: {'get': _plain(*described)} for path, described in found.items()}
-    for key, value in guarded.items():
-        paths['/metrics']['get'][key] = value if key != 'responses' else metrics | value
+    for path, answers in (('/metrics', metrics), ('/api/scaling', scaling)):
+        for key, value in guarded.items():
+            paths[path]['get'][key] = value if key != 'responses' else answers | value
     return paths
 
 

@@ -26,7 +26,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 class Prefork:
     """Runs `serve(number, lifeline)` in `count` children until SIGTERM or SIGINT; `reload` takes up a configuration;
-    `ready` is called when the children have been started.
+    `ready` is called when the children have been started, `stopping` when they have been told to end.
 
     `lifeline` is a descriptor that reads as ended when the parent is gone. Children drain at SIGTERM, however often it
     comes (a service manager may tell the whole group); a second signal to the parent is passed on as SIGQUIT.
@@ -37,12 +37,14 @@ class Prefork:
         count: int,
         serve: Callable[[int, int], int],
         reload: Callable[[], bool],
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[], None],
+        stopping: Callable[[], None],
     ) -> None:
         self._count = count
         self._serve = serve
         self._reload = reload
         self._ready = ready
+        self._stopping = stopping
         self._children: dict[int, tuple[int, float]] = {}  # by pid: its number, and since when
         self._missing: dict[int, float] = {}  # by number: when it is to be started
         self._stops = False
@@ -85,8 +87,10 @@ class Prefork:
     def _fork(self, number: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in the child until its server heeds it
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             return pid
         status = 1
         try:
@@ -113,6 +117,8 @@ class Prefork:
 
     def _stop(self) -> None:
         self._tell(signal.SIGQUIT if self._stops else signal.SIGTERM)
+        if not self._stops:
+            self._stopping()
         self._stops = True
         self._missing.clear()
 

@@ -26,6 +26,8 @@ ROUTES: Final = {
     '/openapi.json': 'openapi',
 }  # all GET: the path, and the name under which it is counted
 
+_NUMBERS: Final = ('metrics', 'scaling')
+
 Reply = Generator[Command, Any, Response]
 
 
@@ -41,8 +43,8 @@ class Probes:
         self._began = time.monotonic()
 
     def is_open(self, name: str) -> bool:
-        """Whether a probe answers callers who are not known: all but metrics, if a scope is set for them."""
-        return name != 'metrics' or not self._town().config.townhall.metrics.scope
+        """Whether a probe answers callers who are not known: all but the town's numbers, if a scope is set for them."""
+        return name not in _NUMBERS or not self._town().config.townhall.metrics.scope
 
     def handle(self, name: str, request: Request) -> Answer:
         """The answer of a probe. Who calls must have been admitted where it is not open."""
@@ -53,10 +55,10 @@ class Probes:
 
             settings = self._town().config.townhall
             return Response(200, openapi.text(settings.auth.mode, settings.metrics.scope))
-        if name == 'metrics':
-            step = self._metrics(request)
+        if name in _NUMBERS:
+            step = self._guarded(name, request)
             return Slow(step) if is_slow(request) else step
-        return self._ready() if name == 'ready' else self._scaling()
+        return self._ready()
 
     def _ready(self) -> Reply:
         found: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
@@ -77,11 +79,14 @@ class Probes:
         found |= {'town': self._town().name, 'durability': self._durability, 'draining': draining}
         return _readiness(found['status'] == 'ready', encode(found))
 
-    def _metrics(self, request: Request) -> Reply:
+    def _guarded(self, name: str, request: Request) -> Reply:
         scope = self._town().config.townhall.metrics.scope
         if scope and request.by is not None:
-            by = yield from self._access.prove(request, 'metrics', {})
-            enter(by, 'metrics', scope, {}, self._access.gate(request))
+            by = yield from self._access.prove(request, name, {})
+            enter(by, name, scope, {}, self._access.gate(request))
+        return (yield from self._metrics() if name == 'metrics' else self._scaling())
+
+    def _metrics(self) -> Reply:
         began = time.monotonic()
         counted, error = None, ''
         try:

@@ -100,7 +100,9 @@ class Rest:
             if target.name in self._streams:
                 return self._streams[target.name].answer(request, target)
             step = self._operate(request, target)
-            return Slow(step) if target.slow or is_slow(request) else step
+            if is_slow(request):
+                return Slow(step)
+            return Slow(step, waits=not target.changes) if target.slow else step
         if isinstance(target, Guarded):
             return target.handle(request)
         response: Response = target

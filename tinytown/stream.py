@@ -14,15 +14,20 @@ T = TypeVar('T')
 Done = Callable[[T | None, Exception | None], None]  # is given what a step gave, or raised
 
 HEARTBEAT_SECS: Final = 15.0
+_ASK_SECS: Final = 0.5  # between two times that it is proven who reads
 
 Step = Generator[Command, Any, Response]
 
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """A step that works on processes, hashes or waits: it runs on a thread of its own."""
+    """A step that works on processes, hashes or waits: it runs on a thread of its own.
+
+    One that only `waits`, or reads, is turned away before others are.
+    """
 
     step: Step
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,9 @@ class Loop(Protocol):
     """What it needs of the server."""
 
     def call_soon(self, what: Callable[[], None]) -> None: ...
-    def drive(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False) -> None: ...
+    def drive(
+        self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False, waits: bool = False
+    ) -> None: ...
     def failed(self, request: Request, error: Exception) -> Response: ...
 
 
@@ -68,7 +75,7 @@ class Stream:
     did not read, the server stops. What is sent after that goes nowhere.
     """
 
-    __slots__ = ('_connection', '_next', '_server', '_spoke', 'on_close', 'request', 'response')
+    __slots__ = ('_asked', '_connection', '_next', '_server', '_spoke', 'on_close', 'request', 'response')
 
     def __init__(self, connection: Carrier, server: Loop, request: Request, response: Response | Later) -> None:
         self.request = request
@@ -77,7 +84,7 @@ class Stream:
         self._next: Callable[[], None] | None = None
         self._connection = connection
         self._server = server
-        self._spoke = time.monotonic()
+        self._spoke = self._asked = time.monotonic()
 
     @property
     def is_open(self) -> bool:
@@ -139,9 +146,24 @@ class Stream:
         """Has the loop's thread do something. Any thread may call."""
         self._server.call_soon(what)
 
-    def run(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False) -> None:
+    def run(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False, waits: bool = False) -> None:
         """Runs a step, and calls `done` on the loop's thread: (what it gave, None) or (None, what it raised)."""
-        self._server.drive(step, done, slow)
+        self._server.drive(step, done, slow, waits)
+
+    def ask_again(self, now: float) -> None:
+        """Has it proven again, now and then, who reads: a key may have been revoked, or have expired."""
+        if self.request.ask_again and now - self._asked >= _ASK_SECS:
+            self._asked = now
+            self.request.ask_again(self)
+
+    def refuse(self, error: Exception) -> None:
+        """Ends it for a client who may read no more: what was not taken yet is not sent."""
+        if isinstance(self.response, Later):
+            self.fail(error)
+        elif self.is_open and self.is_behind:
+            self._connection.close()
+        else:
+            self.close()
 
     def expire(self, now: float) -> None:
         """Sends a heartbeat if it has been silent; answers if the time to wait is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
@@ -59,6 +60,7 @@ def _run(argv: list[str] | None) -> int:
         from .mcp_stdio import serve
 
         return serve(root, {'townhall.read_only': arguments.read_only})
+    signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something to be reloaded
     flags: dict[str, Any] = {
         'townhall.bind': arguments.bind,
         'townhall.rest_port' if arguments.mode == 'rest' else 'townhall.mcp_port': arguments.port,

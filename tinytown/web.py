@@ -107,6 +107,7 @@ class Server(HTTPServer):
         self.socket.close()  # which http.server has made
         self.socket = listener
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def apply(self, settings: Townhall, encrypt: Encrypt | None = None) -> None:
@@ -321,18 +322,22 @@ class Server(HTTPServer):
 
         if isinstance(answer, Slow):
             request.deadline = request.began + self._timeout
-            self.drive(answer.step, done, slow=True)
+            self.drive(answer.step, done, slow=True, waits=answer.waits)
         else:
             _Drive(self.link, self._store, answer, done)
 
-    def drive(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False) -> None:
-        """Runs a step, on a thread of its own if it is slow. On the loop's thread, as is the call of `done`."""
+    def drive(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False, waits: bool = False) -> None:
+        """Runs a step, on a thread of its own if it is slow. On the loop's thread, as is the call of `done`.
+
+        One that `waits`, or reads, gets no thread while half of them are taken: it must not hold up changes, nor the
+        proof of who calls.
+        """
         if slow:
-            self._run_slow(step, done)
+            self._run_slow(step, done, MOST_SLOW // 2 if waits else MOST_SLOW)
         else:
             _Drive(self.link, self._store, step, done)
 
-    def _run_slow(self, step: Generator[Command, Any, T], done: Done[T]) -> None:
+    def _run_slow(self, step: Generator[Command, Any, T], done: Done[T], most: int) -> None:
         def work() -> None:
             given, error = None, None
             try:
@@ -348,7 +353,7 @@ class Server(HTTPServer):
             _finish(done, given, error)
 
         try:
-            if self._slow >= MOST_SLOW:
+            if self._slow >= most:
                 raise RuntimeError
             threading.Thread(target=work, name='slow', daemon=True).start()
         except RuntimeError:  # also of the machine, when it has no more threads

@@ -1,0 +1,145 @@
+"""Answers that go on end with what let their reader in: a key, a token of an issuer or of an agent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown import keytable
+from tinytown.auth import ApiKey, generate_key
+from tinytown.config import FILE, write_atomically
+
+from .mcp_client import Http
+from .streams import Listener, await_streams, happen
+from .support import Hall, Place, make_town
+from .tokens import Signer, issuing
+
+SOON = 3.0  # seconds within which a stream has ended
+PATHS = ['/v1/events', '/v1/agents/a/logs', '/sse']
+Keyed = tuple[Place, Hall, Callable[..., ApiKey]]
+
+
+@pytest.fixture
+def keyed(directory: Path) -> Iterator[Keyed]:
+    """A townhall with keys, and what makes one more."""
+    place = make_town(directory, townhall__auth={'mode': 'api_key'})
+    file = directory / FILE
+
+    def add(**more: Any) -> ApiKey:
+        made = generate_key()
+        entry = {'id': made.id, 'hash': made.hash, 'scopes': ['town.read']} | more
+        write_atomically(file, keytable.added(file.read_text(), entry))
+        return made
+
+    add()
+    place.do('agent.spawn', name='a')
+    yield place, place.hall(), add
+    place.close()
+
+
+def field(key: str) -> str:
+    return f'Authorization: Bearer {key}'
+
+
+def is_ended(listener: Listener) -> bool:
+    """Whether it comes to its proper end; waits for that."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            listener._more()
+    return listener._is_over
+
+
+Open = Callable[[Hall, str, str], Listener]
+
+
+@pytest.fixture
+def reader() -> Iterator[Open]:
+    """Opens a stream with a key."""
+    opened: list[Listener] = []
+
+    def start(hall: Hall, path: str, key: str) -> Listener:
+        opened.append(Listener(hall, path, field(key)))
+        assert opened[-1].status == 200
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def test_streams_and_long_polls_end_when_their_key_is_revoked_and_others_go_on(keyed: Keyed, reader: Open) -> None:
+    place, hall, add = keyed
+    bad, good = add(), add()
+    readers, kept = [reader(hall, path, bad.key) for path in PATHS], reader(hall, '/v1/events', good.key)
+    client = Http(hall, Authorization=f'Bearer {bad.key}')
+    with client.stream('subscriptions/listen', {'notifications': {}}, id='s') as subscription, hall.connect() as poll:
+        assert subscription.message()['method'] == 'notifications/subscriptions/acknowledged'
+        last = place.history()[-1]['id']
+        poll.sendall(
+            f'GET /v1/events?wait=20&after={last} HTTP/1.1\r\nHost: localhost\r\n{field(bad.key)}\r\n\r\n'.encode()
+        )
+        await_streams(hall, len(PATHS) + 3)
+        place.tt('key', 'revoke', bad.id)
+        began = time.monotonic()
+        assert all(is_ended(each) for each in readers)
+        assert subscription.next() is None
+        assert poll.recv(65536).startswith(b'HTTP/1.1 401 ')
+        assert time.monotonic() - began < SOON
+    place.do('backlog.add', description='x')
+    while kept.event().type != 'task.created':
+        pass
+    denied = [json.loads(line) for line in (place.root / '.tt' / 'audit.denied.jsonl').read_text().splitlines()]
+    assert [line['outcome'] for line in denied] == ['invalid-token'] * (len(PATHS) + 2)
+
+
+def test_a_stream_ends_when_its_key_expires_or_its_scopes_change(keyed: Keyed, reader: Open) -> None:
+    place, hall, add = keyed
+    ends = int(time.time()) + 3
+    expiring, changing = add(expires=datetime.fromtimestamp(ends, UTC).isoformat()), add(scopes=['town.read', 'admin'])
+    first, second = reader(hall, '/v1/events', expiring.key), reader(hall, '/v1/events', changing.key)
+    assert is_ended(first)
+    assert ends <= time.time() < ends + SOON
+    file = place.root / FILE
+    write_atomically(file, file.read_text().replace('["town.read", "admin"]', '["town.read"]'))
+    began = time.monotonic()
+    assert is_ended(second)
+    assert time.monotonic() - began < SOON
+
+
+def test_a_client_that_takes_little_at_a_time_is_cut_off_too(keyed: Keyed, reader: Open) -> None:
+    place, hall, add = keyed
+    made = add()
+    listener = reader(hall, '/v1/events', made.key)
+    happen(place, 300, 30_000)  # far more than the sockets hold
+    place.tt('key', 'revoke', made.id)
+    await_streams(hall, 0)
+    assert not is_ended(listener)
+
+
+def test_a_stream_ends_with_the_token_of_an_issuer_and_with_that_of_an_agent(directory: Path, reader: Open) -> None:
+    signer = Signer.ec('one')
+    with issuing(signer) as issuer:
+        auth = {'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town', 'clock_skew_seconds': 0}
+        place = make_town(directory, townhall__auth=auth)
+        agent_id = place.do('agent.spawn', name='a')['agent_id']
+        place.await_event('agent.started', agent_name='a')
+        token = (directory / '.tt' / 'agents' / f'{agent_id}.token').read_text().strip()
+        hall = place.hall()
+        ends = int(time.time()) + 3
+        of_agent = reader(hall, '/v1/events', token)
+        of_issuer = reader(hall, '/v1/events', signer.token(issuer.claims(exp=ends)))
+        assert is_ended(of_issuer)
+        assert ends <= time.time() < ends + SOON
+        place.do('agent.kill', agent='a')
+        place.await_event('agent.stopped', agent_name='a')
+        began = time.monotonic()
+        assert is_ended(of_agent)
+        assert time.monotonic() - began < SOON
+        place.close()
