@@ -11,7 +11,6 @@ import ipaddress
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from .model import ALL_SCOPES, LOCAL, READ, Principal
 from .operations import Gate
 from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
+from .say import say
 from .store import Step
 from .stream import Stream
 from .town import Call, Town
@@ -336,7 +336,7 @@ class Watched:
         except UsageError as e:
             if str(e) != self._told:
                 self._told = str(e)
-                _say(f'townhall: the keys are not taken up, the old ones stay in force: {e}\n')
+                say(f'townhall: the keys are not taken up, the old ones stay in force: {e}\n')
 
 
 def _version(file: str) -> _Version:
@@ -350,14 +350,6 @@ def _version(file: str) -> _Version:
 def _is_settled(version: _Version) -> bool:
     """Whether a change from now on would show; one within the same tick of the clock might not."""
     return version is None or not 0 <= time.time_ns() - max(version[:2]) < _SETTLED
-
-
-def _say(text: str) -> None:
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        pass  # nobody reads it
 
 
 # ------------------------------------------------------------------------------------------------------ start-up rules

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -25,6 +24,7 @@ from .metrics import Meter
 from .operations import TABLE
 from .prefork import Prefork
 from .rest import Guarded, Rest
+from .say import say
 from .stream import Answer
 from .town import Town
 from .web import Encrypt, Server
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _FIXED: Final = ('name', 'redis.url', 'redis.appendfsync', 'retention.events', 'townhall.bind', 'townhall.rest_port',
                  'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled', 'townhall.mcp_port',
                  'townhall.mcp.tools', 'townhall.mcp.read_only', 'townhall.audit.path',
-                 'townhall.audit.max_bytes')  # fmt: skip
+                 'townhall.audit.max_bytes', 'townhall.audit.keep')  # fmt: skip
 
 # What `mcp_http` serves, by method and path.
 MCP_ROUTES_WITHOUT_SESSIONS: Final = (('POST', '/mcp'), ('GET', '/mcp'), ('DELETE', '/mcp'))
@@ -173,7 +173,7 @@ class Hall:
 
     def _take_up(self, tell: bool = True) -> bool:
         """Loads the configuration again. One that is wrong changes nothing, and is told."""
-        say = _say if tell else lambda _what: None  # of several processes the parent tells
+        tell_it = _say if tell else lambda _what: None  # of several processes the parent tells
         try:
             wanted = configuration.load(self.town.root, self._flags)
             config = self._with_fixed(wanted)
@@ -185,12 +185,12 @@ class Hall:
             self._access.apply(town, verifier)  # in the parent, too: what it forks from now on begins with this
         except Exception as e:  # whatever is wrong with it, what is in force stays
             what = str(e) if isinstance(e, UsageError) else traceback.format_exc()
-            say(f'the configuration is not taken up, the old one stays in force: {what}')
+            tell_it(f'the configuration is not taken up, the old one stays in force: {what}')
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
-        say(f'the configuration was taken up again{needs}')
+        tell_it(f'the configuration was taken up again{needs}')
         return True
 
     def _with_fixed(self, config: Config) -> Config:
@@ -239,8 +239,7 @@ def _example(url: str) -> str:
 
 
 def _say(what: str) -> None:
-    sys.stderr.write(f'townhall: {what}\n')  # at once: a reader may go after one line
-    sys.stderr.flush()
+    say(f'townhall: {what}\n')
 
 
 def durability(town: Town) -> str:

@@ -15,7 +15,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -33,6 +32,7 @@ from .errors import Internal, TownError, Unavailable
 from .http1 import Peer, Request, Response, problem
 from .listen import BACKLOG
 from .model import rfc3339
+from .say import say
 from .store import Command, Store
 from .stream import Done, Later, Slow
 
@@ -166,7 +166,7 @@ class Server(HTTPServer):
             self.link.refuse_unsent(error)  # which may let clients send more
         self.link.flush()
         if self._lines:
-            _say(''.join(self._lines))
+            say(''.join(self._lines))
             self._lines.clear()
 
     def _sweep(self, now: float) -> None:
@@ -365,7 +365,7 @@ class Server(HTTPServer):
         """The answer for a request that raised: what a TownError says; for a fault of ours no more than its id."""
         if isinstance(error, TownError):
             return problem(error, request.id)
-        _say(f'request {request.id} failed:\n{"".join(traceback.format_exception(error))}')
+        say(f'request {request.id} failed:\n{"".join(traceback.format_exception(error))}')
         return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
     def log(self, request: Request, response: Response) -> None:
@@ -448,16 +448,7 @@ def _safely(what: Callable[[], None]) -> None:
     try:
         what()
     except Exception:
-        _say(traceback.format_exc())
-
-
-def _say(text: str) -> None:
-    """Writes to the log. One that can't be written (a full disk, a closed pipe) must not end the service."""
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        pass
+        say(traceback.format_exc())
 
 
 def _allow_descriptors(wanted: int) -> None:
