@@ -25,6 +25,7 @@ from tinytown.errors import Unauthorized, UsageError
 from tinytown.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
 from tinytown.operations import TABLE, Op
+from tinytown.settings import Config
 
 from .support import PATIENCE, Hall, Place, environment, make_town, read_all
 
@@ -522,7 +523,7 @@ def mentioned(process: Path) -> str:
 KEY = {'id': '0123abcd', 'hash': '$argon2id$v=19$m=8192,t=1,p=1$c29tZXNhbHRzb21l$' + 'A' * 43, 'scopes': ['admin']}
 
 
-def configured(**values: Any) -> config.Config:
+def configured(**values: Any) -> Config:
     found = {f'townhall.{name.replace("__", ".")}': value for name, value in values.items()}
     return config.from_values({'name': 'x'} | found, Path())
 

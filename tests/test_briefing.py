@@ -10,7 +10,7 @@ import pytest
 
 from tinytown import clis
 from tinytown.briefing import Letter, Work, compose, fits
-from tinytown.config import Config
+from tinytown.settings import Config
 
 WORK = Work('t-1', 2, 'Mend the parser.\n\nIt drops the last line.', ['parser', 'bug'])
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tinytown.config import AgentSettings, Config, Redis
 from tinytown.errors import Invalid, NotFound
 from tinytown.job import Log
 from tinytown.logs import MOST, Reader
 from tinytown.redact import MARK, Redactor, Secrets, known
+from tinytown.settings import AgentSettings, Config, Redis
 from tinytown.timeline import Change, runs, with_durations
 
 from .ground import enlist, redis

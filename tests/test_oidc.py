@@ -18,10 +18,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from tinytown import oidc
-from tinytown.config import Auth
 from tinytown.errors import Forbidden, TownError, Unauthorized, Unavailable, UsageError
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.oidc import Verifier
+from tinytown.settings import Auth
 
 from .support import PATIENCE, environment
 from .tokens import Issuer, Signer, base64url, issuing
@@ -561,7 +561,7 @@ def test_plain_http_is_taken_on_this_machine_only(issuer: str) -> None:
 def test_without_the_extra_the_start_says_what_to_install() -> None:
     script = (
         'import sys; sys.modules["jwt"] = None\n'
-        'from tinytown.config import Auth; from tinytown.oidc import Verifier\n'
+        'from tinytown.settings import Auth; from tinytown.oidc import Verifier\n'
         'Verifier(Auth(mode="oidc", issuer="https://a.example", audience="b"))'
     )
     done = subprocess.run(

@@ -13,10 +13,10 @@ import pytest
 
 from tinytown import config, keytable
 from tinytown.auth import generate_key
-from tinytown.config import RateLimit
 from tinytown.errors import TooManyRequests
 from tinytown.model import ALL_SCOPES, LOCAL, Principal
 from tinytown.ratelimit import Buckets, Throttle, network
+from tinytown.settings import RateLimit
 from tinytown.shared import Table
 
 from .support import PATIENCE, Hall, Place, make_town

@@ -100,7 +100,7 @@ def test_modules_import_only_from_lower_layers() -> None:
         name: level
         for level, names in enumerate(
             (
-                'errors say model tomledit keytable config',
+                'errors say model tomledit keytable settings config',
                 'schema wire store processes redis_server clis redact peer',
                 'town messages tasks backlog deadletter reports agents agent_tokens recovery caretaker '
                 'feed timeline logs events census',

@@ -19,8 +19,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tinytown import config
-from tinytown.config import Mtls, Tls
 from tinytown.errors import UsageError
+from tinytown.settings import Mtls, Tls, Townhall
 from tinytown.tls import TlsSocket, server_context, subject
 from tinytown.tomledit import to_toml
 
@@ -60,7 +60,7 @@ def refusal(tls: Tls, mtls: Mtls = Mtls(), root: Path = Path('/')) -> str:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def settings(directory: Path, text: str) -> config.Townhall:
+def settings(directory: Path, text: str) -> Townhall:
     (directory / config.FILE).write_text(f'name = "x"\n{text}\n')
     return config.load(directory, environ={}).townhall
 

@@ -22,7 +22,6 @@ from . import agent_tokens
 from . import config as configuration
 from .audit import Audit, Visit
 from .auth import Checks, Entry, Keyring
-from .config import Config
 from .errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
 from .http1 import Peer, Request
 from .model import ALL_SCOPES, LOCAL, READ, Principal
@@ -30,6 +29,7 @@ from .operations import Gate
 from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
 from .say import say
+from .settings import Auth, Config
 from .store import Step
 from .stream import Stream
 from .town import Call, Town
@@ -381,7 +381,7 @@ def check_start(config: Config, address: str) -> list[str]:
     return warnings
 
 
-def _check_in_force(auth: configuration.Auth) -> None:
+def _check_in_force(auth: Auth) -> None:
     """Refuses settings of a mode that is not on: who wrote them believes that they protect."""
     belongs = {'api_key': ('api_key_hash', 'keys'), 'oidc': ('issuer', 'audience', 'jwks_url', 'required_scopes')}
     for mode, names in belongs.items():

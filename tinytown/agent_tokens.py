@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Final
 
 from . import agents
-from .config import Config, write_atomically, write_once
+from .config import write_atomically, write_once
 from .errors import Conflict, NotFound, Unauthorized
 from .model import READ, UUID_PATTERN, WRITE, Principal, Scope
 from .redis_server import private_directory
+from .settings import Config
 from .store import Step
 from .town import Call, Town
 

@@ -17,10 +17,11 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from . import config, keytable
+from . import keytable
 from .errors import TooManyRequests, Unavailable, UsageError
 from .model import Principal, Scope
 from .ratelimit import Buckets, network
+from .settings import Auth
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -111,7 +112,7 @@ class Entry:
 class Keyring:
     """The keys of a configuration. Raises UsageError that names the one which can't be used."""
 
-    def __init__(self, settings: config.Auth) -> None:
+    def __init__(self, settings: Auth) -> None:
         entries = [_entry(key) for key in settings.keys]
         if settings.api_key_hash:
             scopes = frozenset[Scope](settings.api_key_scopes)

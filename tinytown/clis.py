@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .config import Config
 from .errors import Invalid
+from .settings import Config
 
 PROMPT_FILE: Final = '{prompt_file}'
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from .config import Limits
 from .errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
 from .http1 import (
     MOST_HEAD,
@@ -32,6 +31,7 @@ from .http1 import (
     problem,
     render,
 )
+from .settings import Limits
 from .stream import Answer, Later, Loop, Stream
 
 if TYPE_CHECKING:

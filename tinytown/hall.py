@@ -14,7 +14,6 @@ from . import config as configuration
 from . import redis_server
 from .access import Access, Verifier, check_start
 from .caretaker import Caretaker
-from .config import Config, Limits
 from .errors import TownError, UsageError
 from .feed import Feed
 from .http1 import Request, Response
@@ -25,6 +24,7 @@ from .operations import TABLE
 from .prefork import Prefork
 from .rest import Guarded, Rest
 from .say import say
+from .settings import Config, Limits, Townhall
 from .stream import Answer
 from .town import Town
 from .web import Encrypt, Server
@@ -160,7 +160,7 @@ class Hall:
             each.close()
         return self._listeners[number]
 
-    def _share(self) -> configuration.Townhall:
+    def _share(self) -> Townhall:
         """The settings of one process: of what is limited, its share."""
         settings = self.town.config.townhall
         count = settings.workers

@@ -30,6 +30,7 @@ from .processes import (
     verdict,
 )
 from .render import as_json, counted
+from .settings import Config
 from .store import Step, text
 from .tomledit import change, to_toml
 from .town import Call, Town, open_town
@@ -186,7 +187,7 @@ def _stop(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def _stop_workers(root: Path, config: configuration.Config) -> tuple[list[str], list[str]]:
+def _stop_workers(root: Path, config: Config) -> tuple[list[str], list[str]]:
     """Stops the workers of this town, if its Redis is there to tell of them: their names, and what could not be."""
     if not config.redis.url and not redis_server.socket_path(root).exists():
         return [], []

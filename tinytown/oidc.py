@@ -23,9 +23,9 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from . import __version__
-from .config import Auth
 from .errors import Forbidden, Unauthorized, Unavailable, UsageError
 from .model import ALL_SCOPES, Principal
+from .settings import Auth
 
 MOST_TOKEN: Final = 8192  # bytes
 MOST_CACHED: Final = 1024  # verified tokens

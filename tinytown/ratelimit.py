@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
-from .config import RateLimit
 from .errors import TooManyRequests
 from .model import LOCAL, Principal
+from .settings import RateLimit
 from .shared import Table
 
 _PLACES: Final = 8192  # callers that are remembered: 256 KiB

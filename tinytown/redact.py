@@ -15,7 +15,7 @@ from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .clis import key_names
-from .config import Config
+from .settings import Config
 
 SHORTEST: Final = 8
 MARK: Final = b'[redacted]'

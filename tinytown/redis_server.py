@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from .config import Config, write_atomically
+from .config import write_atomically
 from .errors import TownError, UsageError
 from .processes import identify, reap, start_detached, start_time, verdict
+from .settings import Config
 from .wire import RedisError, Wire, pack, parse_address
 
 OLDEST: Final = (7, 0)

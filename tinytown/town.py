@@ -11,9 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from . import config as configuration
 from . import redis_server
-from .config import Config
 from .errors import UsageError
 from .model import Agent, Cursor, Field, Limit, Principal, new_id
+from .settings import Config
 from .store import Page, Step, Store
 
 

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, Type
 from urllib.parse import quote
 
 from . import wire
-from .config import Townhall
 from .connection import IN, OUT, Application, Connection, Sock
 from .errors import Internal, TownError, Unavailable
 from .http1 import Peer, Request, Response, problem
 from .listen import BACKLOG
 from .model import rfc3339
 from .say import say
+from .settings import Townhall
 from .store import Command, Store
 from .stream import Done, Later, Slow
 

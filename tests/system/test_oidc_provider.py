@@ -18,10 +18,10 @@ import pytest
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from tinytown import oidc
-from tinytown.config import Auth
 from tinytown.errors import Forbidden, Unauthorized, Unavailable
 from tinytown.model import Principal
 from tinytown.oidc import Verifier
+from tinytown.settings import Auth
 
 from ..support import PATIENCE, Place, environment, make_town
 from ..tokens import Signer

@@ -1,0 +1,177 @@
+"""What may be set: every setting is one field below, with its default, what it means, its unit and its bounds.
+
+`config.py` reads them; `tt config` and the file that `tt init` writes are made from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from .model import Scope
+
+TOWN_NAME_PATTERN: Final = r'[a-z0-9][a-z0-9_-]{0,62}'
+CLI_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}'
+
+
+def _set(default: Any, doc: str, low: int | None = None, high: int | None = None, pattern: str = '') -> Any:
+    """A setting: its default, what it means (with its unit), and its bounds."""
+    metadata = {'doc': doc, 'low': low, 'high': high, 'pattern': pattern}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Redis:
+    url: str = _set('', 'redis://, rediss:// or unix:// address of a Redis; without it the town runs its own')
+    appendfsync: Literal['always', 'everysec'] = _set('always', 'when the managed Redis writes to disk')
+
+
+@dataclass(frozen=True)
+class Limits:
+    connections: int = _set(4096, 'most open connections; a further one is answered 503', 1, 1_000_000)
+    streams: int = _set(
+        256, 'most answers that go on (event streams, long polls); a further one is answered 503', 1, 1_000_000
+    )
+    body_bytes: int = _set(1_048_576, 'largest request body', 1024, 1 << 30)
+    head_secs: int = _set(10, 'time for the head of a request to arrive', 1, 3600)
+    body_secs: int = _set(30, 'time for its body', 1, 3600)
+    write_secs: int = _set(30, 'time for a client to take its answer', 1, 3600)
+    idle_secs: int = _set(75, 'time a connection may wait between requests', 1, 86400)
+    drain_secs: int = _set(10, 'time that requests under way get when the server stops', 0, 3600)
+
+
+@dataclass(frozen=True)
+class Auth:
+    mode: Literal['none', 'api_key', 'oidc'] = _set('none', 'how callers are known; none: loopback only')
+    local_users: Literal['same', 'any'] = _set('same', 'mode none: which users of this machine may call')
+    api_key_hash: str = _set('', 'mode api_key: the argon2id hash of a key (see tt generate-api-key)')
+    api_key_scopes: list[Scope] = _set(['admin'], 'what the key of api_key_hash may do')
+    keys: list[dict[str, Any]] = _set([], 'mode api_key: keys with id, hash, scopes, expires, note (see tt key create)')
+    issuer: str = _set('', 'mode oidc: URL of the issuer, as it stands in `iss` of its tokens')
+    audience: str = _set('', 'mode oidc: what must stand in `aud` of a token')
+    jwks_url: str = _set('', "mode oidc: URL of the issuer's keys; without it the issuer is asked where they are")
+    required_scopes: list[str] = _set([], 'mode oidc: scopes that every token must have')
+    scope_claim: str = _set('', 'mode oidc: the claim that holds scopes, a.b for b in a; without it scope and scp')
+    clock_skew_seconds: int = _set(60, "mode oidc: how far the issuer's clock and ours may differ", 0, 600)
+
+
+@dataclass(frozen=True)
+class Tls:
+    enabled: bool = _set(False, 'serve HTTPS; without this line: if there is another in this table')
+    cert_path: str = _set('', "the server's certificate and those between it and a root, PEM")
+    key_path: str = _set('', 'its private key, PEM, not encrypted; not readable by other users')
+
+
+@dataclass(frozen=True)
+class Mtls:
+    enabled: bool = _set(False, 'ask clients for certificates; without this line: if there is another in this table')
+    required: bool = _set(False, 'refuse clients without one')
+    ca_path: str = _set('', 'certificates of the authorities that sign those of clients, PEM')
+    crl_path: str = _set('', 'revocation lists (PEM) of every one of these authorities')
+    subjects: dict[str, list[Scope]] = _set({}, 'common names of clients, and the scopes that a certificate gives them')
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    enabled: bool = _set(False, 'limit how often each caller may call; without this line: if this table is there')
+    requests_per_minute: int = _set(600, 'reads of one caller', 1, 10_000_000)
+    burst_size: int = _set(100, 'how many may come at once', 1, 10_000_000)
+    mutating_requests_per_minute: int = _set(120, 'changes by one caller, counted apart', 1, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Cors:
+    allowed_origins: list[str] = _set(
+        [],
+        'pages of other origins that may call, as "https://town.example"',
+        pattern=r'https?://[a-z0-9.-]+(:[0-9]{1,5})?',
+    )
+
+
+@dataclass(frozen=True)
+class Audit:
+    path: str = _set(
+        '.tt/audit.jsonl', "file that records every change, from the town's directory; denials: NAME.denied.jsonl"
+    )
+    max_bytes: int = _set(67_108_864, 'largest size of either; then it is put aside, as NAME.1', 65536, 1 << 40)
+    keep: int = _set(4, 'how many that were put aside are kept of either; NAME.1 is the newest', 1, 100)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
+        '', 'what a caller must have to read /metrics and /api/scaling; empty: nothing'
+    )
+
+
+@dataclass(frozen=True)
+class Mcp:
+    tools: list[str] = _set([], 'the only tools that are offered, as in tools/list; empty: all')
+    read_only: bool = _set(False, 'offer no tool that changes anything')
+
+
+@dataclass(frozen=True)
+class Townhall:
+    bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
+    rest_port: int = _set(8787, 'port of the REST API', 0, 65535)
+    mcp_port: int = _set(-1, 'port of `townhall mcp-http`; -1: rest_port + 1', -1, 65535)
+    workers: int = _set(1, 'processes that serve, each with its share of the limits', 1, 256)
+    request_timeout_ms: int = _set(
+        30_000, 'time after which an operation is answered 503, outcome unknown', 100, 3_600_000
+    )
+    allowed_hosts: list[str] = _set([], 'names, beside localhost and addresses, under which clients may call')
+    access_log: Literal['text', 'json', 'off'] = _set('text', 'one line a request on stderr')
+    read_only: bool = _set(False, 'refuse every change')
+    auth: Auth = field(default_factory=Auth)
+    tls: Tls = field(default_factory=Tls)
+    mtls: Mtls = field(default_factory=Mtls)
+    cors: Cors = field(default_factory=Cors)
+    audit: Audit = field(default_factory=Audit)
+    rate_limit: RateLimit = field(default_factory=RateLimit)
+    metrics: Metrics = field(default_factory=Metrics)
+    mcp: Mcp = field(default_factory=Mcp)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Retention:
+    events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
+    finished_tasks_days: int = _set(30, 'how long finished tasks and dead letters are kept', 1, 36500)
+    log_bytes: int = _set(10_485_760, 'largest log of an agent; then it is rotated once', 65536, 1 << 40)
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    idle_timeout_secs: int = _set(
+        300, 'how long agents without work are idle before /api/scaling calls for none', 1, 86400
+    )
+    max_rounds: int = _set(0, 'rounds after which a worker stops; 0: no limit', 0, 1_000_000)
+    lease_secs: int = _set(60, 'how long a taken task stays with a worker that is not heard of', 6, 86400)
+    max_attempts: int = _set(
+        3, 'how often a task is tried, or a message delivered, before it is a dead letter', 1, 1000
+    )
+    retry_backoff_secs: list[int] = _set(
+        [1, 5, 25], 'pauses after the attempts of a task, and before restarts', 0, 86400
+    )
+    restart: Literal['never', 'on-failure'] = _set('never', 'whether an agent whose worker died is started again')
+    restart_cap: int = _set(5, 'how often in a row, without a completed task between', 1, 1_000_000)
+    role_scopes: dict[str, list[Scope]] = _set({}, 'what agents of a role may do beyond town.read and town.write')
+    pass_env: list[str] = _set([], 'further environment variables that a coding CLI sees')
+
+
+@dataclass(frozen=True)
+class Config:
+    """A town's settings. `agent_clis` maps names to command lines; `file` is where the town's own came from."""
+
+    name: str = _set('', 'name of the town', pattern=TOWN_NAME_PATTERN)
+    default_cli: str = _set('claude', 'the coding CLI of agents that name none')
+    max_agents: int = _set(10, 'most live agents', 1, 100_000)
+    redis: Redis = field(default_factory=Redis)
+    townhall: Townhall = field(default_factory=Townhall)
+    retention: Retention = field(default_factory=Retention)
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    agent_clis: dict[str, str] = _set({}, 'coding CLIs of your own: name = "command --flag"')
+    file: Path | None = None
