@@ -2,6 +2,9 @@
 # make test   sets everything up and runs the tests
 # make setup  only installs;  make lint  is ruff and mypy --strict
 # make chaos  sabotages a town for SECONDS=60 and kills a worker at every command; SEED= repeats a campaign
+# make dist   builds dist/townhall.pyz, dist/tt.pyz and the wheel;  make bundle  a tarball that installs without a network.
+#   WHEELS=DIR takes wheels from there: dist adds what is compiled for other platforms, bundle downloads nothing
+# make docs   writes what is made from the code into README.md and docs/
 # make bench  measures it beside other servers (needs wrk, and node for one of them); BENCH='--short --only townhall'
 # make conformance runs the official conformance suite of MCP, for both generations
 # make test-system is that, real MCP clients, what needs nginx, haproxy and promtool, what Schemathesis makes of our
@@ -14,8 +17,9 @@ BIN := .venv/bin
 SECONDS ?= 60
 SEED ?=
 BENCH ?=
+WHEELS ?=
 
-.PHONY: run test test-system conformance chaos bench setup lint clean
+.PHONY: run test test-system conformance chaos bench dist bundle setup lint docs clean
 
 run: .venv/run
 	@test -f .town/tinytown.toml || $(BIN)/tt init --town .town --name town --cli demo >/dev/null
@@ -37,6 +41,12 @@ chaos: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m bench $(BENCH)
+
+dist bundle: .venv/dev
+	$(BIN)/python deploy/$@.py $(if $(WHEELS),--wheels $(WHEELS))
+
+docs: .venv/dev
+	$(BIN)/python -m tests.docs
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

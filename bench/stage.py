@@ -53,7 +53,8 @@ class Stage:
     def _settings(self) -> None:
         """Writes what a peer must know, in the file that it is given."""
         store = self.place.store
-        told = {'socket': str(store.address['path']), 'prefix': store.prefix.decode(), 'events': store.events}
+        sock = str(redis_server.socket_path(self.root))
+        told = {'socket': sock, 'prefix': store.prefix.decode(), 'events': store.events}
         told |= {'conductor': CONDUCTOR_ID} | {name: scripts()[name].text.decode() for name in ('inbox', 'assign')}
         self.settings = self.root / 'peer.json'
         self.settings.write_text(json.dumps(told))
@@ -101,7 +102,7 @@ class Stage:
 
     def _run(self, commands: Iterable[Command]) -> None:
         """Runs many commands, a batch with one write."""
-        wire = Wire(self.place.store.address, timeout=60)
+        wire = self.place.store.address.open(timeout=60)
         try:
             batch: list[Command] = []
             for command in commands:

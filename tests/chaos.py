@@ -32,6 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tinytown import redis_server
 from tinytown.errors import TownError
 from tinytown.processes import MARK
 from tinytown.store import Command, text
@@ -142,7 +143,7 @@ class Town:
         (root / 'cli').write_text(CLI)
         for name in ('runs', 'letters'):
             (root / name).touch()
-        self.socket = Path(self.place.town.store.address['path'])
+        self.socket = redis_server.socket_path(self.place.town.root)
         self.halls: list[Hall] = []
         self._fates: list[Fate] = []
         self._proxy: Proxy | None = None

@@ -14,7 +14,7 @@ from tinytown.model import CONDUCTOR_ID, LIVE, new_id
 from tinytown.processes import Identity
 from tinytown.store import Command, text
 from tinytown.town import Call, Town
-from tinytown.wire import _MORE, Part, RedisError, Wire
+from tinytown.wire import _MORE, Part, RedisError
 
 from .support import OPERATOR, Place
 
@@ -30,7 +30,7 @@ def redis(place: Place, *parts: Part) -> Any:
 
 def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
     """Runs many commands with one write, so that several fall into one millisecond. Their results."""
-    wire = Wire(place.store.address, timeout=20)
+    wire = place.store.address.open(timeout=20)
     try:
         sent = {command.script: command for command in reversed(commands)}  # the first of each brings the script
         wire.sock.sendall(b''.join(each.pack(place.store, whole=sent[each.script] is each) for each in commands))

@@ -180,17 +180,20 @@ class Service:
             return read_all(sock)
 
 
+FROM_CHECKOUT = (sys.executable, str(REPOSITORY / 'townhall.py'))
 _OPEN = r'is open on https?://([\d.]+|\[[\da-f:]+\]):(\d+)'
 
 
 class Hall(Service):
     """A townhall process. What it says is in `log_file`."""
 
-    def __init__(self, root: Path, flags: Iterable[str], env: dict[str, str]) -> None:
+    def __init__(
+        self, root: Path, flags: Iterable[str], env: dict[str, str], program: Iterable[str] = FROM_CHECKOUT
+    ) -> None:
         self.log_file = root / f'hall-{len(list(root.glob("hall-*.log")))}-{os.urandom(2).hex()}.log'
         with open(self.log_file, 'wb') as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(root), '--port', '0', *flags],
+                [*program, '--town', str(root), '--port', '0', *flags],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, keytable
+from tinytown import config, keytable, redis_server
 from tinytown.audit import Audit, Visit
 from tinytown.auth import generate_key
 from tinytown.errors import Conflict, Unavailable, UsageError
@@ -113,7 +113,7 @@ def test_with_a_full_disk_nothing_is_changed_and_readiness_ends(directory: Path)
 
 def test_a_change_stands_in_the_file_before_redis_is_told_of_it(tmp_path: Path) -> None:
     bed = make_town(tmp_path / 'bed', name='bed')
-    proxy = Proxy(tmp_path / 'proxy', Path(bed.town.store.address['path']))
+    proxy = Proxy(tmp_path / 'proxy', redis_server.socket_path(bed.town.root))
     place = make_town(tmp_path / 'town', redis={'url': f'unix://{tmp_path}/proxy'})
     hall = place.hall()
     early: list[bool] = []

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tinytown import auth, config, keytable
-from tinytown.auth import Checks, Keyring, check_hash, checksum, generate_key, matches
+from tinytown.argon2id import matches
+from tinytown.auth import Checks, Keyring, check_hash, checksum, generate_key
 from tinytown.cli import main
 from tinytown.errors import TooManyRequests, Unavailable, UsageError
 from tinytown.model import READ, WRITE

@@ -82,7 +82,7 @@ def assert_refused(done: Done, status: int, says: str) -> None:
 def test_help_lists_every_command_on_one_line_with_what_it_does(tt: Tt) -> None:
     done = tt('--help')
     assert done.status == 0
-    own = ['init', 'start', 'stop', 'config', 'worker', 'generate-api-key']
+    own = ['init', 'start', 'stop', 'config', 'worker', 'generate-api-key', 'ping']
     for words in [*own, 'auth gen-key', 'task current', *(op.cli for op in TABLE)]:
         assert len(re.findall(rf'^  {words}  +[A-Z].{{8,}}$', done.out, re.M)) == 1, words
     assert max(map(len, done.out.splitlines())) <= 82
@@ -141,6 +141,7 @@ def url(hall: Hall) -> str:
 def test_every_command_of_the_table_works_here_and_through_a_townhall(town: Town) -> None:
     agent = town('spawn a --role worker --nickname Ann --max-rounds 9')['agent_id']
     assert town('interrupt a') == {'status': 'paused', 'agent': 'a'}
+    assert [(each['here'], each['agents']) for each in town('hosts')['hosts']] == [(True, 1)]
     task = town('assign a', 'one\ntwo')['task_id']
     assert [(each['task_id'], each['agent_id']) for each in town('pending')['tasks']] == [(task, agent)]
     assert town(f'task cancel {task}')['state'] == 'cancelled'

@@ -10,10 +10,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
+from tinytown import redis_server
 from tinytown.agents import start_worker
 from tinytown.caretaker import Caretaker
 from tinytown.processes import identify, marked
@@ -119,7 +119,7 @@ class Stage:
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Proxy]]:
     root = tmp_path_factory.mktemp('c')
     bed = make_town(root / 'bed', name='bed')
-    proxy = Proxy(root / 'proxy', Path(bed.town.store.address['path']))
+    proxy = Proxy(root / 'proxy', redis_server.socket_path(bed.town.root))
     place = make_town(
         root / 'town',
         default_cli='noting',

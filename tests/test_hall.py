@@ -316,8 +316,9 @@ def on_socket(place: Place, path: Path, *flags: str) -> subprocess.Popen[str]:
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}', *flags]
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert process.stderr.readline() == f'townhall: test is open on unix:{path}\n'
-    assert process.stderr.readline() == f'townhall: try  curl -s --unix-socket {path} http://localhost/v1/status\n'
+    for wanted in (f'test is open on unix:{path}', f'try  curl -s --unix-socket {path} http://localhost/v1/status'):
+        time, _, said = process.stderr.readline().partition(' ')
+        assert (time[-1:], said) == ('Z', f'townhall: {wanted}\n')
     return process
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tinytown.errors import Invalid, NotFound
+from tinytown.errors import Conflict, Invalid, NotFound
 from tinytown.job import Log
 from tinytown.logs import MOST, Reader
 from tinytown.redact import MARK, Redactor, Secrets, known
@@ -337,7 +337,7 @@ def test_who_is_no_agent_has_no_log(ground: Place, ref: str) -> None:
 
 def test_the_log_of_an_agent_on_another_machine_is_asked_for_there(ground: Place) -> None:
     enlist(ground, 'far').hello()
-    with pytest.raises(NotFound, match='is on host'):
+    with pytest.raises(Conflict, match="is on host 'host'; ask there"):
         ground.do('agent.logs', agent='far')
 
 

@@ -268,7 +268,9 @@ def test_a_fault_of_ours_is_an_internal_error_and_ends_nothing(
     reply = client.ask('prompts/get', {'name': 'test_prompt_with_arguments'})
     assert code_of(reply) == codes.INTERNAL
     assert 'arg1' not in json.dumps(reply)
-    assert 'KeyError' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f'mcp: request {reply["error"]["data"]["request_id"]} failed' in said
+    assert 'KeyError' in said
     assert client.ask('ping')['result'] == {}
 
 

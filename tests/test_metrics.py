@@ -182,7 +182,11 @@ def test_waiting_and_running_are_measured_in_buckets(ground: Place) -> None:
         then = seconds * 1000 + micros // 1000 - ms
         redis(ground, 'HSET', ground.store.prefix + f'task:{task}'.encode(), field, str(then))
 
-    for wait, run, outcome in ((2_000, 20_000, 'completed'), (100_000, 90_000_000, 'failed'), (0, 0, 'completed')):
+    for wait, run, outcome in (
+        (2_000, 20_000, 'completed'),
+        (100_000, 90_000_000, 'failed'),
+        (-60_000, -60_000, 'completed'),
+    ):  # a time to come is no time since
         task = ground.do('task.assign', agent='a', task='x')['task_id']
         was(task, 'queued', wait)
         worker.take()

@@ -225,6 +225,7 @@ def _probe(call: Client) -> None:
         call(name, 200)
     assert call('openapi', 200) == DOCUMENT
     call('getTown', 200)
+    call('townListHosts', 200)
     call('getStatus', 200)
 
 

@@ -156,6 +156,7 @@ class Scene:
 def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(place: Place) -> None:
     scene = Scene(place)
     assert set(scene('town.get')) == {'name', 'root', 'redis_url'}
+    assert scene('town.list_hosts') == {'hosts': [], 'count': 0}
     spawned = scene('agent.spawn', name='backend', cli='demo', role_id='worker', nickname='Bo')
     assert set(spawned) == {'agent_id', 'name', 'cli', 'role_id', 'nickname', 'parent_agent_id'}
     child = scene('agent.spawn', name='child', parent_agent_id='backend')

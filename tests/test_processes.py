@@ -15,7 +15,7 @@ import pytest
 
 from tinytown import processes
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, tree, verdict
+from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, this_boot, this_machine, tree, verdict
 
 from .support import PATIENCE, environment
 
@@ -77,6 +77,9 @@ def test_a_process_is_known_by_host_boot_pid_and_start(start: Start) -> None:
     assert verdict(found) == 'alive'
     assert verdict(replace(found, start='1')) == 'dead', 'its pid is used again'
     assert verdict(replace(found, boot='another')) == 'dead'
+    assert verdict(replace(found, boot=f'another@{this_machine()}')) == 'dead'
+    assert verdict(replace(found, boot='another@another')) == 'unknown', 'two machines may go by one name'
+    assert verdict(replace(found, boot=this_boot().partition('@')[0])) == 'alive', 'as earlier versions wrote it'
     assert verdict(replace(found, host='another')) == 'unknown'
     assert verdict(replace(found, host='another', boot='another')) == 'unknown'
     assert verdict(replace(found, pid=0)) == 'unknown'
@@ -215,7 +218,7 @@ def test_orphans_are_collected_and_the_child_that_is_waited_for_is_not() -> None
         '    stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n'
         'orphan = int(child.stdout.readline()); fd = os.pidfd_open(orphan)\n'
         'child.kill(); os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)\n'
-        'reap_orphans(but=child.pid); assert child.wait() == -9\n'
+        'reap_orphans(but=(child.pid,)); assert child.wait() == -9\n'
         'child.stdin.close(); import select; select.select([fd], [], [])\n'
         'assert os.path.exists(f"/proc/{orphan}"); reap_orphans(); assert not os.path.exists(f"/proc/{orphan}")\n'
     )

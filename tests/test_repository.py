@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tinytown.operations import TABLE
-
-from .support import REPOSITORY, Hall, Place, environment
+from . import docs
+from .support import REPOSITORY
 
 README = (REPOSITORY / 'README.md').read_text()
-FIVE_MINUTES = README.split('## The first five minutes')[1].split('\n## ')[0]
-
-
-def operations_table() -> str:
-    """The README's table of operations, made from the rows."""
-    lines = ['| operation | REST | `tt` | scope | what it does |', '|---|---|---|---|---|']
-    for op in TABLE:
-        methods = f'{op.method}, {op.also}' if op.also else op.method
-        first = re.split(r'(?<=[.;:])\s', op.summary)[0].rstrip('.;:')
-        lines.append(f'| `{op.name}` | {methods} `{op.path}` | `{op.cli}` | `{op.scope}` | {first} |')
-    return '\n'.join(lines)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf'^```{language}\n(.*?)^```', text, re.M | re.S)
-
-
-def shape(value: Any) -> Any:
-    """A JSON value without its particulars: names and types."""
-    if isinstance(value, dict):
-        return {name: shape(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [shape(value[0])] if value else []
-    return type(value).__name__
 
 
 def test_the_readme_lists_every_operation_as_the_table_has_it() -> None:
-    assert operations_table() in README
-
-
-def test_the_first_five_minutes_of_the_readme_work_as_written(place: Place, hall: Hall) -> None:
-    script = 'set -e\n'
-    for language, block in re.findall(r'^```(sh|json)\n(.*?)^```', FIVE_MINUTES, re.M | re.S):
-        script += block if language == 'sh' else 'printf "\\n=====\\n"\n'
-    done = subprocess.run(
-        ['bash', '-c', script.replace('127.0.0.1:8787', f'127.0.0.1:{hall.port}')],
-        env=environment(),
-        cwd=place.root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.split('\n=====\n')[:-1]
-    shown = blocks(FIVE_MINUTES, 'json')
-    assert len(answers) == len(shown)
-    for answer, sample in zip(answers, shown, strict=True):
-        last = re.split(r'(?<=\})\s*(?=\{)', answer.strip())[-1]
-        assert shape(json.loads(last)) == shape(json.loads(sample)), f'{last}\nis not like\n{sample}'
+    assert docs.operations() in README
 
 
 @pytest.mark.parametrize('path', re.findall(r'`([\w./]+\.(?:py|lua))`', README.split('## Map')[1]))
@@ -100,16 +51,16 @@ def test_modules_import_only_from_lower_layers() -> None:
         name: level
         for level, names in enumerate(
             (
-                'errors say model tomledit keytable settings config',
-                'schema wire store processes redis_server clis redact peer',
-                'town messages tasks backlog deadletter reports agents agent_tokens recovery caretaker '
+                'errors native argon2id say model tomledit keytable settings config',
+                'schema wire redis_tls whereabouts store processes notify keeper redis_server clis redact peer',
+                'town messages tasks backlog deadletter reports agents agent_tokens recovery caretaker hosts steward '
                 'feed timeline logs events census',
                 'shared ratelimit audit auth oidc operations',
-                'http1 router tls stream connection listen prefork web access event_stream log_stream metrics '
+                'http1 router tls stream connection listen prefork vitals web access event_stream log_stream metrics '
                 'openapi probes dashboard rest client '
                 'mcp_messages mcp mcp_content mcp_catalogue mcp_headers mcp_sessions mcp_http mcp_stdio',
                 'briefing job worker demo',
-                'usage render doctor local keys screen watch cli hall townhall',
+                'usage render doctor local keys ping screen watch cli hall service units standstill townhall',
             )
         )
         for name in names.split()

@@ -21,12 +21,13 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, redis_server, store
+from tinytown import config, hosts, redis_server, store
 from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
 from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
 from tinytown.store import Store, scripts, text
 from tinytown.town import Town, open_town
-from tinytown.wire import _MORE, Reader, RedisError, Wire, as_town_error, pack, parse_address
+from tinytown.whereabouts import Server, locate
+from tinytown.wire import _MORE, Address, Reader, RedisError, as_town_error, pack
 
 from .ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
 from .support import REPOSITORY, Hall, Place, make_town, redis_pid
@@ -91,8 +92,8 @@ def test_a_script_has_what_it_uses_of_the_prelude_before_its_first_use_and_nothi
 
 
 def test_every_verb_of_the_store_names_a_script_and_every_script_has_a_verb() -> None:
-    source = Path(store.__file__).read_text()
-    assert set(re.findall(r"_script\(\s*'(\w+)'", source)) == set(scripts())
+    source = ''.join(Path(file).read_text() for file in (store.__file__, hosts.__file__))
+    assert set(re.findall(r"_(?:script|command)\(\s*'(\w+)'", source)) == set(scripts())
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
@@ -713,7 +714,7 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
 
 
 @contextmanager
-def cutter(place: Place) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+def cutter(place: Place) -> Iterator[tuple[Address, list[bytes]]]:
     """A way to the town's Redis that loses every reply: its address, and the commands that it handed on."""
     seen: list[bytes] = []
     with socket.create_server(('127.0.0.1', 0)) as server:
@@ -734,7 +735,7 @@ def cutter(place: Place) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield parse_address(f'redis://127.0.0.1:{server.getsockname()[1]}'), seen
+            yield Server(host='127.0.0.1', port=server.getsockname()[1]), seen
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -784,7 +785,7 @@ def test_threads_share_a_store_with_a_connection_each(ground: Place) -> None:
 
 
 def test_a_wire_is_closed_after_a_timeout_so_that_a_late_reply_meets_no_other_command(ground: Place) -> None:
-    wire = Wire(ground.store.address)
+    wire = ground.store.address.open()
     with pytest.raises(Unavailable):
         wire.request(pack(['BLPOP', 'nothing', 1]), 0.05)
     assert wire.is_stale()
@@ -828,14 +829,15 @@ def test_a_second_town_of_the_same_name_is_refused_by_a_redis(ground: Place) -> 
         ('redis://:secret@db:6379/1', 'redis://:***@db:6379/1'),
         ('rediss://user:secret@db', 'rediss://user:***@db'),
         ('unix:///run/redis.sock?db=1&password=secret', 'unix:///run/redis.sock?db=1&password=***'),
-        ('rediss://db?ssl_password=secret&db=2', 'rediss://db?ssl_password=***&db=2'),
+        ('rediss://db?password=secret&db=2', 'rediss://db?password=***&db=2'),
+        ('redis+sentinel://me:secret@a:1,b:2/main', 'redis+sentinel://me:***@a:1,b:2/main'),
         ('redis://db:6379', 'redis://db:6379'),
     ],
 )
 def test_a_password_is_not_shown_in_the_address_of_redis(tmp_path: Path, url: str, shown: str) -> None:
     make_town(tmp_path, redis={'url': url})
     loaded = config.load(tmp_path)
-    town = Town(tmp_path, loaded, Store(parse_address(url), loaded.name))
+    town = Town(tmp_path, loaded, Store(locate(loaded.redis, 'key', tmp_path), loaded.name))
     assert town.redis_url == shown
 
 

@@ -171,7 +171,9 @@ def test_it_serves_the_town_that_it_is_in_or_is_given(place: Place, directory: P
 
 def test_verbose_says_which_town(place: Place, hall: Hall) -> None:
     done = run('--verbose', '--port', str(hall.port), cwd=place.root)
-    assert done.stderr.splitlines()[0] == f'town test in {place.root}, Redis at unix://{place.root}/.tt/redis.sock'
+    sources, town, *_ = done.stderr.splitlines()
+    assert re.fullmatch(rf'\S+Z townhall: settings are from {place.root}/tinytown.toml, .*', sources)
+    assert re.fullmatch(rf'\S+Z townhall: town test in {place.root}, Redis at unix://{place.root}/.tt/redis.sock', town)
 
 
 def test_it_works_through_a_symbolic_link_elsewhere(place: Place, tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ class Watched:
         except UsageError as e:
             if str(e) != self._told:
                 self._told = str(e)
-                say(f'townhall: the keys are not taken up, the old ones stay in force: {e}\n')
+                say('townhall', f'the keys are not taken up, the old ones stay in force: {e}', 'warning')
 
 
 def _version(file: str) -> _Version:
@@ -361,8 +361,8 @@ def check_start(config: Config, address: str) -> list[str]:
     Raises UsageError for what is not safe, or is configured and would not be in force.
     """
     settings = config.townhall
-    auth, is_local = settings.auth, _is_local(address)
-    if auth.mode == 'none' and not is_local:
+    auth, stays_here = settings.auth, is_local(address)
+    if auth.mode == 'none' and not stays_here:
         raise UsageError(
             f'townhall.bind = {address!r}: townhall.auth.mode is "none", so only a loopback address is served; use '
             '--bind 127.0.0.1, or make a key (tt generate-api-key --write)'
@@ -370,7 +370,7 @@ def check_start(config: Config, address: str) -> list[str]:
     _check_in_force(auth)
     if auth.mode == 'api_key' and not len(Keyring(auth)):
         raise UsageError('townhall.auth.mode is "api_key", and there is no key; make one:  tt generate-api-key --write')
-    if auth.mode != 'api_key' or is_local:
+    if auth.mode != 'api_key' or stays_here:
         return []
     warnings = [f'API keys on {address}: for a network, townhall.auth.mode = "oidc" is the better choice']
     if not settings.tls.enabled:
@@ -393,7 +393,8 @@ def _check_in_force(auth: Auth) -> None:
                 )
 
 
-def _is_local(address: str) -> bool:
+def is_local(address: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
     if address.startswith(('unix:', '/')) or address == 'localhost':
         return True
     try:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, TypedDict
 
-from . import clis, reports
+from . import clis, hosts, keeper, reports
 from . import config as configuration
-from .errors import Conflict, Internal, Invalid, NotFound, TownError, Unavailable
+from .errors import Conflict, HostSilent, Internal, Invalid, NotFound, TownError, Unavailable
 from .model import (
     AT_REST,
     CONDUCTOR_NAMES,
@@ -28,6 +28,7 @@ from .model import (
     Everything,
     Field,
     Force,
+    HostName,
     Limit,
     NewAgentName,
     Nickname,
@@ -45,16 +46,17 @@ from .processes import (
     identify,
     python,
     python_path,
-    start_detached,
     stop_tree,
     this_host,
 )
-from .store import Page, Step, text
+from .store import Command, Page, Step, text
 from .tasks import listing
 from .town import Call, Town
 
 MOST_AT_ONCE: Final = 200  # of what one script moves: a script blocks the server
 OnlyLive = Annotated[bool, Field('Only agents that are live')]
+NOT_STARTED: Final = 'its worker did not start'
+_GOODBYE_SECS: Final = 1.0  # for a worker that has nothing to do to end by itself, where nobody can end it
 START_SECS: Final = 10.0  # how long a worker may take to come up
 
 
@@ -135,13 +137,19 @@ def result(call: Call, *, agent: AgentRef) -> Step[Page[LastResult]]:
 
 def wait(call: Call, *, agent: AgentRef, timeout: WaitSeconds = 25) -> Step[Waited]:
     """Wait until an agent has stopped (Stopped, Cold or Error), or for timeout seconds; say in which state it is."""
-    deadline = time.monotonic() + min(timeout, call.config.townhall.request_timeout_ms / 1000 - 1)
+    found = yield from _await_rest(call, agent, min(timeout, call.config.townhall.request_timeout_ms / 1000 - 1))
+    return {'agent': found.name, 'state': _state(found.state), 'done': found.state in AT_REST}
+
+
+def _await_rest(call: Call, agent: str, seconds: float) -> Step[Known]:
+    """Waits until an agent has stopped, so long at most. What is known of it then."""
+    deadline = time.monotonic() + seconds
     while True:
         last = yield call.store.last_event()
         found = yield from look_up(call, agent)
         left = deadline - time.monotonic()
         if found.state in AT_REST or left <= 0:
-            return {'agent': found.name, 'state': _state(found.state), 'done': found.state in AT_REST}
+            return found
         after = text(last[0][0]) if last else '0-0'
         yield call.store.next_event(after, max(int(left * 1000), 1))
 
@@ -162,9 +170,14 @@ def spawn(
     nickname: Nickname | None = None,
     parent_agent_id: AgentRef | None = None,
     max_rounds: Rounds | None = None,
+    host: HostName | None = None,
 ) -> Step[Spawned]:
-    """Start a new agent: a worker process that runs a coding CLI once a round. It runs when this answers."""
-    return (yield from enlist(call, name, cli, role_id, nickname, parent_agent_id, max_rounds, start_worker))
+    """Start a new agent: a worker process that runs a coding CLI once a round. It runs when this answers.
+
+    With host it runs there, started by that host's townhall; else on the host of the townhall that is asked.
+    """
+    there = host or ''
+    return (yield from enlist(call, name, cli, role_id, nickname, parent_agent_id, max_rounds, start_worker, there))
 
 
 def enlist(
@@ -176,63 +189,83 @@ def enlist(
     parent: str | None,
     max_rounds: int | None,
     start: Any,
+    host: str = '',
 ) -> Step[Spawned]:
-    """Registers an agent and starts its process with `start(town, agent id, name, instance)`; undone if that fails."""
+    """Registers an agent and starts its process with `start(town, agent id, name, instance)`; undone if that fails.
+
+    On another `host` its townhall is what starts it, and knows the coding CLIs that are there.
+    """
     if name.lower() in CONDUCTOR_NAMES or is_uuid(name):
         detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox or reads as an id"
         raise Invalid(detail, errors=[{'pointer': '/name', 'detail': detail}])
-    chosen = clis.find(call.config, cli)
+    there = hosts.is_elsewhere(host)
+    chosen = cli or call.config.default_cli if there else clis.find(call.config, cli).name
     parent_id = (yield from look_up(call, parent)).id if parent else None
     agent_id, instance = new_id(), new_id()
     spawned: Spawned = {
         'agent_id': agent_id,
         'name': name,
-        'cli': chosen.name,
+        'cli': chosen,
         'role_id': role_id,
         'nickname': nickname,
         'parent_agent_id': parent_id,
     }
     record = {'id': agent_id, 'name': name, 'nickname': nickname, 'role_id': role_id, 'parent_agent_id': parent_id}
-    record |= {'spawn_mode': 'fresh', 'cli': chosen.name}
+    record |= {'spawn_mode': 'fresh', 'cli': chosen}
     head = json.dumps(record, ensure_ascii=False, separators=(',', ':'))[:-1]
     rounds = call.config.agent.max_rounds if max_rounds is None else max_rounds
     us = identify(os.getpid()).line
-    yield call.store.register(agent_id, name, head, call.config.max_agents, chosen.name, rounds, instance, us)
+    where = hosts.where(call, host)
+    reply = yield call.store.register(agent_id, name, head, call.config.max_agents, chosen, rounds, instance, us, where)
     try:
-        start(call.town, agent_id, name, instance)
-    except TownError:
-        stop_tree(None, instance, 0)
-        yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'backlog')
-        yield call.store.remove(agent_id)
-        reports.forget(call.town.root, agent_id)
+        if there:
+            yield from hosts.await_start(call, host, text(reply[1]), name)
+        else:
+            start(call.town, agent_id, name, instance)
+    except TownError as e:
+        if not there or isinstance(e, HostSilent):
+            yield from unmake(call, agent_id, instance)
         raise
     return spawned
+
+
+def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
+    """Undoes the registration of an agent whose worker did not start."""
+    stop_tree(None, instance, 0)
+    yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'backlog')
+    yield call.store.remove(agent_id)
+    reports.forget(call.town.root, agent_id)
 
 
 def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
     """Stop an agent now: its whole process tree gets TERM, and KILL after 5 seconds (at once with force).
 
     When this answers no process of it is left, and its unfinished task is back in the backlog with its attempt
-    counted. To let it finish its round first, close it.
+    counted. To let it finish its round first, close it. An agent on another host is stopped by the townhall there; if
+    none is heard of, it is stopped when one is again, and with force it is given up now: what it says later is refused.
     """
     found = yield from look_up(call, agent)
-    yield from stop_process(call, found, 'killed', 0 if force else GRACE_SECS)
+    yield from stop_process(call, found, 'killed', 0 if force else GRACE_SECS, abandon=force)
     return {'status': 'stopped', 'agent': found.name}
 
 
-def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'backlog') -> Step[None]:
-    """Ends every process of an agent and says so in its record. Its unfinished task goes `to` the backlog or inbox."""
+def stop_process(
+    call: Call, found: Known, why: str, grace: float, to: str = 'backlog', abandon: bool = False
+) -> Step[None]:
+    """Ends every process of an agent and says so in its record. Its unfinished task goes `to` the backlog or inbox.
+
+    With `abandon` an agent on a host that is silent is given up; else that raises HostSilent.
+    """
     if found.instance and found.instance == os.environ.get(MARK):
         raise Conflict(
             f"'{found.name}' can't be stopped from within its own run; to end after this round:  tt close {found.name}",
             code='own-run',
         )
     if found.state in LIVE:
-        if found.process.pid and found.process.host not in ('', this_host()):
-            raise Conflict(
-                f"Agent '{found.name}' runs on host {found.process.host}; stop it from there", code='other-host'
-            )
-        yield call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
+        if hosts.is_elsewhere(found.process.host):
+            return (yield from _stop_there(call, found, why, grace, to, abandon))
+        draining = call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
+        yield from _unless_gone(call, found.id, draining)
     elif found.state == 'Error':
         yield call.store.steer(found.id, 'stop', 'Stopped', ('Error',))  # nor is it started again
     if found.instance:
@@ -243,35 +276,68 @@ def stop_process(call: Call, found: Known, why: str, grace: float, to: str = 'ba
             )
     if found.state in LIVE:
         yield from reports.deliver_all(call.store, call.town.root, found.id)
-        try:
-            yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
-        except Conflict:  # its worker said goodbye by itself meanwhile
-            if (yield from look_up(call, found.id)).state in LIVE:
-                raise
+        yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
 
 
-def restart(call: Call, *, agent: AgentRef) -> Step[Acted]:
+def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, abandon: bool) -> Step[None]:
+    """As stop_process, for an agent on another host."""
+    host = found.process.host
+    since = yield from hosts.stop(call, host, found.id, found.name, found.instance, why, grace, to)
+    if not since or (yield from _await_rest(call, found.id, _GOODBYE_SECS)).state in AT_REST:
+        return
+    if not abandon:
+        raise HostSilent(
+            f"No townhall of host '{host}' is heard of (last: {since}); '{found.name}' is Draining: it ends after this "
+            f'round, or is stopped when one is there again. To give it up now:  tt kill {found.name} --force',
+            retry_after=5,
+        )
+    why = f'{why}; given up, for host {host} is silent'
+    yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
+
+
+def _unless_gone(call: Call, agent_id: str, command: Command) -> Step[None]:
+    """A change of an agent that is live, unless its worker has said goodbye by itself meanwhile."""
+    try:
+        yield command
+    except Conflict:
+        if (yield from look_up(call, agent_id)).state in LIVE:
+            raise
+
+
+def restart(call: Call, *, agent: AgentRef, host: HostName | None = None) -> Step[Acted]:
     """Stop an agent if it runs, and start it again. It runs when this answers.
 
-    It takes up its unfinished task and its inbox.
+    It takes up its unfinished task and its inbox. It runs on the host where it ran before, or moves to the one named.
     """
     found = yield from look_up(call, agent)
-    clis.find(call.config, json.loads(found.json)['cli'])
+    there = host or found.process.host
+    if not hosts.is_elsewhere(there):
+        clis.find(call.config, json.loads(found.json)['cli'])
     yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
-    yield from revive(call, found.id, found.name, start_worker)
+    yield from revive(call, found.id, found.name, start_worker, there)
     return {'status': 'restarted', 'agent': found.name}
 
 
-def revive(call: Call, agent_id: str, name: str, start: Any) -> Step[None]:
-    """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`."""
-    instance = new_id()
-    yield call.store.restarting(agent_id, call.config.max_agents, instance, identify(os.getpid()).line)
+def revive(call: Call, agent_id: str, name: str, start: Any, host: str = '') -> Step[None]:
+    """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`, or on another host."""
+    there, instance = hosts.is_elsewhere(host), new_id()
+    us = identify(os.getpid()).line
+    reply = yield call.store.restarting(agent_id, call.config.max_agents, instance, us, hosts.where(call, host))
     try:
-        start(call.town, agent_id, name, instance)
-    except TownError:
-        stop_tree(None, instance, 0)
-        yield call.store.depart(agent_id, instance, 'Error', 'its worker did not start', 'inbox')
+        if there:
+            yield from hosts.await_start(call, host, text(reply[2]), name)
+        else:
+            start(call.town, agent_id, name, instance)
+    except TownError as e:
+        if not there or isinstance(e, HostSilent):
+            yield from put_down(call, agent_id, instance)
         raise
+
+
+def put_down(call: Call, agent_id: str, instance: str) -> Step[None]:
+    """Says that the worker of an agent did not start."""
+    stop_tree(None, instance, 0)
+    yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'inbox')
 
 
 def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
@@ -288,9 +354,9 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
             if all:
                 yield from stop_process(call, found, 'pruned', GRACE_SECS)
             yield from _empty(call, found.id)
-            yield call.store.remove(found.id)
-        except (Conflict, NotFound):
-            continue  # alive again, or gone meanwhile: it stays out of the list
+            yield call.store.remove(found.id, this_host())
+        except (Conflict, NotFound, HostSilent):
+            continue  # alive again, gone meanwhile, or on a host that is silent: it stays out of the list
         reports.forget(call.town.root, found.id)
         removed.append(found.name)
     return {'removed': len(removed), 'agents': removed}
@@ -336,8 +402,8 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     try:
         ours, its = socket.socketpair()
         with ours, its:
-            argv = python('tinytown.worker', name, '--fd', str(its.fileno()))
-            start_detached(argv, town.root, env, log, [its.fileno()], instance)
+            argv = python('tinytown.worker', name, '--fd', keeper.FD)
+            keeper.start(town.root, argv, town.root, env, log, [its.fileno()], instance)
             its.close()
             ours.settimeout(START_SECS)
             ours.sendall(_charter(town, agent_id, instance))

@@ -74,11 +74,13 @@ def _identity(by: Principal | None) -> str:
 
 
 def _targets(found: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in found.items()
-        if name in _TARGETS and isinstance(value, str) and _TARGET.fullmatch(value)
-    }
+    told = {}
+    for name in found:
+        if name in _TARGETS:
+            value = found[name]
+            if isinstance(value, str) and _TARGET.fullmatch(value):
+                told[name] = value
+    return told
 
 
 class _Journal:
@@ -272,7 +274,7 @@ class Audit:
 
 
 def _line(phase: str, record: Record, outcome: str | None) -> str:
-    target = ','.join(f'"{name}":"{value}"' for name, value in record.target.items())  # of plain characters, all
+    target = ','.join([f'"{name}":"{value}"' for name, value in record.target.items()])  # of plain characters, all
     came = _quoted(outcome) if outcome else 'null'
     return f'{{{_now(phase)},{record.common},"target":{{{target}}},"outcome":{came}}}\n'
 

@@ -17,7 +17,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from . import keytable
+from . import argon2id, keytable
+from .argon2id import matches
 from .errors import TooManyRequests, Unavailable, UsageError
 from .model import Principal, Scope
 from .ratelimit import Buckets, network
@@ -54,14 +55,13 @@ def generate_key(key_id: str = '') -> ApiKey:
     """A new key, or a new one for an id.
 
     Its 256 random bits can't be guessed at any speed, so its hash takes the least that is recommended for argon2id (19
-    MiB, two passes: RFC 9106 and OWASP) and not the most that a machine can bear.
+    MiB, two passes: RFC 9106 and OWASP) and not the most that a machine can bear. Raises UsageError where there is no
+    argon2.
     """
-    from argon2 import PasswordHasher
-
     key_id = key_id or secrets.token_hex(4)
     body = f'tt_{key_id}_{secrets.token_urlsafe(32)}'
     key = f'{body}_{checksum(body)}'
-    return ApiKey(key_id, key, PasswordHasher(time_cost=2, memory_cost=19456, parallelism=1).hash(key))
+    return ApiKey(key_id, key, argon2id.hashed(key.encode(), passes=2, memory=19456))
 
 
 def checksum(body: str) -> str:
@@ -85,17 +85,6 @@ def check_hash(text: str, name: str) -> None:
         )
 
 
-def matches(key: bytes, text: str) -> bool:
-    """Whether a hash is that of a key. Takes tens of milliseconds."""
-    from argon2.exceptions import InvalidHashError, VerificationError
-    from argon2.low_level import Type, verify_secret
-
-    try:
-        return verify_secret(text.encode(), key, Type.ID)
-    except (VerificationError, InvalidHashError):
-        return False
-
-
 # ----------------------------------------------------------------------------------------------- what is configured
 
 
@@ -110,13 +99,15 @@ class Entry:
 
 
 class Keyring:
-    """The keys of a configuration. Raises UsageError that names the one which can't be used."""
+    """The keys of a configuration. Raises UsageError that names the one which can't be used, or what argon2 lacks."""
 
     def __init__(self, settings: Auth) -> None:
         entries = [_entry(key) for key in settings.keys]
         if settings.api_key_hash:
             scopes = frozenset[Scope](settings.api_key_scopes)
             entries.append(Entry('', settings.api_key_hash, Principal('api-key', scopes)))
+        if entries:
+            argon2id.require()
         for entry in entries:
             check_hash(
                 entry.hash, f"townhall.auth.keys: key '{entry.id}'" if entry.id else 'townhall.auth.api_key_hash'

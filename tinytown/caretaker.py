@@ -1,10 +1,13 @@
 """The caretaker: the part of townhall that frees the work of those who died, and keeps the town within its bounds.
 
-Each townhall has one; one of them, the one that holds the caretaker's record in Redis, acts. It judges by what it sees
-change and not by the time of day: a heartbeat is a counter, and silence is the time, on a monotonic clock of its own,
-since that counter last moved. Only silence that it has witnessed counts: after a while in which it did not look (it was
-stopped, or Redis was away and nobody could beat) it begins to listen anew. So a clock that is set by a day, a suspended
-machine or a task that waits in a queue for hours move nothing.
+Each townhall has one. Of all of them the one that holds the caretaker's record in Redis looks after the town: leases,
+pauses, retention. Of those on a host the one that holds the record of that host looks after the processes there, of
+which nothing can be told from elsewhere: it buries the dead, and starts the crashed again.
+
+It judges by what it sees change and not by the time of day: a heartbeat is a counter, and silence is the time, on a
+monotonic clock of its own, since that counter last moved. Only silence that it has witnessed counts: after a while in
+which it did not look (it was stopped, or Redis was away and nobody could beat) it begins to listen anew. So a clock
+that is set by a day, a suspended machine or a task that waits in a queue for hours move nothing.
 
 Verdicts on a worker: *dead*, its process is proven gone: its work moves at once. *lost*, it has not been heard of for a
 lease: the task that it holds moves. *quiet*, not heard of for three heartbeats, and *alive*: nothing moves.
@@ -13,19 +16,18 @@ lease: the task that it holds moves. *quiet*, not heard of for three heartbeats,
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
 from typing import Any, Final
 
 from . import reports
 from .agents import START_SECS, start_worker
 from .errors import TownError, UsageError
+from .hosts import Presence
 from .model import new_id
 from .processes import Identity, identify, marked, read_identity, reap, stop_tree, this_host, verdict
+from .say import say
 from .store import Command, text
 from .town import Town
 
@@ -56,17 +58,26 @@ class Silence:
 
 
 class Caretaker(threading.Thread):
-    """Looks after a town once a second until `close`. `clock` is monotonic; `start` starts a worker."""
+    """Looks after a town and this host once a second until `close`, and says by `presence` that this townhall is there.
+
+    `clock` is monotonic; `start` starts a worker.
+    """
 
     def __init__(
-        self, town: Town, clock: Callable[[], float] = time.monotonic, start: Callable[..., None] = start_worker
+        self,
+        town: Town,
+        clock: Callable[[], float] = time.monotonic,
+        start: Callable[..., None] = start_worker,
+        presence: Presence | None = None,
     ) -> None:
         super().__init__(name='caretaker', daemon=True)
         self.town = town
         self._clock = clock
         self._start_worker = start
         self._token = new_id()
-        self._rival, self._rival_since = ('', ''), 0.0
+        self._presence = presence
+        self._rivals: dict[str, tuple[tuple[str, str], float]] = {}  # by what they look after, and since when it is so
+        self._duties = (False, False)
         self._forget_at = 0.0
         self._under_way: dict[str, threading.Thread] = {}
         self._said = ''
@@ -82,7 +93,10 @@ class Caretaker(threading.Thread):
         while not self._over.wait(TICK_SECS):
             self._guard(self._look)
             reap()
-        self._guard(self._do, self.town.store.care_no_more(self._token))  # else another takes over in a while
+        for what in ('', this_host()):  # else another takes over in a while
+            self._guard(self._do, self.town.store.care_no_more(self._token, what))
+        if self._presence:
+            self._guard(self._do, self._presence.gone())
         self.town.store.close()
 
     def _look(self) -> None:
@@ -98,29 +112,40 @@ class Caretaker(threading.Thread):
 
     def tick(self, now: float) -> None:
         """One look at the town, and what follows from it. Raises TownError when Redis is away."""
-        if not self._is_mine(now):
+        if self._presence:
+            self._do(self._presence.here())
+        duties = self._is_mine('', now), self._is_mine(this_host(), now)
+        if not any(duties):
             return
         workers, leases, delayed, crashed = self._do(self.town.store.vitals())
-        if now - self._looked > GAP_SECS:
+        if now - self._looked > GAP_SECS or duties != self._duties:
             self._begin(now)
-        self._looked = now
+        self._looked, self._duties = now, duties
         silent = self._judge_workers(workers, now)
-        self._judge_leases(leases, silent, now)
-        self._requeue_delayed(delayed, now)
-        self._revive_crashed(crashed, now)
-        if now >= self._forget_at:
-            self._forget_old(now)
+        has_town, has_host = duties
+        if has_host:
+            self._revive_crashed(crashed, now)
+        if has_town:
+            self._judge_leases(leases, silent, now)
+            self._requeue_delayed(delayed, now)
+            if now >= self._forget_at:
+                self._forget_old(now)
 
-    def _is_mine(self, now: float) -> bool:
-        """Whether this caretaker is the one that acts; it takes over from one whose count has stopped."""
-        stale = self._rival if now - self._rival_since >= TAKE_OVER_SECS else ('', '')
-        token, count = map(text, self._do(self.town.store.care(self._token, *stale)))
-        if (token, count) != self._rival:
-            self._rival, self._rival_since = (token, count), now
+    def _is_mine(self, what: str, now: float) -> bool:
+        """Whether this caretaker looks after a host ('': the town); it takes over from one whose count has stopped."""
+        rival, since = self._rivals.get(what, (('', ''), 0.0))
+        stale = rival if now - since >= TAKE_OVER_SECS else ('', '')
+        token, count = map(text, self._do(self.town.store.care(self._token, what, *stale)))
+        if token != rival[0]:
+            who = 'this caretaker' if token == self._token else 'another caretaker'
+            say(BY, f'{who} looks after {f"host {what}" if what else "the town"}', 'debug')
+        if (token, count) != rival:
+            self._rivals[what] = (token, count), now
         return token == self._token
 
     def _judge_workers(self, rows: list[list[bytes]], now: float) -> dict[str, float]:
         """Buries those who are proven dead, and those who can't come up. The silence of each agent, in seconds."""
+        has_town, has_host = self._duties
         workers = [[text(part) for part in row] for row in rows]
         silence = self._workers.look(((row[3], row[8]) for row in workers), now)
         for agent_id, name, state, instance, host, boot, pid, start, _, starter in workers:
@@ -128,9 +153,9 @@ class Caretaker(threading.Thread):
             if state == 'Draining' and quiet < LONGEST_START:
                 continue  # whoever stops it settles its record
             if pid:
-                is_dead = verdict(Identity(host, boot, int(pid), start)) == 'dead'
+                is_dead = has_host and verdict(Identity(host, boot, int(pid), start)) == 'dead'
             else:
-                is_dead = quiet > LONGEST_START or _is_stillborn(starter, instance)
+                is_dead = (has_town and quiet > LONGEST_START) or (has_host and _is_stillborn(starter, instance))
             if is_dead:
                 self._apart(agent_id, self._bury, agent_id, name, instance)
         return {row[0]: silence[row[3]] for row in workers}
@@ -141,7 +166,7 @@ class Caretaker(threading.Thread):
         store = self.town.store
         store.run(reports.deliver_all(store, self.town.root, agent_id), BY)  # finished work is not done again
         self._died(agent_id, instance, 'its process died')
-        self._say(f"the worker of '{name}' died; what it held is queued again")
+        say(BY, f"the worker of '{name}' died; what it held is queued again")
 
     def _died(self, agent_id: str, instance: str, why: str) -> None:
         """Frees what a process held that is no more; by policy the agent is to be started again."""
@@ -158,6 +183,8 @@ class Caretaker(threading.Thread):
             if silence[task] >= lease:
                 to = 'inbox' if silent.get(agent, lease) < lease else 'backlog'
                 pauses = self.town.config.agent.retry_backoff_secs
+                quiet = f'its holder has not been heard of for {silence[task]:.0f} s'
+                say(BY, f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', task_id=task)
                 self._do(self.town.store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
@@ -165,6 +192,7 @@ class Caretaker(threading.Thread):
         pauses = {text(task): float(pause) for task, pause in rows}
         for task, waited in self._pauses.look(pauses.items(), now).items():
             if waited >= pauses[task]:
+                say(BY, f'task {task} is queued again after a pause of {waited:.0f} s', 'debug', task_id=task)
                 self._do(self.town.store.due(task))
 
     def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
@@ -184,14 +212,14 @@ class Caretaker(threading.Thread):
         """Starts a crashed agent. A start that fails is one more crash, with its pause, and counts for the cap."""
         instance = new_id()
         us = identify(os.getpid()).line
-        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance, us))
+        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance, us, (this_host(),)))
         try:
             self._start_worker(self.town, agent_id, name, instance)
         except Exception:
             stop_tree(None, instance, 0)
             self._died(agent_id, instance, 'its worker did not start')
             raise
-        self._say(f"'{name}' runs again")
+        say(BY, f"'{name}' runs again")
 
     def _forget_old(self, now: float) -> None:
         """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
@@ -220,22 +248,18 @@ class Caretaker(threading.Thread):
             what(*arguments)
         except (TownError, UsageError) as e:
             self._complain(str(e))
-        except Exception:
-            self._complain(traceback.format_exc().rstrip())
+        except Exception as e:
+            self._complain(f'a fault of ours: {e!r}', e)
 
-    def _complain(self, what: str) -> None:
+    def _complain(self, what: str, error: Exception | None = None) -> None:
         """Says what is wrong once, and not at every look."""
         if what != self._said:
             self._said = what
-            self._say(what)
+            say(BY, what, 'error' if error else 'warning', error)
 
     def _do(self, command: Command) -> Any:
         command.by = BY
         return self.town.store.call(command)
-
-    def _say(self, what: str) -> None:
-        with suppress(OSError, ValueError):  # nobody may be reading
-            print(f'caretaker: {what}', file=sys.stderr, flush=True)
 
 
 def _is_stillborn(starter: str, instance: str) -> bool:

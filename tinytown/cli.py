@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, agent_tokens, agents, keys, local
+from . import __version__, agent_tokens, agents, keys, local, ping
 from .client import Backend, Local, Remote
 from .errors import Invalid, TownError, UsageError
 from .model import ALL_SCOPES, Principal
@@ -113,6 +113,7 @@ def build_parser() -> Parser:
     _extend(add, groups)
     local.add_other_commands(add)
     keys.add_key_commands(add)
+    ping.add_ping_command(add)
     top.description = _overview(listed)
     return top
 
@@ -322,6 +323,8 @@ def _spawn(arguments: argparse.Namespace) -> int:
     if not arguments.foreground:
         return _operate(arguments, op)
     given = validate(op.parameters, collect(arguments, op))
+    if given.get('host'):
+        raise UsageError('--foreground runs the worker here; leave --host out')
     town = open_meant(arguments)
     call = Call(town, caller(town))
     return local.run_here(

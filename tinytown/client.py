@@ -95,7 +95,7 @@ class Remote:
 
     def __init__(self, url: str, key_file: str | None) -> None:
         self._url = url.rstrip('/')
-        self._host, self._port, self._path, self._secure = _parse(url)
+        self._host, self._port, self._path, self._secure = parse_url(url)
         self._headers = {'Accept': 'application/json'}
         if key_file:
             self._headers['Authorization'] = f'Bearer {_read_key(Path(key_file))}'
@@ -210,7 +210,7 @@ def sent_events(lines: Iterable[bytes], last: str) -> Iterator[Sent]:
             kind, data = '', []
 
 
-def _parse(url: str) -> tuple[str, int, str, bool]:
+def parse_url(url: str) -> tuple[str, int, str, bool]:
     """(host, port, path, whether it is TLS) of a base URL. Raises UsageError."""
     try:
         parts = urlsplit(url)

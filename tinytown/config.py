@@ -15,7 +15,7 @@ import stat
 import threading
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -181,6 +181,27 @@ def sections() -> frozenset[str]:
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
+EXPECTED: Final = 'TINYTOWN_CREDENTIALS'  # names of files that must be there: systemd leaves out what it can't read
+_VARIABLE: Final = re.compile(r'[A-Z][A-Z0-9_]*')
+
+
+def take_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Takes variables from the files of $CREDENTIALS_DIRECTORY that are named as one (TINYTOWN_REDIS_URL, say).
+
+    So what is secret need not stand in a unit (LoadCredential= of systemd), nor in a container's environment. What the
+    environment has goes before. Raises UsageError for one that is expected and missing, or can't be read.
+    """
+    directory = environ.get('CREDENTIALS_DIRECTORY')
+    for name in environ.get(EXPECTED, '').split():
+        if not directory or not Path(directory, name).exists():
+            raise UsageError(f'credential {name} is missing; is the file there that LoadCredential= of the unit names?')
+    for file in sorted(Path(directory).iterdir()) if directory else []:
+        if _VARIABLE.fullmatch(file.name) and file.name not in environ:
+            try:
+                environ[file.name] = file.read_text().strip()
+            except (OSError, ValueError) as e:
+                raise UsageError(f'credential {file}: {e}; it must be a text that this user may read') from None
+
 
 def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
     """The configuration of the town in `root`. `flags` maps setting paths to values. Raises UsageError."""
@@ -202,6 +223,14 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
     if not values.get('name'):
         raise UsageError(f'{root / FILE}: name is missing; add  name = "my-town"')
     return from_values(values, root)
+
+
+def sources(root: Path, flags: Mapping[str, Any]) -> list[str]:
+    """What `load` takes settings from: files, environment variables and flags, by name."""
+    files = [file for file in (Path('~/.tt/config.toml').expanduser(), root / FILE) if file.exists()]
+    named = [setting.env for setting in settings().values() if setting.env in os.environ]
+    given = [f'a flag ({path})' for path, value in flags.items() if value is not None]
+    return [*map(str, files), *named, *given]
 
 
 def from_values(values: Mapping[str, Any], root: Path) -> Config:

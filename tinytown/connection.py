@@ -44,6 +44,7 @@ _GONE: Final = select.POLLERR | select.POLLHUP
 Sock: TypeAlias = 'socket.socket | TlsSocket'
 
 LINGER_SECS: Final = 2.0
+NEWCOMER_SECS: Final = 1.0  # for a first request, on a connection made right before the server was told to stop
 MOST_UNSENT: Final = 1 << 20  # bytes of an answer that goes on which a client may leave untaken
 _MOST_AHEAD: Final = 65536  # bytes that a client may send ahead while its request is under way
 _REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
@@ -96,8 +97,8 @@ class Connection:
     """One client. Reads a request, has it answered, and goes on; at most one request is under way."""
 
     __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_in_process', '_is_last', '_judged', '_mask', '_out',
-                 '_peer_done', '_request', '_request_end', '_server', '_shakes_hands', '_untaken', 'is_busy', 'peer',
-                 'sock', 'stream')  # fmt: skip
+                 '_peer_done', '_request', '_request_end', '_server', '_shakes_hands', '_untaken', '_was_answered',
+                 'is_busy', 'peer', 'sock', 'stream')  # fmt: skip
 
     def __init__(self, sock: Sock, peer: Peer, server: Owner) -> None:
         self.sock = sock
@@ -118,6 +119,7 @@ class Connection:
         self._peer_done = False  # the client will send no more
         self._mask = IN
         self._deadline = time.monotonic() + server.limits.head_secs
+        self._was_answered = False
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -315,6 +317,7 @@ class Connection:
         if self.sock.fileno() < 0:
             return
         self._deadline = time.monotonic() + self._server.limits.idle_secs
+        self._was_answered = True
         self.feed(data)
 
     def feed(self, data: bytes) -> None:
@@ -379,7 +382,8 @@ class Connection:
             return
         request.answered = True
         if not request.minor:
-            request.fields[b'connection'] = b'close'  # HTTP/1.0 knows no chunks: the answer ends with the connection
+            # HTTP/1.0 knows no chunks: the answer ends with the connection
+            request.fields = {**request.fields, b'connection': b'close'}
         self._send(render(response, request, not request.keeps_alive))
         self._start(request, response.stream, stream)
 
@@ -450,6 +454,13 @@ class Connection:
                 self.reject(RequestTimeout('the request did not arrive in time'))
             else:
                 self.close()
+
+    def wind_down(self) -> None:
+        """The server stops: as `drain`, but who has just come and is about to ask gets a moment for it."""
+        if self._was_answered or not self._is_idle:
+            self.drain()
+        else:
+            self._deadline = min(self._deadline, time.monotonic() + NEWCOMER_SECS)
 
     def drain(self) -> None:
         """The server stops: a request that has arrived is still answered, a connection without one is closed."""

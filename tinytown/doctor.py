@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import recovery
+from . import hosts, recovery
 from .errors import TownError
 from .model import LIVE
 from .processes import Identity, agents_processes, stop_tree, verdict
@@ -34,7 +34,7 @@ def examine(call: Call, served: bool) -> list[Finding]:
     """What is wrong in a town, seen from this machine. `served` says whether a townhall runs here. Raises TownError."""
     rows = [[text(part) for part in row] for row in call.store.call(call.store.evidence(LIVE))[1]]
     found = [] if served else [_unserved()]
-    return found + _strays(call, {row[3] for row in rows}) + _ghosts(call, rows) + _orphans(call)
+    return found + _silent_hosts(call) + _strays(call, {row[3] for row in rows}) + _ghosts(call, rows) + _orphans(call)
 
 
 def mend(finding: Finding) -> Finding:
@@ -50,6 +50,17 @@ def mend(finding: Finding) -> Finding:
 def _unserved() -> Finding:
     what = 'no townhall of this town runs here, so nobody looks after its workers'
     return Finding('unserved', what, 'Start one:  tt start')
+
+
+def _silent_hosts(call: Call) -> list[Finding]:
+    """Hosts that have live agents, and no townhall to look after them."""
+    found = []
+    for host in call.store.run(hosts.list_hosts(call))['hosts']:
+        if host['silent'] and host['agents'] and not host['here']:
+            what = f"host '{host['host']}' has {host['agents']} live agents and was last heard of {host['heard_at']}"
+            advice = 'Start a townhall there; if it does not come back, give its agents up:  tt kill AGENT --force'
+            found.append(Finding('silent host', what, advice))
+    return found
 
 
 def _strays(call: Call, instances: set[str]) -> list[Finding]:

@@ -130,6 +130,12 @@ class Unavailable(TownError):
     status, code = 503, 'unavailable'
 
 
+class HostSilent(Unavailable):
+    """No townhall of a host is heard of, or none takes orders."""
+
+    code = 'host-silent'
+
+
 class VersionNotSupported(TownError):
     status, code = 505, 'http-version-not-supported'
 
@@ -166,7 +172,19 @@ REFUSALS: dict[str, tuple[type[TownError], str]] = {
     'in-progress': (Conflict, "The request with Idempotency-Key '{0}' is still under way; ask again in a second"),
     'town-name-taken': (
         Conflict,
-        'This Redis holds another town of the same name (id {0}); change `name` in tinytown.toml, or the Redis',
+        'This Redis holds another town of the same name (id {0}); if this directory is to be a further host of that '
+        'town:  tt init --join;  else change `name` in tinytown.toml, or the Redis',
+    ),
+    'no-such-town': (NotFound, "This Redis holds no town '{0}'; begin it on its first host (tt init; tt start)"),
+    'host-unknown': (Conflict, "No townhall was ever heard of on host '{0}'; known hosts: {1}"),
+    'host-silent': (
+        HostSilent,
+        "No townhall of host '{0}' was heard of since {1}; start one there, or choose another host (tt hosts)",
+    ),
+    'host-name-taken': (
+        Conflict,
+        "A townhall in another place ({1}) goes by the name of this host, '{0}'; give this one a name of its own: set "
+        '`host` in tinytown.toml, or TINYTOWN_HOST',
     ),
 }
 

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
+import gc
+import os
 import socket
-import traceback
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
-from . import redis_server
+from . import hosts, notify, redact, redis_server
 from .access import Access, Verifier, check_start
 from .caretaker import Caretaker
 from .errors import TownError, UsageError
 from .feed import Feed
 from .http1 import Request, Response
-from .listen import UNIX, host_of, open_sockets, url_of
+from .listen import UNIX, host_of, is_passed, open_sockets, url_of
 from .local import note_townhall
 from .metrics import Meter
 from .operations import TABLE
 from .prefork import Prefork
 from .rest import Guarded, Rest
-from .say import say
-from .settings import Config, Limits, Townhall
+from .say import Level, say
+from .settings import Config, Limits, Redis, Townhall
+from .steward import Steward
 from .stream import Answer
 from .town import Town
+from .vitals import Roll, Single, Vitals
 from .web import Encrypt, Server
 
 if TYPE_CHECKING:
     from .mcp import Mcp
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
-_FIXED: Final = ('name', 'redis.url', 'redis.appendfsync', 'retention.events', 'townhall.bind', 'townhall.rest_port',
-                 'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled', 'townhall.mcp_port',
-                 'townhall.mcp.tools', 'townhall.mcp.read_only', 'townhall.audit.path',
-                 'townhall.audit.max_bytes', 'townhall.audit.keep')  # fmt: skip
+_FIXED: Final = (
+    *('name', 'host', *(f'redis.{each.name}' for each in dataclasses.fields(Redis)), 'retention.events'),
+    *('townhall.bind', 'townhall.rest_port', 'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled'),
+    *('townhall.mcp_port', 'townhall.mcp.tools', 'townhall.mcp.read_only'),
+    *('townhall.audit.path', 'townhall.audit.max_bytes', 'townhall.audit.keep'),
+)
 
 # What `mcp_http` serves, by method and path.
 MCP_ROUTES_WITHOUT_SESSIONS: Final = (('POST', '/mcp'), ('GET', '/mcp'), ('DELETE', '/mcp'))
@@ -54,10 +60,12 @@ class Hall:
         settings = town.config.townhall
         self._verifier, self._encrypt = _verifier(town.config, ask=True), _encryption(town.config, town.root)
         self._access = Access(town, self._verifier)
-        self._listeners = open_sockets(settings.bind, self._port(), settings.workers)
+        self._is_passed = is_passed(os.environ)
+        self._listeners = open_sockets(settings.bind, self._port(), settings.workers, mode)
+        self._manager = notify.take(os.environ)
         self._host = host_of(self._listeners[0])
         for warning in check_start(town.config, self._host):
-            _say(warning)
+            _say(warning, 'warning')
         self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
         self._note: Path | None = None
         self._feed = Feed(town.store)
@@ -65,24 +73,31 @@ class Hall:
             _ = self.mcp  # made now: a tool that is none is told at the start
         self._durability = durability(town)
         self._meter = Meter(len(self._listeners))
+        url = self._url if mode == 'rest' else ''
+        self._presence = None if settings.read_only else hosts.arrive(town, url)
         town.store.close()  # it is opened anew by each thread and process that needs it
 
     def run(self) -> int:
         """Serves until a signal ends it. The exit status."""
+        if self._manager.watchdog_secs:
+            faulthandler.enable()  # a watchdog ends us with SIGABRT: then the log tells where each thread hung
         try:
             if len(self._listeners) == 1:
                 return self._serve(0)
-            return Prefork(len(self._listeners), self._serve, self._take_up, self._open, self._close).run()
+            self._roll = Roll(len(self._listeners), self._manager, self._status())
+            count = len(self._listeners)
+            return Prefork(count, self._serve, self._reload, self._open, self._close, self._roll).run()
         finally:
             if self._note:
                 self._note.unlink(missing_ok=True)
-            if self._url.startswith(UNIX):
+            if self._url.startswith(UNIX) and not self._is_passed:
                 Path(self._url.removeprefix(UNIX)).unlink(missing_ok=True)
 
     def _open(self) -> None:
         """Tells that it is open: signals are heeded, and clients are served or wait in the backlog."""
         self._note = note_townhall(self.town.root, self._url)
-        _say(f'{self.town.name} is open on {self._url}\ntownhall: {self._hint()}')
+        _say(self._status())
+        _say(self._hint())
 
     def _close(self) -> None:
         """Lets no client into a backlog that nobody serves any more."""
@@ -99,11 +114,14 @@ class Hall:
             rest.add(method, path, Guarded('mcp', self._answer_mcp))
         if table:
             rest.add('GET', '/', Guarded('dashboard', _dashboard, lambda: True))
-        caretaker = Caretaker(town)
+        caretaker = Caretaker(town, presence=self._presence)
+        steward = Steward(town, self._presence) if number == 0 and self._presence else None
 
         def reload() -> None:
-            if self._take_up(tell=lifeline < 0):
+            if self._reload() if lifeline < 0 else self._take_up(tell=False):
                 rest.town = caretaker.town = self.town
+                if steward:
+                    steward.town = self.town
                 server.apply(self._share(), self._encrypt)
 
         server = Server(
@@ -115,12 +133,21 @@ class Hall:
         if lifeline < 0:
             self._open()
         self._feed.call_soon = server.call_soon
-        if number == 0 and not town.config.townhall.read_only:
+        if steward:
             caretaker.start()
+            steward.start()
+        vitals = Vitals(server, self._roll.child(number) if lifeline >= 0 else Single(self._manager, self._status()))
+        if self._manager:
+            vitals.start()
         try:
+            gc.freeze()  # what is here now stays, and need not be looked through for garbage
             with self._access.audit.gathering():
                 server.serve()
         finally:
+            if self._manager:
+                vitals.close()
+            if steward:
+                steward.close()
             caretaker.close()
         return 0
 
@@ -171,9 +198,21 @@ class Hall:
         )
         return dataclasses.replace(settings, limits=limits)
 
+    def _status(self) -> str:
+        """What a service manager shows."""
+        return f'{self.town.name} is open on {self._url}'
+
+    def _reload(self) -> bool:
+        """Takes up the configuration in the process that a service manager knows, which is told of it."""
+        self._manager.reloading()
+        try:
+            return self._take_up()
+        finally:
+            self._manager.reloaded()
+
     def _take_up(self, tell: bool = True) -> bool:
         """Loads the configuration again. One that is wrong changes nothing, and is told."""
-        tell_it = _say if tell else lambda _what: None  # of several processes the parent tells
+        tell_it: Callable[..., None] = _say if tell else lambda *_: None  # of several processes the parent tells
         try:
             wanted = configuration.load(self.town.root, self._flags)
             config = self._with_fixed(wanted)
@@ -184,10 +223,11 @@ class Hall:
             town = dataclasses.replace(self.town, config=config)
             self._access.apply(town, verifier)  # in the parent, too: what it forks from now on begins with this
         except Exception as e:  # whatever is wrong with it, what is in force stays
-            what = str(e) if isinstance(e, UsageError) else traceback.format_exc()
-            tell_it(f'the configuration is not taken up, the old one stays in force: {what}')
+            fault = None if isinstance(e, UsageError) else e
+            tell_it(f'the configuration is not taken up, the old one stays in force: {e}', 'error', fault)
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
+        redact.ready_log(town.root, config)
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
         tell_it(f'the configuration was taken up again{needs}')
@@ -208,7 +248,7 @@ def _verifier(config: Config, ask: bool = False) -> Verifier | None:
 
     made = oidc.Verifier(config.townhall.auth)
     if ask and (warning := made.check()):
-        _say(warning)
+        _say(warning, 'warning')
     return made
 
 
@@ -238,8 +278,8 @@ def _example(url: str) -> str:
     return f'curl -s {url}/v1/status'
 
 
-def _say(what: str) -> None:
-    say(f'townhall: {what}\n')
+def _say(what: str, level: Level = 'info', error: BaseException | None = None) -> None:
+    say('townhall', what, level, error)
 
 
 def durability(town: Town) -> str:
@@ -253,6 +293,6 @@ def durability(town: Town) -> str:
     except TownError:
         found = 'unknown'  # we may not be allowed to ask
     if found in ('none', 'no'):
-        _say('this Redis may lose acknowledged changes; turn on appendonly and noeviction')
+        _say('this Redis may lose acknowledged changes; turn on appendonly and noeviction', 'warning')
         return 'none'
     return str(found)

@@ -35,12 +35,15 @@ def add_key_commands(add: Add) -> None:
         ('generate-api-key', 'Make an API key that may do everything; it is shown once'),
         ('auth gen-key', 'The same as generate-api-key'),
     ):
-        add('access', words, summary, _generate).add_argument('--write', action='store_true', help=_WRITE)
+        generate = add('access', words, summary, _generate)
+        generate.add_argument('--write', action='store_true', help=_WRITE)
+        generate.add_argument('--to', metavar='FILE', type=Path, help=_TO)
     create = add('access', 'key create', 'Make an API key; it is shown once', _create)
     create.add_argument('--scopes', metavar='LIST', default=READ, help='what it may do, as town.read,town.write')
     create.add_argument('--expires', metavar='WHEN', help='90d, 12h, or a time as 2027-01-31T12:00:00Z')
     create.add_argument('--note', metavar='TEXT', help='what it is for')
     create.add_argument('--write', action='store_true', help=_WRITE)
+    create.add_argument('--to', metavar='FILE', type=Path, help=_TO)
     add('access', 'key list', 'List the keys of this town', _list)
     for word, summary, run in (
         ('rotate', 'Replace a key by a new one of the same id; the old one ends at once', _rotate),
@@ -50,6 +53,7 @@ def add_key_commands(add: Add) -> None:
 
 
 _WRITE: Final = 'write it into tinytown.toml, and turn keys on'
+_TO: Final = 'write the key into a file (mode 0600) that only you may read, and do not show it'
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -72,6 +76,8 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
     acts_here(arguments)
     made = _new_key()
     entry = {'id': made.id, 'hash': made.hash} | entry
+    if arguments.to:  # before it is let in: a key that is in force must be known to somebody
+        configuration.write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False)
     if not arguments.write:
         paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
         return _show(arguments, made, '\n'.join([*paste, keytable.written(entry).rstrip()]))
@@ -90,8 +96,11 @@ def _new_key(key_id: str = '') -> ApiKey:
 
 
 def _show(arguments: argparse.Namespace, made: ApiKey, more: str) -> int:
-    lines = [f'id    {made.id}', f'key   {made.key}', f'hash  {made.hash}', '', more, '', 'The key is shown this once.']
-    return say(arguments, {'id': made.id, 'key': made.key, 'hash': made.hash}, '\n'.join(lines))
+    file = getattr(arguments, 'to', None)
+    key = {'key_file': str(file)} if file else {'key': made.key}
+    where = f'The key is in {file}, mode 0600.' if file else 'The key is shown this once.'
+    lines = [f'id    {made.id}', *([] if file else [f'key   {made.key}']), f'hash  {made.hash}', '', more, '', where]
+    return say(arguments, {'id': made.id, **key, 'hash': made.hash}, '\n'.join(lines))
 
 
 def _expiry(given: str) -> str:

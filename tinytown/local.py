@@ -17,27 +17,32 @@ from typing import Any, Final
 from . import agents, clis, doctor, redis_server
 from . import config as configuration
 from .errors import TownError, UsageError
+from .hosts import is_elsewhere
 from .model import ALL_SCOPES, LIVE, Principal
 from .processes import (
     GRACE_SECS,
     Identity,
     identify,
+    name_host,
     python,
     python_path,
     reap,
     start_detached,
     stop_one,
+    this_host,
     verdict,
 )
 from .render import as_json, counted
 from .settings import Config
 from .store import Step, text
 from .tomledit import change, to_toml
-from .town import Call, Town, open_town
+from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
 
 START_SECS: Final = 10.0
 Add = Callable[[str, str, str, Callable[[argparse.Namespace], int]], Parser]
+# The settings that `tt init` is given, and its flags.
+_INIT_FLAGS: Final = {'default_cli': 'cli', 'redis.url': 'redis_url', 'host': 'host'}
 # What only an agent's run sees, and not a townhall that is started in it.
 _AGENTS_OWN: Final = frozenset({'TINYTOWN_AGENT_ID', 'TINYTOWN_AGENT_NAME', 'TINYTOWN_TASK_ID', 'TINYTOWN_ATTEMPT'})
 
@@ -47,6 +52,9 @@ def add_town_commands(add: Add) -> None:
     init = add('town', 'init', 'Make a town in this directory', _init)
     init.add_argument('--name', help='its name (default: that of the directory)')
     init.add_argument('--cli', metavar='NAME', help='default_cli: what agents run that name none')
+    init.add_argument('--redis-url', metavar='URL', help='redis.url: a Redis of yours, which several hosts may share')
+    init.add_argument('--host', metavar='NAME', help='host: what this host is called (default: as the system does)')
+    init.add_argument('--join', action='store_true', help='make this a further host of the town that its Redis holds')
     add('town', 'start', 'Start Redis and townhall, detached', _start)
     stop = add('town', 'stop', 'Stop townhall and the workers', _stop)
     stop.add_argument('--redis', action='store_true', help='the managed Redis too')
@@ -82,19 +90,37 @@ def _init(arguments: argparse.Namespace) -> int:
     given_root = getattr(arguments, 'town', None)
     root = Path(given_root or Path.cwd()).expanduser().resolve()
     file = root / configuration.FILE
+    given = {path: getattr(arguments, flag) for path, flag in _INIT_FLAGS.items()}
+    given = {path: value for path, value in given.items() if value is not None}
     if file.exists():
+        if arguments.join and not given and arguments.name is None:
+            return _join(arguments, root)
         raise UsageError(f'{root} holds a town already; see  tt status --town {root}')
     name = configuration.derive_name(root) if arguments.name is None else arguments.name
     configuration.find_setting('name', '--name').check(name, '--name')
-    given = {'default_cli': arguments.cli} if arguments.cli is not None else {}
     for path, value in given.items():
-        configuration.find_setting(path, '--cli').check(value, '--cli')
+        flag = f'--{_INIT_FLAGS[path].replace("_", "-")}'
+        configuration.find_setting(path, flag).check(value, flag)
     root.mkdir(parents=True, exist_ok=True)
-    configuration.write_atomically(file, configuration.template(name, given))
+    mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
+    configuration.write_atomically(file, configuration.template(name, given), mode)
     private = redis_server.private_directory(root)
     (private / '.gitignore').write_text('*\n')
+    if arguments.join:
+        try:
+            return _join(arguments, root)
+        except BaseException:
+            file.unlink()
+            raise
     start = f'tt start --town {given_root}' if given_root else 'tt start'
     return say(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
+
+
+def _join(arguments: argparse.Namespace, root: Path) -> int:
+    town = join(root)
+    told = f'{root} belongs to the town {town.name} now, as its host {this_host()}'
+    sentence = f'{told}. Start it:  tt start --town {root}'
+    return say(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)
 
 
 def _start(arguments: argparse.Namespace) -> int:
@@ -127,7 +153,15 @@ def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
     with open(log, encoding='utf-8', errors='replace') as lines:
         lines.seek(began)
         said = lines.read().strip().splitlines()
-    raise TownError(said[-1].removeprefix('townhall: ') if said else f'townhall did not start; see {log}')
+    raise TownError(_told(said[-1]) if said else f'townhall did not start; see {log}')
+
+
+def _told(line: str) -> str:
+    """What a line of the log says, whatever form it has."""
+    try:
+        return str(json.loads(line)['message'])
+    except (ValueError, LookupError, TypeError):
+        return line.removeprefix('townhall: ')
 
 
 def _run_directory(root: Path) -> Path:
@@ -164,6 +198,7 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
 
 def tell_townhalls(root: Path) -> int:
     """Has the townhalls of this town that run on this machine take up the configuration. How many there are."""
+    name_host(configuration.load(root).host)
     alive = [process for _, process, _ in running_townhalls(root) if verdict(process) == 'alive']
     for process in alive:
         with suppress(ProcessLookupError, PermissionError):
@@ -174,6 +209,7 @@ def tell_townhalls(root: Path) -> int:
 def _stop(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     config = configuration.load(root)
+    name_host(config.host)
     halls = running_townhalls(root)
     for file, process, _ in halls:
         stop_one(process, config.townhall.limits.drain_secs + 2)
@@ -197,6 +233,8 @@ def _stop_workers(root: Path, config: Config) -> tuple[list[str], list[str]]:
     def stop_all() -> Step[tuple[list[str], list[str]]]:
         names, left = [], []
         for row in (yield town.store.evidence(LIVE))[1]:
+            if is_elsewhere(text(row[4] or b'')):
+                continue
             try:
                 found = yield from agents.look_up(call, text(row[0]))
                 yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
@@ -295,6 +333,7 @@ def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
     def start(town: Town, agent_id: str, name: str, instance: str) -> None:
         opened.append(open_here(town, agent_id, name, instance, echo=True))
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which as process 1 of a container we would not hear
     town.store.run(step(start))
     return opened[0].run()
 

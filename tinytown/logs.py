@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, NotRequired, TypedDict
 
-from . import redact
+from . import hosts, redact
 from .agents import worker_log
 from .config import write_atomically
-from .errors import Invalid, NotFound
+from .errors import Invalid
 from .model import AgentRef, Field
-from .processes import this_host
 from .redact import MARK, Secrets
 from .store import Step, text
 from .town import Call
@@ -240,12 +239,12 @@ Lines = Annotated[int, Field('The last so many lines; 100 if no offset is given 
 
 
 def open_log(call: Call, agent: str) -> Step[Reader]:
-    """The log of an agent. Raises NotFound for an unknown one, and for one whose log is on another machine."""
+    """The log of an agent. Raises NotFound for an unknown one, and Conflict for one whose log is on another host."""
     found = yield call.store.agent(agent)
-    name, host = text(found[1]), text(found[5])
+    name, host = text(found[1]), text(found[5] or b'')
     file = worker_log(call.town.root, name)
-    if host not in ('', this_host()) and not file.exists():
-        raise NotFound(f"The log of '{name}' is on {host}, where it ran; ask there", code='log-elsewhere')
+    if hosts.is_elsewhere(host):
+        yield from hosts.check_here(call, f"The log of '{name}'", host, file.exists())
     return Reader(name, file, redact.known(call.town.root, call.config, os.environ))
 
 

@@ -7,8 +7,6 @@ generations differ in how a request says its version, in a handful of methods, a
 
 from __future__ import annotations
 
-import sys
-import traceback
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from .mcp_messages import (
 )
 from .model import Json, Principal
 from .operations import Gate
+from .say import say
 from .store import Step
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
@@ -83,6 +82,11 @@ class Ask:
     cancelled: bool = False
     refused: TownError | None = None  # why the door did not let it in
     stop: Stop | None = None  # ends what goes on after the step
+
+    @property
+    def request_id(self) -> str:
+        """What it is called in the log: over HTTP the id of the request, else the id of the message."""
+        return self.gate.request_id if self.gate else str(self.id)
 
     @property
     def is_modern(self) -> bool:
@@ -252,9 +256,10 @@ class Mcp:
             reply = error_reply(e)
         except TownError as e:
             reply = error_reply(Fault(INTERNAL, e.detail, {'code': e.code}, ask.id))
-        except Exception:  # a request must not end the server
-            traceback.print_exc(file=sys.stderr)
-            reply = error_reply(Fault(INTERNAL, 'this is a fault of the server; its log tells more', None, ask.id))
+        except Exception as e:  # a request must not end the server
+            say('mcp', f'request {ask.request_id} failed', 'error', e, request_id=ask.request_id, principal=ask.by.name)
+            what = 'this is a fault of the server; its log tells more under the request id'
+            reply = error_reply(Fault(INTERNAL, what, {'request_id': ask.request_id}, ask.id))
         return None if ask.cancelled else reply
 
     def _reply(self, ask: Ask, result: Json) -> Json:

@@ -44,6 +44,7 @@ OPEN_WORLD: Final = frozenset(
     {'agent.spawn', 'agent.restart', 'agent.resume', 'task.assign', 'backlog.claim', 'backlog.assign_all'}
     | {'message.send'}
 )
+_NAMES: Final = (*BY_NAME, *PRESETS)
 _MOST_NAMED: Final = 20  # agents that an error names
 _SLICE_SECS: Final = 1  # between two signs of progress
 
@@ -55,7 +56,7 @@ def offered_as(name: str) -> str:
 
 @cache
 def tools() -> dict[str, Json]:
-    """Every tool by its operation's (or preset's) name."""
+    """Every tool by its operation's (or preset's) name. Made when first asked for: 40 schemas take 15 ms."""
     named = {op.name: _tool(op.name, op, {}) for op in TABLE}
     return named | {name: _tool(name, BY_NAME[of], given) for name, (of, given) in PRESETS.items()}
 
@@ -113,14 +114,14 @@ def _description(op: Op, given: Json) -> str:
 
 def _selected(names: Iterable[str]) -> frozenset[str]:
     """The tools of the setting, which takes either spelling. Raises UsageError."""
-    known = {offered_as(name): name for name in tools()}
+    known = {offered_as(name): name for name in _NAMES}
     chosen = set()
     for name in names:
         if offered_as(name) not in known:
             near = difflib.get_close_matches(offered_as(name), known, 1) or ['see tools/list']
             raise UsageError(f'townhall.mcp.tools: there is no tool {name!r}; did you mean {near[0]}?')
         chosen.add(known[offered_as(name)])
-    return frozenset(chosen or tools())
+    return frozenset(chosen or _NAMES)
 
 
 class Catalogue:
@@ -131,11 +132,10 @@ class Catalogue:
     def __init__(self, town: Callable[[], Town], changes: Feed | None, only: Iterable[str], read_only: bool) -> None:
         self._town = town
         self._changes = changes
-        self._offered = {
-            name: tool
-            for name, tool in tools().items()
-            if name in _selected(only) and not (read_only and _operation(name)[0].changes)
-        }
+        selected = _selected(only)
+        self._offered = [
+            name for name in _NAMES if name in selected and not (read_only and _operation(name)[0].changes)
+        ]
         self._by_name = {offered_as(name): name for name in self._offered}
         self.info: Json = {'name': 'townhall', 'title': 'Townhall', 'version': __version__}
         self.instructions = mcp_content.INSTRUCTIONS
@@ -150,7 +150,7 @@ class Catalogue:
 
     def tools(self, by: Principal) -> list[Json]:
         """Those that the caller may call."""
-        return [tool for name, tool in self._offered.items() if by.may(_operation(name)[0].scope)]
+        return [tools()[name] for name in self._offered if by.may(_operation(name)[0].scope)]
 
     def _find(self, tool: str) -> str:
         name = tool if tool in self._offered else self._by_name.get(tool)

@@ -29,6 +29,7 @@ from .mcp_messages import (
 )
 from .mcp_sessions import Open, Sessions
 from .model import Json, Principal
+from .say import say
 from .store import Step
 from .stream import Answer, Later, Slow, Stream
 
@@ -74,7 +75,7 @@ class McpHttp:
         def now(request: Request) -> Answer:
             if isinstance(request.by, Principal):
                 return _faultless(handle, request, request.by)
-            return Later(lambda stream: later(request, stream), _late, _PROVE_SECS)
+            return Later(lambda stream: later(request, stream), lambda: _late(request), _PROVE_SECS)
 
         def later(request: Request, stream: Stream) -> None:
             def done(by: Principal | None, error: Exception | None) -> None:
@@ -355,8 +356,11 @@ def _pass_on(answer: Answer, stream: Stream) -> None:
 
 def _apology(error: Exception | None, request: Request) -> Response:
     """The answer where a step has raised."""
-    return problem(error if isinstance(error, TownError) else Internal('this is a fault of the server'), request.id)
+    if isinstance(error, TownError):
+        return problem(error, request.id)
+    say('mcp', f'request {request.id} failed', 'error', error, request_id=request.id, principal=request.caller)
+    return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
 
-def _late() -> Response:
-    return problem(Unavailable('it took too long to find out who calls', code='timeout', retry_after=1), '')
+def _late(request: Request) -> Response:
+    return problem(Unavailable('it took too long to find out who calls', code='timeout', retry_after=1), request.id)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from . import agents, backlog, deadletter, events, logs, messages, recovery, tasks, town
+from . import agents, backlog, deadletter, events, hosts, logs, messages, recovery, tasks, town
 from .audit import Visit
 from .errors import Forbidden, TownError
 from .model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
@@ -84,6 +84,7 @@ class Op:
 TABLE: Final = (
     Op('town.get', town.info, READ, 'GET', '/v1/town', 'town'),
     Op('town.get_status', town.status, READ, 'GET', '/v1/status', 'status'),
+    Op('town.list_hosts', hosts.list_hosts, READ, 'GET', '/v1/hosts', 'hosts'),
     Op('town.reset', recovery.reset, ADMIN, 'POST', '/v1/town/reset', 'reset', slow=True),
 
     Op('agent.list', agents.list_agents, READ, 'GET', '/v1/agents', 'list'),
@@ -204,15 +205,15 @@ def _on_record(audit: Audit, visit: Visit, step: Step[Any]) -> Step[Any]:
 def _perform(
     town: Town, by: Principal, op: Op, arguments: dict[str, Any], checked: dict[str, Any], key: str
 ) -> Step[Any]:
-    """Runs an operation, once for its idempotency key."""
+    """The steps of an operation, which runs once for its idempotency key."""
     step = op.function(Call(town, by), **checked)
     if not (key and op.changes):
-        return (yield from _signed(step, by))
+        return _signed(step, by)
     scoped = f'{by.name} {op.name} {key}'  # neither an operation nor a key holds a space
     fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     if op.slow:
-        return (yield from _once(town, _signed(step, by), scoped, fingerprint))
-    return (yield from _signed(step, by, scoped, fingerprint))
+        return _once(town, _signed(step, by), scoped, fingerprint)
+    return _signed(step, by, scoped, fingerprint)
 
 
 def _signed(step: Step[Any], by: Principal, key: str = '', fingerprint: str = '') -> Step[Any]:

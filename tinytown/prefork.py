@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
 from .errors import UsageError
 from .processes import reap
+from .say import finish, last_words, say
+from .vitals import Roll
 
 SHORT_LIFE_SECS: Final = 1.0  # a child that lives shorter is replaced only after as long
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -26,7 +26,8 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 class Prefork:
     """Runs `serve(number, lifeline)` in `count` children until SIGTERM or SIGINT; `reload` takes up a configuration;
-    `ready` is called when the children have been started, `stopping` when they have been told to end.
+    `ready` is called when the children have been started, `stopping` when they have been told to end; `roll` is who of
+    them lives: one that hangs is killed, and replaced.
 
     `lifeline` is a descriptor that reads as ended when the parent is gone. Children drain at SIGTERM, however often it
     comes (a service manager may tell the whole group); a second signal to the parent is passed on as SIGQUIT.
@@ -39,12 +40,14 @@ class Prefork:
         reload: Callable[[], bool],
         ready: Callable[[], None],
         stopping: Callable[[], None],
+        roll: Roll,
     ) -> None:
         self._count = count
         self._serve = serve
         self._reload = reload
         self._ready = ready
         self._stopping = stopping
+        self._roll = roll
         self._children: dict[int, tuple[int, float]] = {}  # by pid: its number, and since when
         self._missing: dict[int, float] = {}  # by number: when it is to be started
         self._stops = False
@@ -61,15 +64,17 @@ class Prefork:
         self._missing = dict.fromkeys(range(self._count), 0.0)
         poll = select.poll()
         poll.register(wake_read, select.POLLIN)
+        poll.register(self._roll.descriptor, select.POLLIN)
         try:
             self._start_missing()
             self._ready()
             while self._children or not self._stops:
                 self._start_missing()
-                poll.poll(100 if self._missing else None)
+                poll.poll(100 if self._missing else self._roll.tick_ms)
                 for number in _read_all(wake_read):
                     self._on_signal(number)
                 self._reap()
+                self._look_after(time.monotonic())
         finally:
             signal.set_wakeup_fd(-1)
             for number, handler in previous.items():
@@ -83,10 +88,22 @@ class Prefork:
             if time.monotonic() >= when and not self._stops:
                 del self._missing[number]
                 self._children[self._fork(number)] = (number, time.monotonic())
+                self._roll.begin(number, time.monotonic())
+
+    def _look_after(self, now: float) -> None:
+        """Hears what the children tell. One whose loop stands still is killed: it holds its share of the clients."""
+        self._roll.read(now)
+        if self._stops:
+            self._roll.stopping()
+            return
+        hung = self._roll.hung(now)
+        for pid, (number, _) in self._children.items():
+            if number in hung:
+                say('townhall', f'process {number} hung for {self._roll.patience:g} s and is killed', 'error')
+                os.kill(pid, signal.SIGKILL)
+                self._roll.end(number)
 
     def _fork(self, number: int) -> int:
-        sys.stdout.flush()
-        sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in the child until its server heeds it
         pid = os.fork()
         if pid:
@@ -100,13 +117,12 @@ class Prefork:
             os.close(self._lifeline[1])
             status = self._serve(number, self._lifeline[0])
         except UsageError as e:
-            print(f'townhall: {e}', file=sys.stderr)
+            last_words(str(e))
             status = 2
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as e:
+            say('townhall', f'process {number} failed', 'error', e)
         finally:
-            with suppress(Exception):
-                sys.stderr.flush()
+            finish()
             os._exit(status)
 
     def _on_signal(self, number: int) -> None:
@@ -133,6 +149,7 @@ class Prefork:
             if not ended:
                 continue
             del self._children[pid]
+            self._roll.end(number)
             status = os.waitstatus_to_exitcode(code)
             if self._stops:
                 self._status = self._status or int(status not in (0, -signal.SIGTERM))
@@ -141,11 +158,9 @@ class Prefork:
                 self._status = 2
             else:
                 now = time.monotonic()
-                print(
-                    f'townhall: process {number} ended (status {status}) and is replaced', file=sys.stderr, flush=True
-                )
+                say('townhall', f'process {number} ended (status {status}) and is replaced', 'warning')
                 self._missing[number] = now + SHORT_LIFE_SECS if now - since < SHORT_LIFE_SECS else now
-        reap()  # a Redis that was started before the children
+        reap(but=self._children)  # a Redis that was started before the children
 
 
 def _read_all(descriptor: int) -> Iterator[int]:

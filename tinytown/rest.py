@@ -19,6 +19,7 @@ from .feed import Feed
 from .http1 import Peer, Request, Response, options
 from .log_stream import LogStreams
 from .metrics import Meter
+from .model import Principal
 from .operations import TABLE, Op, call, encode
 from .probes import ROUTES, Probes
 from .router import Router
@@ -111,11 +112,13 @@ class Rest:
     # ------------------------------------------------------------------------------------------------- operations
 
     def _operate(self, request: Request, op: Op) -> Generator[Command, Any, Response]:
-        yield from self.access.prove(request, op.name, request.values)
+        by = request.by
+        if not isinstance(by, Principal):
+            by = yield from self.access.prove(request, op.name, request.values)
         key = request.field(b'idempotency-key')
         if b'idempotency-key' in request.fields and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise BadRequest('Idempotency-Key must be 1 to 255 printable ASCII characters without spaces')
-        answer = yield from self.ask(request, op, read_arguments(request, op), key)
+        answer = yield from call(self.town, by, op, read_arguments(request, op), key, self.access.gate(request))
         return Response(op.status, encode(answer))
 
     def read(self, request: Request, op: Op) -> Generator[Command, Any, dict[str, Any]]:
@@ -123,10 +126,10 @@ class Rest:
         yield from self.access.prove(request, op.name, request.values)
         return read_arguments(request, op)
 
-    def ask(self, request: Request, op: Op, arguments: dict[str, Any], key: str = '') -> Generator[Command, Any, Any]:
+    def ask(self, request: Request, op: Op, arguments: dict[str, Any]) -> Generator[Command, Any, Any]:
         """What an operation gives, through the door. Raises TownError."""
         by = yield from self.access.prove(request, op.name, request.values)
-        return (yield from call(self.town, by, op, arguments, key, self.access.gate(request)))
+        return (yield from call(self.town, by, op, arguments, gate=self.access.gate(request)))
 
 
 # --------------------------------------------------------------------------------------------------------- arguments

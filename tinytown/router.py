@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from .errors import MethodNotAllowed, NotFound
 
 T = TypeVar('T')
 Places: TypeAlias = tuple[tuple[int, str], ...]  # the placeholders of a route: which segment, and its name
+_MOST_FOUND: Final = 512  # matches that are kept, of paths that are not longer than this
+_LONGEST_FOUND: Final = 256
 _ANY: Final = '{}'  # stands for a placeholder
 
 
@@ -18,9 +20,11 @@ class Router(Generic[T]):
     def __init__(self) -> None:
         self._routes: dict[str, dict[str, tuple[T, Places]]] = {}  # by path, its placeholders blanked; by method
         self._shapes: dict[int, list[tuple[int, ...]]] = {}  # by number of segments: which of them are placeholders
+        self._found: dict[tuple[str, str], tuple[T, Mapping[str, str]]] = {}  # what `match` gave lately
 
     def add(self, method: str, path: str, target: T) -> None:
         """A route; a segment {name} matches any one segment. Exact paths come before patterns."""
+        self._found.clear()
         parts = path.split('/')
         places = tuple((i, part[1:-1]) for i, part in enumerate(parts) if part[:1] == '{')
         shape = tuple(i for i, _ in places)
@@ -29,8 +33,18 @@ class Router(Generic[T]):
         if shape and shape not in shapes:
             shapes.append(shape)
 
-    def match(self, method: str, path: str) -> tuple[T, dict[str, str]]:
+    def match(self, method: str, path: str) -> tuple[T, Mapping[str, str]]:
         """Raises NotFound, or MethodNotAllowed with the methods that there are."""
+        found = self._found.get((method, path))
+        if found is None:
+            found = self._match(method, path)
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            if len(path) <= _LONGEST_FOUND:
+                self._found[method, path] = found
+        return found
+
+    def _match(self, method: str, path: str) -> tuple[T, dict[str, str]]:
         method_there = 'GET' if method == 'HEAD' else method
         for methods in self._find(path):
             if method_there in methods:

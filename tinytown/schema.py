@@ -93,6 +93,7 @@ class Parameter:
     name: str
     keyword: str  # what the function calls it: `from_` where callers say `from`
     schema: dict[str, Any]
+    pointer: str  # where it stands in the arguments
     required: bool
     hint: str
     _pattern: re.Pattern[str] | None
@@ -181,6 +182,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
         name=name.rstrip('_'),
         keyword=name,
         schema=schema,
+        pointer=_pointer(name.rstrip('_')),
         required=required,
         hint=field.hint if field else '',
         _pattern=re.compile(field.pattern) if field and field.pattern else None,
@@ -214,7 +216,7 @@ def validate(parameters: dict[str, Parameter], arguments: dict[str, Any]) -> dic
         elif value is None and not parameter.required:
             continue
         else:
-            checked[parameter.keyword] = parameter.check(value, _pointer(name), errors)
+            checked[parameter.keyword] = parameter.check(value, parameter.pointer, errors)
     for name, parameter in parameters.items():
         if parameter.required and name not in arguments:
             _complain(errors, _pointer(name), f'{name} is missing')

@@ -1,7 +1,8 @@
 -- The state changes of a town. Every section below becomes one Redis script: what it uses of the prelude, then the body.
 -- A body takes its arguments from A, returns {1, ...} when it has done its work, or refuse(code, ...) when it
 -- has changed nothing. Whatever it writes (record, indexes, event, history, idempotency record) is one step.
--- KEYS[1] is the town's prefix; every other key is built from it, which a Cluster accepts thanks to the hash tag.
+-- KEYS[1] is the town's prefix; every other key is built from it, which a Cluster accepts thanks to the hash tag. There
+-- is no key of that very name, so while the slot moves a Cluster answers ASK to every script, and none sees half a town.
 -- A section's first line names it: "@script NAME [oom]"; "oom" lets it run when Redis is out of memory.
 -- LIVE and ACCEPTING (sets of agent states), CONDUCTOR and BOUNDS (of the histograms, in ms) are inserted above the
 -- prelude from model.py.
@@ -140,15 +141,20 @@ local function agent_json(id)
     .. ',"urgent_len":' .. redis.call('XLEN', inbox .. ':u') .. '}'
 end
 
+-- The rendered tail of a task's record. v: state, agent, name, attempt, result, error, dead, started, ended.
+local function task_tail(v, created)
+  return table.concat({
+    ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
+    ',"attempt":', v[4], ',"result":', v[5], ',"error":', v[6], ',"dead_letter":', v[7] == '1' and 'true' or 'false',
+    ',"created_at":"', created, '","started_at":', json_time(v[8]), ',"ended_at":', json_time(v[9]), '}'})
+end
+
 -- Rewrites the rendered tail of a task's record. Returns its state, its agent, and when it ended ('': not yet).
 local function render_task(id)
   local key = P .. 'task:' .. id
-  local v = redis.call('HMGET', key, 'state', 'agent', 'name', 'attempt', 'result', 'error', 'dead', 'born', 'started', 'ended')
-  redis.call('HSET', key, 'm', table.concat({
-    ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
-    ',"attempt":', v[4], ',"result":', v[5], ',"error":', v[6], ',"dead_letter":', v[7] == '1' and 'true' or 'false',
-    ',"created_at":', json_time(math.floor(v[8] / 1000)), ',"started_at":', json_time(v[9]), ',"ended_at":', json_time(v[10]), '}'}))
-  return v[1], v[2], v[10]
+  local v = redis.call('HMGET', key, 'state', 'agent', 'name', 'attempt', 'result', 'error', 'dead', 'started', 'ended', 'born')
+  redis.call('HSET', key, 'm', task_tail(v, iso(math.floor(v[10] / 1000))))
+  return v[1], v[2], v[9]
 end
 
 local function task_json(id)
@@ -179,15 +185,26 @@ local function set_task(id, ...)
   if ended ~= '' then redis.call('ZADD', P .. 'ended', ended, id) else redis.call('ZREM', P .. 'ended', id) end
 end
 
--- A new task in the backlog, which is still to be rendered. head: JSON object of task_id and description, its brace left open; brief: the start of
--- the description as a JSON string; from: the creator's id.
-local function new_task(id, head, brief, tags, from, max)
-  redis.call('HSET', P .. 'task:' .. id, 'j', head, 'brief', brief, 'tags', tags, 'from', from, 'state', 'pending',
-    'agent', '', 'name', '', 'entry', '', 'attempt', '0', 'max', max, 'tries', max, 'result', 'null', 'error', 'null',
-    'dead', '0', 'born', BIRTH, 'started', '', 'ended', '')
-  redis.call('ZADD', P .. 'tasks', BIRTH, id)
-  redis.call('ZADD', P .. 'tasks:pending', BIRTH, id)
+-- A new task: in the inbox of an agent, or, without one, in the backlog. head: JSON object of task_id and description,
+-- its brace left open; brief: the start of the description as a JSON string; from: the creator's id.
+local function new_task(id, head, brief, tags, from, max, agent, name)
+  local state, entry, queued, tasks = 'pending', '', '', P .. 'tasks'
+  if agent then
+    state, entry, queued = 'assigned', redis.call('XADD', P .. 'inbox:' .. agent .. ':t', '*', 't', id), NOW
+  end
+  agent, name = agent or '', name or ''
+  redis.call('HSET', P .. 'task:' .. id, 'j', head, 'brief', brief, 'tags', tags, 'from', from, 'state', state,
+    'agent', agent, 'name', name, 'entry', entry, 'queued', queued, 'attempt', '0', 'max', max, 'tries', max,
+    'result', 'null', 'error', 'null', 'dead', '0', 'born', BIRTH, 'started', '', 'ended', '',
+    'm', task_tail({state, agent, name, '0', 'null', 'null', '0', '', ''}, iso_now()))
+  redis.call('ZADD', tasks, BIRTH, id)
+  redis.call('ZADD', tasks .. ':' .. state, BIRTH, id)
   event('task.created', id)
+  if agent == '' then return end
+  tasks = P .. 'agent:' .. agent .. ':tasks'
+  redis.call('ZADD', tasks, BIRTH, id)
+  redis.call('ZADD', tasks .. ':' .. state, BIRTH, id)
+  event('task.assigned', id, 'agent_id', agent, 'agent_name', name)
 end
 
 -- Queues a task in an agent's inbox.
@@ -351,9 +368,32 @@ local function page(key, cursor, limit, backwards, render)
   return {1, count, following, table.concat(out, ',')}
 end
 
+-- Refuses an order for a host that no townhall serves. ms: after how long one that is not heard of counts as silent.
+local function refuse_host(host, ms)
+  local heard = redis.call('ZSCORE', P .. 'hosts', host)
+  if not heard then
+    local known = table.concat(redis.call('ZREVRANGE', P .. 'hosts', 0, 9), ', ')
+    return refuse('host-unknown', host, known)
+  end
+  if now - tonumber(heard) > tonumber(ms) or redis.call('EXISTS', P .. 'host:' .. host) == 0 then
+    local since = iso(tonumber(heard))
+    return refuse('host-silent', host, since)
+  end
+end
+
+-- Gives the townhalls of a host an order: what to do (spawn, restart, stop, forget) with which instance of an agent, and
+-- further fields by name. Returns its id.
+local function order(host, verb, agent, instance, ...)
+  return redis.call('XADD', P .. 'host:' .. host .. ':orders', 'MAXLEN', '~', 10000, '*',
+    'verb', verb, 'agent', agent, 'instance', instance, 'by', BY, ...)
+end
+
 -- @script open oom
--- Binds the name of a town to one town. A: town id. Refuses town-name-taken with the id that has it.
+-- Binds the name of a town to one town. A: town id, or '' for whichever has it. Refuses town-name-taken with the id that
+-- has it, and no-such-town where '' finds none. Returns {1, town id}.
 local owner = redis.call('HGET', P .. 'town', 'id')
+local name = string.match(P, '{(.*)}')
+if A[1] == '' then return owner and {1, owner} or refuse('no-such-town', name) end
 if not owner then
   redis.call('HSET', P .. 'town', 'id', A[1], 'born', NOW)
   owner = A[1]
@@ -363,32 +403,37 @@ return {1, owner}
 
 -- @script register
 -- A new agent, state Starting. A: id, name, json head, most live agents, cli, most rounds, instance that will run it,
--- the process that starts it.
+-- the process that starts it, its host; and if a townhall there is to start it: ms within which, and after which it is
+-- silent. Returns {1, id, that order or ''}.
 -- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
-local id, name, head, max, cli, rounds, instance, starter = unpack(A)
+local id, name, head, max, cli, rounds, instance, starter, host, within, silence = unpack(A)
+local why = within and refuse_host(host, silence)
+if why then return why end
 if redis.call('HEXISTS', P .. 'names', string.lower(name)) == 1 then return refuse('name-taken', name) end
 if redis.call('ZCARD', P .. 'live') >= tonumber(max) then return refuse('max-agents', max) end
 redis.call('HSET', P .. 'names', string.lower(name), id)
 redis.call('ZADD', P .. 'ids', 0, id)
 redis.call('ZADD', P .. 'agents', BIRTH, id)
 redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
-  'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'starter', starter, 'beat', '', 'pid', '', 'host', '', 'task', '', 'born', BIRTH)
+  'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'starter', starter, 'beat', '', 'pid', '', 'host', host, 'task', '', 'born', BIRTH)
 set_agent(id, 'state', 'Starting')
 event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
-return {1, id}
+return {1, id, within and order(host, 'spawn', id, instance, 'within', within) or ''}
 
 -- @script restarting
--- A stopped agent is to run again. A: agent, most live agents, instance that will run it, the process that starts it.
--- Refuses what is still live.
+-- A stopped agent is to run again. A: agent, most live agents, instance that will run it, the process that starts it, and
+-- what register takes for its host. Refuses what is still live. Returns {1, id, name, that order or ''}.
 local id, name, state = resolve(A[1])
 if not id then return name end
 if LIVE[state] then return refuse('agent-live', name, state) end
 if redis.call('ZCARD', P .. 'live') >= tonumber(A[2]) then return refuse('max-agents', A[2]) end
+local why = A[6] and refuse_host(A[5], A[7])
+if why then return why end
 redis.call('HINCRBY', P .. 'agent:' .. id, 'restarts', 1)
 redis.call('SREM', P .. 'revive', id)
-set_agent(id, 'state', 'Starting', 'instance', A[3], 'starter', A[4], 'pid', '')
+set_agent(id, 'state', 'Starting', 'instance', A[3], 'starter', A[4], 'host', A[5], 'pid', '')
 event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
-return {1, id, name}
+return {1, id, name, A[6] and order(A[5], 'restart', id, A[3], 'within', A[6]) or ''}
 
 -- @script hello oom
 -- The worker process for which an agent was registered or restarted takes it over; any other instance is fenced.
@@ -585,11 +630,12 @@ event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
 return {1, name, target}
 
 -- @script remove
--- Forgets an agent that has no process. A: agent id. What waits in its inbox is not lost: tasks return to the backlog,
--- messages go to the conductor's mailbox. Returns {1, name}.
+-- Forgets an agent that has no process. A: agent id, the host that asks ('': none). What waits in its inbox is not lost:
+-- tasks return to the backlog, messages go to the conductor's mailbox. Another host on which it ran is to forget it too.
+-- Returns {1, name}.
 local id = A[1]
 local key = P .. 'agent:' .. id
-local v = redis.call('HMGET', key, 'name', 'state')
+local v = redis.call('HMGET', key, 'name', 'state', 'host')
 if not v[1] then return refuse('agent-not-found', id) end
 if LIVE[v[2]] then return refuse('agent-live', v[1], v[2]) end
 for _, task in ipairs(redis.call('SMEMBERS', key .. ':running')) do task_to_backlog(task, 'its agent was removed') end
@@ -606,21 +652,22 @@ redis.call('ZREM', P .. 'ids', id)
 redis.call('SREM', P .. 'revive', id)
 redis.call('ZREM', P .. 'agents', id)
 event('agent.removed', nil, 'agent_id', id, 'agent_name', v[1])
+if A[2] ~= '' and v[3] and v[3] ~= '' and v[3] ~= A[2] and redis.call('ZSCORE', P .. 'hosts', v[3]) then
+  order(v[3], 'forget', id, '')
+end
 return {1, v[1]}
 
 -- @script assign
--- A new task, straight into an agent's inbox. A: agent, then what new_task takes.
+-- A new task, straight into an agent's inbox. A: agent, then what new_task takes first.
 -- Returns {1, task id, agent id, agent name}.
 local agent, name = resolve_accepting(A[1])
 if not agent then return name end
-new_task(unpack(A, 2))
-queue_task(A[2], agent, name)
+new_task(A[2], A[3], A[4], A[5], A[6], A[7], agent, name)
 return {1, A[2], agent, name}
 
 -- @script backlog_add
 -- A new task for whoever claims it. A: what new_task takes. Returns {1, task id}.
 new_task(unpack(A))
-render_task(A[1])
 return {1, A[1]}
 
 -- @script claim
@@ -993,20 +1040,117 @@ end
 return {1}
 
 -- @script care oom
--- Which townhall is the caretaker. A: token; then token and count of another one that has not moved for too long, or ''.
--- Counts are compared and not times, so that no clock has a say. Returns {1, token, count} of the caretaker, which the
--- caller is if the token is its own.
-local key = P .. 'caretaker'
+-- Which townhall is the caretaker of the town, or of a host. A: token, host ('' for the town); then token and count of
+-- another one that has not moved for too long, or ''. Counts are compared and not times, so that no clock has a say.
+-- Returns {1, token, count} of the caretaker, which the caller is if the token is its own.
+local key = P .. 'caretaker' .. (A[2] == '' and '' or ':' .. A[2])
 local v = redis.call('HMGET', key, 'token', 'count')
-if not v[1] or v[1] == A[1] or (v[1] == A[2] and v[2] == A[3]) then
+if not v[1] or v[1] == A[1] or (v[1] == A[3] and v[2] == A[4]) then
   redis.call('HSET', key, 'token', A[1])
   return {1, A[1], redis.call('HINCRBY', key, 'count', 1)}
 end
 return {1, v[1], v[2]}
 
 -- @script care_no_more oom
--- The caretaker ends, and another may begin at once. A: token. Returns {1}.
-if redis.call('HGET', P .. 'caretaker', 'token') == A[1] then redis.call('HDEL', P .. 'caretaker', 'token') end
+-- A caretaker ends, and another may begin at once. A: token, host ('' for the town). Returns {1}.
+local key = P .. 'caretaker' .. (A[2] == '' and '' or ':' .. A[2])
+if redis.call('HGET', key, 'token') == A[1] then redis.call('HDEL', key, 'token') end
+return {1}
+
+-- @script host_here oom
+-- A townhall serves a host. A: host, token, the place that this is, its URL, ms after which a townhall is silent.
+-- Refuses the name of a host that a townhall in another place goes by now. What was not heard of for a week is forgotten.
+-- Returns {1}.
+local host, token, place, url, silence = unpack(A)
+local key = P .. 'host:' .. host
+local halls = redis.call('HGETALL', key)
+for i = 1, #halls, 2 do
+  local other = cjson.decode(halls[i + 1])
+  if halls[i] ~= token then
+    if now - tonumber(other.heard) > tonumber(silence) then redis.call('HDEL', key, halls[i])
+    elseif other.place ~= place then return refuse('host-name-taken', host, other.place) end
+  end
+end
+redis.call('HSET', key, token, cjson.encode({heard = NOW, place = place, url = url}))
+redis.call('ZADD', P .. 'hosts', NOW, host)
+for _, old in ipairs(redis.call('ZRANGEBYSCORE', P .. 'hosts', '-inf', string.format('%.0f', now - 604800000))) do
+  redis.call('ZREM', P .. 'hosts', old)
+  redis.call('DEL', P .. 'host:' .. old, P .. 'host:' .. old .. ':orders', P .. 'caretaker:' .. old)
+end
+return {1}
+
+-- @script host_gone oom
+-- A townhall ends. A: host, token. Returns {1}.
+redis.call('HDEL', P .. 'host:' .. A[1], A[2])
+return {1}
+
+-- @script hosts oom
+-- The hosts that townhalls serve or that live agents run on, by name. A: ms after which a townhall is silent, a host or ''
+-- for all. Returns {1, {{host, when it was heard of or '', live agents, URL of each townhall that is heard of, …}, …}}.
+local agents, names, out = {}, {}, {}
+for _, name in ipairs(redis.call('ZRANGE', P .. 'hosts', 0, -1)) do agents[name] = 0 end
+for _, id in ipairs(A[2] == '' and redis.call('ZRANGE', P .. 'live', 0, -1) or {}) do
+  local host = redis.call('HGET', P .. 'agent:' .. id, 'host')
+  if host and host ~= '' then agents[host] = (agents[host] or 0) + 1 end
+end
+for name in pairs(agents) do
+  if A[2] == '' or A[2] == name then names[#names + 1] = name end
+end
+table.sort(names)
+for i, name in ipairs(names) do
+  local heard = redis.call('ZSCORE', P .. 'hosts', name)
+  out[i] = {name, heard and iso(tonumber(heard)) or '', agents[name]}
+  for _, hall in ipairs(redis.call('HVALS', P .. 'host:' .. name)) do
+    hall = cjson.decode(hall)
+    if now - tonumber(hall.heard) <= tonumber(A[1]) then out[i][#out[i] + 1] = hall.url end
+  end
+end
+return {1, out}
+
+-- @script stop_there oom
+-- A townhall of another host is to stop an agent, which takes nothing new from here on. A: agent id, instance, host, why,
+-- seconds of grace, where its unfinished task goes, ms after which a townhall is silent. The order stays for one that
+-- comes later. Returns {1, order, '' or since when the host is silent ('never': it was never heard of)}.
+local id, instance, host, why, grace, to, silence = unpack(A)
+local v = redis.call('HMGET', P .. 'agent:' .. id, 'instance', 'name', 'state')
+if not v[2] then return refuse('agent-not-found', id) end
+if v[1] ~= instance or not LIVE[v[3]] then return refuse('stale-instance', v[2]) end
+if v[3] ~= 'Draining' then
+  set_agent(id, 'state', 'Draining')
+  redis.call('XADD', P .. 'inbox:' .. id .. ':c', 'MAXLEN', 1, '*', 'v', 'stop')
+  event('agent.draining', nil, 'agent_id', id, 'agent_name', v[2])
+end
+local missing = refuse_host(host, silence)
+local since = not missing and '' or missing[2] == 'host-silent' and missing[4] or 'never'
+return {1, order(host, 'stop', id, instance, 'why', why, 'grace', grace, 'to', to), since}
+
+-- @script order_take oom
+-- A townhall takes an order of its host; of several that ask, one gets it. A: host, its token, order, its process, which
+-- from now on is the one that starts what is to be started. Returns {1, answer}: 'mine'; 'gone', someone else has it;
+-- 'void', that instance is not wanted any more; 'late', who ordered the start has given it up.
+local host, token, id, starter = unpack(A)
+local stream = P .. 'host:' .. host .. ':orders'
+local found = redis.call('XRANGE', stream, id, id)[1]
+if not found or redis.call('HEXISTS', P .. 'host:' .. host, token) == 0 then return {1, 'gone'} end
+redis.call('XDEL', stream, id)
+local it = {}
+for i = 1, #found[2], 2 do it[found[2][i]] = found[2][i + 1] end
+local key = P .. 'agent:' .. it.agent
+local v = redis.call('HMGET', key, 'instance', 'state', 'pid')
+if v[1] ~= it.instance or not LIVE[v[2]] then return {1, 'void'} end
+if it.verb ~= 'stop' then
+  if v[3] ~= '' or v[2] == 'Draining' then return {1, 'void'} end
+  if now - tonumber(string.match(id, '^%d+')) > tonumber(it.within) then return {1, 'late'} end
+  redis.call('HSET', key, 'starter', starter)
+end
+return {1, 'mine'}
+
+-- @script order_done oom
+-- What came of an order, for the one who waits. A: host, order, code ('' if it was carried out), status, what is to be
+-- told. Returns {1}.
+local key = P .. 'host:' .. A[1] .. ':answer:' .. A[2]
+redis.call('XADD', key, '*', 'code', A[3], 'status', A[4], 'detail', A[5])
+redis.call('EXPIRE', key, 60)
 return {1}
 
 -- @script vitals oom

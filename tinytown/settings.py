@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from .model import Scope
+from .model import HOST_PATTERN, Scope
 
 TOWN_NAME_PATTERN: Final = r'[a-z0-9][a-z0-9_-]{0,62}'
 CLI_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}'
@@ -25,7 +25,14 @@ def _set(default: Any, doc: str, low: int | None = None, high: int | None = None
 
 @dataclass(frozen=True)
 class Redis:
-    url: str = _set('', 'redis://, rediss:// or unix:// address of a Redis; without it the town runs its own')
+    url: str = _set('', 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster:// …; without it: its own')
+    password_file: str = _set('', 'file with the password for redis.url, if that has none')
+    tls_ca_path: str = _set('', 'rediss: authorities that sign servers, PEM; without it those of the machine')
+    tls_cert_path: str = _set('', 'rediss: our certificate for servers that want one, PEM')
+    tls_key_path: str = _set('', 'rediss: its private key, PEM, not encrypted')
+    tls_check_hostname: bool = _set(True, "rediss: a server's certificate must name the host that we connect to")
+    sentinel_user: str = _set('', 'redis+sentinel: who we are to the sentinels')
+    sentinel_password_file: str = _set('', 'redis+sentinel: file with the password for the sentinels')
     appendfsync: Literal['always', 'everysec'] = _set('always', 'when the managed Redis writes to disk')
 
 
@@ -114,6 +121,16 @@ class Mcp:
 
 
 @dataclass(frozen=True)
+class Log:
+    format: Literal['text', 'json', 'journal'] = _set(
+        'text', 'of what is logged: text, one JSON object a line, or (journal) the fields of the journal of systemd'
+    )
+    level: Literal['debug', 'info', 'warning', 'error'] = _set(
+        'info', 'the least that is logged; debug is what `townhall --verbose` logs; requests are info'
+    )
+
+
+@dataclass(frozen=True)
 class Townhall:
     bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
     rest_port: int = _set(8787, 'port of the REST API', 0, 65535)
@@ -123,8 +140,11 @@ class Townhall:
         30_000, 'time after which an operation is answered 503, outcome unknown', 100, 3_600_000
     )
     allowed_hosts: list[str] = _set([], 'names, beside localhost and addresses, under which clients may call')
-    access_log: Literal['text', 'json', 'off'] = _set('text', 'one line a request on stderr')
+    access_log: Literal['text', 'json', 'off'] = _set(
+        'text', 'one line a request; text: as townhall.log.format has it, json: in JSON in any case'
+    )
     read_only: bool = _set(False, 'refuse every change')
+    log: Log = field(default_factory=Log)
     auth: Auth = field(default_factory=Auth)
     tls: Tls = field(default_factory=Tls)
     mtls: Mtls = field(default_factory=Mtls)
@@ -169,6 +189,8 @@ class Config:
     name: str = _set('', 'name of the town', pattern=TOWN_NAME_PATTERN)
     default_cli: str = _set('claude', 'the coding CLI of agents that name none')
     max_agents: int = _set(10, 'most live agents', 1, 100_000)
+    host: str = _set('', 'name of this host among those that share the Redis; empty: what the system says',
+                     pattern=f'({HOST_PATTERN})?')  # fmt: skip
     redis: Redis = field(default_factory=Redis)
     townhall: Townhall = field(default_factory=Townhall)
     retention: Retention = field(default_factory=Retention)

@@ -26,7 +26,12 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     dead                 zset    dead letters by when they were given up, ms: tasks, and messages with a
     dead:<id>            hash    j (JSON as listed), agent, lane, message, k
     revive               set     ids of crashed agents that are to be started again
-    caretaker            hash    token, count: which townhall looks after the town, and that it does
+    caretaker            hash    token, count: which townhall looks after the town, and that it does; caretaker:<host>:
+                                 the same for the processes of a host
+    hosts                zset    hosts by when a townhall of theirs was last heard of, ms
+    host:<name>          hash    its townhalls by token: heard (ms), place, url
+    host:<name>:orders   stream  what its townhalls are to do: verb agent instance by, and within, or why grace to
+    host:<name>:answer:* stream  what came of an order
     events               stream  j: one JSON object an event, its braces left off
     totals               hash    how often each type of event happened; histograms of how long tasks waited (wait) and
                                  ran (run:<outcome>): <name>:<place among model.TASK_BOUNDS>, and <name>:ms in all
@@ -48,12 +53,14 @@ from typing import Any, Final, Generic, TypeVar
 
 from .errors import TownError, refusal
 from .model import lua_sets
-from .wire import TIMEOUT, Part, RedisError, Wire, as_town_error, bulks, pack
+from .wire import ASTRAY, TIMEOUT, Address, Part, RedisError, Wire, as_town_error, bulks, pack
 
 T = TypeVar('T')
 
 IDEMPOTENCY_SECS: Final = 86400
 _FEW: Final = 16  # arguments of a script call; the beginnings of calls with more are not kept
+# Where an agent starts: a host that is not told; else host, and for an order its two times in ms.
+NOWHERE: Final[tuple[Part, ...]] = ('',)
 NO_RUN: Final[tuple[Part, ...]] = ('', '', '')  # of a task; else the task, its attempt, and where its log ends
 
 
@@ -186,7 +193,7 @@ def text(value: Any) -> str:
 class Store:
     """A town's state in one Redis. Threads may share it; each gets a connection of its own."""
 
-    def __init__(self, address: dict[str, Any], town: str, events: int = 100_000) -> None:
+    def __init__(self, address: Address, town: str, events: int = 100_000) -> None:
         self.address = address
         self.prefix = f'tt:{{{town}}}:'.encode()
         self.events = events
@@ -223,19 +230,27 @@ class Store:
 
     def call(self, command: Command) -> Any:
         """One round trip on this thread's connection."""
+        reply = self._exchange(command)
+        if isinstance(reply, RedisError) and reply.kind in ASTRAY:
+            self.close()  # the next connection finds the one to ask
+            if reply.kind == 'MOVED':  # it was not executed
+                reply = self._exchange(command)
+        return command.result(reply)
+
+    def _exchange(self, command: Command) -> Any:
         wire = self._wire()
         timeout = TIMEOUT + command.block
         reply = wire.request(command.pack(self), timeout)
         if isinstance(reply, RedisError) and reply.kind == 'NOSCRIPT':
             reply = wire.request(command.pack(self, whole=True), timeout)
-        return command.result(reply)
+        return reply
 
     def _wire(self) -> Wire:
         wire: Wire | None = getattr(self._local, 'wire', None)
         if wire is None or wire.is_stale():
             if wire is not None:
                 wire.close()
-            self._local.wire = wire = Wire(self.address)
+            self._local.wire = wire = self.address.open()
         return wire
 
     def close(self) -> None:
@@ -266,12 +281,27 @@ class Store:
     # agents
 
     def register(
-        self, agent: str, name: str, head: str, most: int, cli: str, rounds: int, instance: str, starter: str = ''
+        self,
+        agent: str,
+        name: str,
+        head: str,
+        most: int,
+        cli: str,
+        rounds: int,
+        instance: str,
+        starter: str = '',
+        where: tuple[Part, ...] = NOWHERE,
     ) -> Command:
-        return self._script('register', agent, name, head, most, cli, rounds, instance, starter)
+        return self._script('register', agent, name, head, most, cli, rounds, instance, starter, *where)
 
-    def restarting(self, ref: str, most: int, instance: str, starter: str = '') -> Command:
-        return self._script('restarting', ref, most, instance, starter)
+    def restarting(
+        self, ref: str, most: int, instance: str, starter: str = '', where: tuple[Part, ...] = NOWHERE
+    ) -> Command:
+        return self._script('restarting', ref, most, instance, starter, *where)
+
+    def revive_later(self, agent: str) -> Command:
+        """Notes an agent that does not run for the caretaker, who starts it again."""
+        return Command(None, ('SADD', self.prefix + b'revive', agent))
 
     def steer(self, ref: str, verb: str, to: str, legal: Iterable[str]) -> Command:
         return self._script('steer', ref, verb, to, *legal)
@@ -279,8 +309,8 @@ class Store:
     def depart(self, agent: str, instance: str, state: str, why: str, to: str) -> Command:
         return self._script('depart', agent, instance, state, why, to)
 
-    def remove(self, agent: str) -> Command:
-        return self._script('remove', agent)
+    def remove(self, agent: str, host: str = '') -> Command:
+        return self._script('remove', agent, host)
 
     def agent(self, ref: str) -> Command:
         return self._script('agent', ref)
@@ -393,8 +423,12 @@ class Store:
 
     def next_event(self, after: str, block_ms: int) -> Command:
         """Returns when there is an event after the given id, or after `block_ms`."""
-        key = self.prefix + b'events'
-        parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', key, after)
+        return self.entries('events', after, block_ms)
+
+    def entries(self, stream: str, after: str, block_ms: int, most: int = 1) -> Command:
+        """The entries of a stream after an id, [[key, [[id, fields], …]]]; None if there is none within `block_ms`."""
+        key = self.prefix + stream.encode()
+        parts: tuple[Part, ...] = ('XREAD', 'COUNT', most, 'BLOCK', block_ms, 'STREAMS', key, after)
         return Command(None, parts, block=block_ms / 1000)
 
     # recovery
@@ -413,11 +447,11 @@ class Store:
 
     # the caretaker
 
-    def care(self, token: str, rival: str, count: str) -> Command:
-        return self._script('care', token, rival, count)
+    def care(self, token: str, host: str, rival: str, count: str) -> Command:
+        return self._script('care', token, host, rival, count)
 
-    def care_no_more(self, token: str) -> Command:
-        return self._script('care_no_more', token)
+    def care_no_more(self, token: str, host: str) -> Command:
+        return self._script('care_no_more', token, host)
 
     def vitals(self) -> Command:
         return self._script('vitals')
@@ -433,6 +467,9 @@ class Store:
 
     def forget(self, age_ms: int, most: int) -> Command:
         return self._script('forget', age_ms, most)
+
+    def hosts(self, silence_ms: int, host: str = '') -> Command:
+        return self._script('hosts', silence_ms, host)
 
     # dead letters
 

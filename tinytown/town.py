@@ -13,8 +13,9 @@ from . import config as configuration
 from . import redis_server
 from .errors import UsageError
 from .model import Agent, Cursor, Field, Limit, Principal, new_id
+from .processes import name_host
 from .settings import Config
-from .store import Page, Step, Store
+from .store import Page, Step, Store, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,35 @@ def find(start: Path, given: str | None) -> Path:
 
 def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
     """Opens the town in `root`, starting its managed Redis if that is not running. Raises UsageError, TownError."""
-    config = configuration.load(root, flags)
-    redis_server.ensure(root, config)
-    town = Town(root, config, Store(redis_server.address(root, config), config.name, config.retention.events))
+    town = _connect(root, configuration.load(root, flags))
     town.store.call(town.store.open(_identity(root)))
     return town
 
 
+def join(root: Path) -> Town:
+    """Makes the directory `root` a further host of the town that its Redis holds. Raises UsageError, TownError."""
+    config = configuration.load(root)
+    if not config.redis.url:
+        raise UsageError(f'{root / configuration.FILE}: redis.url is not set, by which a further host finds the town')
+    town = _connect(root, config)
+    owner = text(town.store.call(town.store.open(''))[0])
+    configuration.write_atomically(_identity_file(root), f'{owner}\n', 0o600)
+    return town
+
+
+def _connect(root: Path, config: Config) -> Town:
+    name_host(config.host)
+    redis_server.ensure(root, config)
+    return Town(root, config, Store(redis_server.address(root, config), config.name, config.retention.events))
+
+
 def _identity(root: Path) -> str:
     """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
-    return configuration.write_once(redis_server.private_directory(root) / 'town-id', new_id() + '\n').strip()
+    return configuration.write_once(_identity_file(root), new_id() + '\n').strip()
+
+
+def _identity_file(root: Path) -> Path:
+    return redis_server.private_directory(root) / 'town-id'
 
 
 # -------------------------------------------------------------------------------------------------------- operations

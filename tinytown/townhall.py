@@ -9,7 +9,8 @@ from typing import Any
 
 from . import __version__
 from . import config as configuration
-from .usage import Parser, complain, end_streams, open_meant, ready_streams, town_root
+from .say import finish, last_words, say
+from .usage import Parser, end_streams, explain, ready_streams, town_root
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
@@ -20,9 +21,12 @@ def parser() -> Parser:
     shared.add_argument(
         '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
     )
-    shared.add_argument('--verbose', action='store_true', help='say on which town it acts')
+    shared.add_argument('--verbose', action='store_true', help='log more: as townhall.log.level = "debug"')
     served = Parser(
-        prog='townhall', parents=[shared], description='Townhall, the control plane of a town of AI coding agents.'
+        prog='townhall',
+        parents=[shared],
+        description='Townhall, the control plane of a town of AI coding agents.',
+        epilog='townhall service --help tells how systemd runs a town.',
     )
     served.add_argument('--version', action='version', version=f'townhall {__version__}')
     served.add_argument('mode', nargs='?', choices=MODES, default='rest', help='what to serve (default: rest)')
@@ -45,12 +49,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     except Exception as e:
-        return complain('townhall', e)
+        said, status = explain(e)
+        last_words(said)
+        return status
     finally:
+        finish()
         end_streams()
 
 
 def _run(argv: list[str] | None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ['service']:
+        from . import service  # late: nothing else needs it
+
+        return service.run(words[1:])
+    configuration.take_credentials()
     try:
         arguments = parser().parse_args(argv)
     except SystemExit:
@@ -59,22 +72,33 @@ def _run(argv: list[str] | None) -> int:
     if arguments.mode == 'mcp-stdio':
         from .mcp_stdio import serve
 
-        return serve(root, {'townhall.read_only': arguments.read_only})
+        return serve(root, {'townhall.read_only': arguments.read_only, 'townhall.log.level': _level(arguments)})
     signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something to be reloaded
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which as process 1 of a container we would not hear
     flags: dict[str, Any] = {
         'townhall.bind': arguments.bind,
         'townhall.rest_port' if arguments.mode == 'rest' else 'townhall.mcp_port': arguments.port,
         'townhall.workers': arguments.workers,
         'townhall.read_only': arguments.read_only,
+        'townhall.log.level': _level(arguments),
     }
-    from .access import check_start  # late: --help and a wrong command line need none of it
+    from . import redact  # late: --help and a wrong command line need none of it
+    from .access import check_start
     from .hall import Hall
+    from .town import open_town
 
     config = configuration.load(root, flags)
+    redact.ready_log(root, config)
+    say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
     check_start(config, config.townhall.bind)  # before anything is started
-    town = open_meant(arguments, flags)
-
+    town = open_town(root, flags)
+    say('townhall', f'town {town.name} in {town.root}, Redis at {town.redis_url}', 'debug')
     return Hall(town, flags, arguments.mode).run()
+
+
+def _level(arguments: argparse.Namespace) -> str | None:
+    """The log's level, if the command line says it."""
+    return 'debug' if getattr(arguments, 'verbose', False) else None
 
 
 if __name__ == '__main__':

@@ -38,22 +38,26 @@ def ready_streams() -> None:
 def explain(error: BaseException) -> tuple[str, int]:
     """What a person is told of an error, in one line, and the exit status that goes with it."""
     if isinstance(error, UsageError):
-        return str(error), 2
+        return _line(str(error)), 2
     if isinstance(error, TownError):
-        return error.detail, 1
+        return _line(error.detail), 1
     if isinstance(error, OSError):
         what = error.strerror or str(error)
-        return (f'{error.filename}: {what}' if error.filename else what), 1
+        return _line(f'{error.filename}: {what}' if error.filename else what), 1
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f'{Path(where.filename).name}:{where.lineno}'
-    return f'{type(error).__name__} at {place}: {error}; this is a bug, please report it', 1
+    return _line(f'{type(error).__name__} at {place}: {error}; this is a bug, please report it'), 1
+
+
+def _line(said: str) -> str:
+    return clean(' '.join(said.split()))
 
 
 def complain(program: str, error: BaseException) -> int:
     """Tells a person of an error on stderr. The exit status."""
     said, status = explain(error)
     try:
-        print(f'{program}: {clean(" ".join(said.split()))}', file=sys.stderr, flush=True)
+        print(f'{program}: {said}', file=sys.stderr, flush=True)
     except OSError:
         pass  # nobody reads it
     return status

@@ -9,7 +9,6 @@ waits for Redis, nor for a client. Operations that are slow (processes, waiting)
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import resource
 import select
@@ -17,7 +16,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -31,7 +29,7 @@ from .errors import Internal, TownError, Unavailable
 from .http1 import Peer, Request, Response, problem
 from .listen import BACKLOG
 from .model import rfc3339
-from .say import say
+from .say import as_line, is_told, retry, say, write
 from .settings import Townhall
 from .store import Command, Store
 from .stream import Done, Later, Slow
@@ -120,7 +118,7 @@ class Server(HTTPServer):
         self.allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self.allowed_origins = frozenset(settings.cors.allowed_origins)
         self._timeout = settings.request_timeout_ms / 1000
-        self._access_log = settings.access_log
+        self._access_log = _access_log(settings)
         for connection in list(self.connections):
             if connection.peer.subject:
                 connection.renew()
@@ -166,12 +164,13 @@ class Server(HTTPServer):
             self.link.refuse_unsent(error)  # which may let clients send more
         self.link.flush()
         if self._lines:
-            say(''.join(self._lines))
+            write(''.join(self._lines))
             self._lines.clear()
 
     def _sweep(self, now: float) -> None:
         """Ends what is past its deadline."""
         self._swept = now
+        retry()
         self.link.expire(now)
         for connection in list(self.connections):
             connection.expire(now)
@@ -200,7 +199,7 @@ class Server(HTTPServer):
         self.unwatch(self.socket)
         self.socket.close()
         for connection in list(self.connections):
-            connection.drain()
+            connection.wind_down()
 
     def _end(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -365,7 +364,8 @@ class Server(HTTPServer):
         """The answer for a request that raised: what a TownError says; for a fault of ours no more than its id."""
         if isinstance(error, TownError):
             return problem(error, request.id)
-        say(f'request {request.id} failed:\n{"".join(traceback.format_exception(error))}')
+        about = {'request_id': request.id, 'principal': request.caller}
+        say('http', f'request {request.id} failed', 'error', error, **about)
         return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
     def log(self, request: Request, response: Response) -> None:
@@ -377,23 +377,30 @@ class Server(HTTPServer):
             return
         took = seconds * 1000
         peer = request.peer.address or 'unix'
-        now = rfc3339(time.time())
-        if self._access_log == 'json':
-            record: dict[str, Any] = {'time': now, 'request_id': request.id, 'peer': peer, 'principal': request.caller}
-            record |= {'method': request.method, 'path': request.path, 'status': response.status}
-            record |= {'ms': round(took, 2), 'bytes': len(response.body)}
-            self._lines.append(json.dumps(record) + '\n')
-        else:
-            path = quote(request.path)  # one word, whatever it holds
+        path = quote(request.path)  # one word, whatever it holds
+        if self._access_log == 'text':
+            now = rfc3339(time.time())
             self._lines.append(f'{now} {peer} {request.method} {path} {response.status} {took:.1f}ms {request.id}\n')
+        else:
+            about: dict[str, Any] = {'request_id': request.id, 'peer': peer, 'principal': request.caller}
+            about |= {'method': request.method, 'path': request.path, 'status': response.status}
+            about |= {'ms': round(took, 2), 'bytes': len(response.body)}
+            self._note(f'{request.method} {path} {response.status}', about)
 
     def turned_away(self, peer: Peer, why: str) -> None:
         """Notes a client whose TLS handshake failed for the access log."""
-        now, address = rfc3339(time.time()), peer.address or 'unix'
+        address = peer.address or 'unix'
+        if self._access_log == 'text':
+            self._lines.append(f'{rfc3339(time.time())} {address} TLS handshake failed: {why}\n')
+        elif self._access_log != 'off':
+            self._note('TLS handshake failed', {'peer': address, 'tls': why})
+
+    def _note(self, message: str, about: dict[str, Any]) -> None:
+        """Notes something for an access log that has fields."""
         if self._access_log == 'json':
-            self._lines.append(json.dumps({'time': now, 'peer': address, 'tls': why}) + '\n')
-        elif self._access_log == 'text':
-            self._lines.append(f'{now} {address} TLS handshake failed: {why}\n')
+            self._lines.append(as_line('access', message, **about))
+        else:
+            say('access', message, **about)
 
 
 class _Drive(Generic[T]):
@@ -433,6 +440,13 @@ class _Drive(Generic[T]):
         return self._command.pack(self._store, whole=True)
 
 
+def _access_log(settings: Townhall) -> str:
+    """The form of the access log: text, json, journal or off."""
+    if settings.access_log == 'off' or not is_told('info'):
+        return 'off'
+    return 'json' if settings.access_log == 'json' else settings.log.format
+
+
 def _request_ids() -> Iterator[str]:
     """Ids that no other server gives: each begins at random, and counts."""
     start = os.urandom(5).hex()
@@ -447,8 +461,8 @@ def _safely(what: Callable[[], None]) -> None:
     """Calls something. A fault in it is ours, and must not end the server either."""
     try:
         what()
-    except Exception:
-        say(traceback.format_exc())
+    except Exception as e:
+        say('http', f'a fault of ours: {e!r}', 'error', e)
 
 
 def _allow_descriptors(wanted: int) -> None:

@@ -1,11 +1,11 @@
 """The Redis protocol (RESP2) on a socket: pack, read, and two ways to wait for replies.
 
-`redis` the package makes connections that need more than a plain unix socket (TLS, passwords, databases). What goes
-over a connection is packed and read here, because the package's client costs 45 µs of wrappers a call and by default
-repeats writes whose reply was lost (ten times, since version 8). Nothing here ever sends a command twice.
+It is spoken here because the usual client costs 45 µs of wrappers a call and by default repeats writes whose reply was
+lost. Nothing here sends a command again that may have been executed; one that was answered with MOVED was not.
 
 `Wire` is one connection used synchronously, `Link` one that an event loop feeds: it pipelines the commands of all
-requests that are ready together, so that they share one write and, on the server, one fsync.
+requests that are ready together, so that they share one write and, on the server, one fsync. An `Address` makes
+connections, and finds out where to: `UnixSocket`, and those in `whereabouts.py`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from __future__ import annotations
 import re
 import select
 import socket
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from .errors import TownError, Unavailable, UsageError
+from .errors import TownError, Unavailable
+from .say import say
 
 TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
 _MORE: Final = object()  # the reader has no whole reply yet
-_INTEGER: Final = re.compile(rb'-?[0-9]{1,19}')
+_HEAD: Final = re.compile(rb'([$:*])(-?[0-9]{1,19})\r\n')  # of a bulk string, an integer, an array
+_TEXTS: Final = frozenset({str, int})
 
 Part = bytes | str | int
 
@@ -47,9 +48,15 @@ _NOT_NOW: Final = {
     'MASTERDOWN': 'Redis is a replica that lost its master',
     'CLUSTERDOWN': 'the Redis cluster is down',
     'BUSY': 'Redis is busy with a script',
-    'TRYAGAIN': 'Redis is moving keys',
+    'TRYAGAIN': 'the Redis cluster is moving the town to another node',
+    'ASK': 'the Redis cluster is moving the town to another node',
+    'MOVED': 'the Redis cluster has moved the town to another node',
+    'UNBLOCKED': 'Redis became a replica',
     'NOREPLICAS': 'Redis has too few replicas',
 }
+
+# Those of them by which a server says that it is not, or no more, the one to ask.
+ASTRAY: Final = frozenset({'MOVED', 'READONLY', 'UNBLOCKED', 'CLUSTERDOWN', 'MASTERDOWN'})
 
 
 def as_town_error(error: RedisError) -> TownError:
@@ -73,14 +80,12 @@ def pack(parts: Sequence[Part]) -> bytes:
 
 def bulks(parts: Sequence[Part]) -> bytes:
     """The bulk strings of a command, without the number of them before it."""
-    out = []
-    for part in parts:
-        if isinstance(part, str):
-            part = part.encode()
-        elif isinstance(part, int):
-            part = b'%d' % part
-        out.append(b'$%d\r\n%b\r\n' % (len(part), part))
-    return b''.join(out)
+    if _TEXTS.issuperset(map(type, parts)):
+        text = ''.join([f'${len(part)}\r\n{part}\r\n' for part in map(str, parts)])
+        if text.isascii():  # then a character is a byte, and this is half as dear
+            return text.encode()
+    found = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+    return b''.join([b'$%d\r\n%b\r\n' % (len(part), part) for part in found])
 
 
 class Reader:
@@ -106,6 +111,35 @@ class Reader:
         return reply
 
     def _read(self) -> Any:
+        buffer = self._buffer
+        head = _HEAD.match(buffer, self._at)
+        if head is None:
+            return self._read_line()
+        kind, number = head[1], int(head[2])
+        start = self._at = head.end()
+        if kind == b':':
+            return number
+        if number < 0:
+            return None
+        if kind == b'*':
+            return self._read_items(number)
+        end = start + number
+        if len(buffer) < end + 2:
+            return _MORE
+        self._at = end + 2
+        return buffer[start:end]
+
+    def _read_items(self, count: int) -> Any:
+        items = []
+        for _ in range(count):
+            item = self._read()
+            if item is _MORE:
+                return _MORE
+            items.append(item)
+        return items
+
+    def _read_line(self) -> Any:
+        """What is no number of something: a status, an error, or a line that is not here yet."""
         buffer, at = self._buffer, self._at
         end = buffer.find(b'\r\n', at)
         if end < 0:
@@ -116,57 +150,44 @@ class Reader:
             return line
         if kind == 0x2D:  # -
             return RedisError(line.decode('utf-8', 'replace'))
-        is_number = (line.isdigit() and len(line) < 20) or _INTEGER.fullmatch(line)
-        if kind not in b'$*:' or not is_number:
-            raise gone(f'spoke something else than its protocol ({buffer[at : at + 40]!r})')
-        if kind == 0x24:  # $
-            return self._bulk(int(line))
-        return int(line) if kind == 0x3A else self._array(int(line))
-
-    def _bulk(self, length: int) -> Any:
-        if length < 0:
-            return None
-        start, end = self._at, self._at + length
-        if len(self._buffer) < end + 2:
-            return _MORE
-        self._at = end + 2
-        return self._buffer[start:end]
-
-    def _array(self, length: int) -> Any:
-        if length < 0:
-            return None
-        items = []
-        for _ in range(length):
-            item = self._read()
-            if item is _MORE:
-                return _MORE
-            items.append(item)
-        return items
+        raise gone(f'spoke something else than its protocol ({buffer[at : at + 40]!r})')
 
 
-def parse_address(url: str) -> dict[str, Any]:
-    """The `redis` package's connection arguments for a URL. Raises UsageError for one that it can't use."""
-    if plain := re.fullmatch(r'unix://(/[^?#%]+)', url):
-        return {'path': plain[1]}  # a plain socket needs no package, whose import takes 0.1 s
-    import redis
+class Address(Protocol):
+    """Where a Redis is that may be written to."""
 
-    try:
-        return dict(redis.connection.parse_url(url))  # type: ignore[no-untyped-call]
-    except ValueError as e:
-        raise UsageError(f'redis.url: {e}') from None
+    def open(self, timeout: float = TIMEOUT) -> Wire:
+        """A connection to it, looked for anew. Raises Unavailable, or TownError where it does not want us."""
 
 
 class Wire:
-    """One connection. Not for two threads at once."""
+    """One connection, over a connected socket. Not for two threads at once."""
 
-    def __init__(self, address: dict[str, Any], timeout: float = TIMEOUT) -> None:
-        """Connects. Raises Unavailable."""
-        self._package = None if address.keys() == {'path'} else _connect(address, timeout)
-        self.sock = self._package._sock if self._package else _connect_unix(address['path'], timeout)
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
         self.reader = Reader()
 
     def request(self, data: bytes, timeout: float = TIMEOUT) -> Any:
         """Sends a packed command and gives its reply, within `timeout` seconds. Raises Unavailable: outcome unknown."""
+        try:
+            return self._exchange(data, timeout)
+        except TimeoutError:
+            raise gone(f'did not answer within {timeout:g} s; whether the change was made is not known') from None
+        except OSError as e:
+            raise gone(f'went away: {e}; whether the change was made is not known') from None
+
+    def ask(self, *parts: Part, timeout: float = TIMEOUT) -> Any:
+        """The reply to a command that changes nothing. Raises Unavailable, and TownError for an error reply."""
+        try:
+            reply = self._exchange(pack(parts), timeout)
+        except OSError as e:
+            raise gone(f'did not answer: {e}') from None
+        if isinstance(reply, RedisError):
+            self.close()
+            raise as_town_error(reply)
+        return reply
+
+    def _exchange(self, data: bytes, timeout: float) -> Any:
         deadline = time.monotonic() + timeout
         try:
             self.sock.settimeout(timeout)
@@ -177,12 +198,6 @@ class Wire:
                 if not received:
                     raise ConnectionResetError('connection closed')
                 self.reader.feed(received)
-        except TimeoutError:
-            self.close()
-            raise gone(f'did not answer within {timeout:g} s; whether the change was made is not known') from None
-        except OSError as e:
-            self.close()
-            raise gone(f'went away: {e}; whether the change was made is not known') from None
         except BaseException:
             self.close()
             raise
@@ -197,47 +212,28 @@ class Wire:
         return bool(idle.poll(0))
 
     def close(self) -> None:
-        if self._package:
-            self._package.disconnect()
         self.sock.close()
 
     def __del__(self) -> None:  # a thread's connection goes with the thread
-        if hasattr(self, 'sock'):
-            self.close()
+        self.close()
 
 
-def _connect_unix(path: str, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(path)
-    except OSError as e:
-        sock.close()
-        raise gone(f'is not there: {path}: {e.strerror or e}') from None
-    return sock
+class UnixSocket:
+    """A server at a path that lets in whoever may open it."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-def _connect(address: dict[str, Any], timeout: float) -> Any:
-    """A connection of the `redis` package: TLS, passwords, databases are its concern."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    arguments = dict(address)
-    kind = arguments.pop('connection_class', redis.Connection)
-    connection = kind(
-        **arguments,
-        protocol=2,
-        driver_info=None,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=timeout,
-        socket_connect_timeout=timeout,
-    )
-    try:
-        connection.connect()
-    except (redis.RedisError, OSError) as e:
-        raise gone(f'is not there: {e}') from None
-    return connection
+    def open(self, timeout: float = TIMEOUT) -> Wire:
+        """A connection. Raises Unavailable."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(self.path)
+        except OSError as e:
+            sock.close()
+            raise gone(f'is not there: {self.path}: {e.strerror or e}') from None
+        return Wire(sock)
 
 
 class Request:
@@ -256,13 +252,16 @@ class Link:
     """A connection that an event loop owns. Every method but `close` is called on the loop's thread.
 
     After one timeout everything is answered at once with Unavailable until `reconnect`, on a thread of its own, has
-    made a connection that answers PING. `call_soon(f)` runs f on the loop's thread; `watch(sock or None, want_write)`
-    tells the loop what to poll; `prepare` may start a server that has died.
+    made a connection that answers PING. A server that says that it is not the one to ask is left once it has answered
+    what it was sent; what comes meanwhile, or was MOVED, is held for the right one, and refused after TIMEOUT.
+
+    `call_soon(f)` runs f on the loop's thread; `watch(sock or None, want_write)` tells the loop what to poll; `prepare`
+    may start a server that has died.
     """
 
     def __init__(
         self,
-        address: dict[str, Any],
+        address: Address,
         call_soon: Callable[[Callable[[], None]], None],
         watch: Callable[[socket.socket | None, bool], None],
         prepare: Callable[[], None] = lambda: None,
@@ -273,6 +272,8 @@ class Link:
         self._prepare = prepare
         self._wire: Wire | None = None
         self._pending: deque[Request] = deque()
+        self._held: deque[Request] = deque()
+        self._is_astray = False
         self._unsent: list[bytes] = []
         self._blocked = b''
         self._closed = threading.Event()
@@ -289,10 +290,13 @@ class Link:
 
     def submit(self, request: Request) -> None:
         """Queues a command; `flush` sends. The reply, a RedisError or an Unavailable goes to its `done`."""
+        request.sent_at = time.monotonic()
+        if self._is_astray:
+            self._held.append(request)
+            return
         if self._wire is None:
             request.done(gone('is away; nothing was changed'))
             return
-        request.sent_at = time.monotonic()
         self._pending.append(request)
         self._unsent.append(request.data)
 
@@ -334,22 +338,39 @@ class Link:
             wire.reader.feed(data)
             while self._pending and (reply := wire.reader.next()) is not _MORE:
                 self._answer(self._pending.popleft(), reply)
+            if self._is_astray and not self._pending:
+                self.drop('is not the one to ask')
         except (BlockingIOError, InterruptedError):
             return
         except (OSError, Unavailable) as e:
             self.drop(f'went away: {e}')
 
     def _answer(self, request: Request, reply: Any) -> None:
-        if isinstance(reply, RedisError) and reply.kind == 'NOSCRIPT' and request.fallback:
-            request.data, request.fallback = request.fallback(), None
-            self.submit(request)
-            return
+        if isinstance(reply, RedisError):
+            if reply.kind == 'NOSCRIPT' and request.fallback:
+                request.data, request.fallback = request.fallback(), None
+                self.submit(request)
+                return
+            if reply.kind in ASTRAY:
+                self._is_astray = True
+            if reply.kind == 'MOVED':
+                self.submit(request)  # it was not executed
+                return
         request.done(reply)
 
     def expire(self, now: float) -> None:
         """Gives up when the oldest command has waited for TIMEOUT."""
         if self._pending and now - self._pending[0].sent_at > TIMEOUT:
             self.drop(f'did not answer within {TIMEOUT:g} s')
+        if self._held and now - self._held[0].sent_at > TIMEOUT:
+            self._resubmit()
+
+    def _resubmit(self) -> None:
+        """Sends what was held, or refuses it where there is still no connection."""
+        self._is_astray = False
+        held, self._held = self._held, deque()
+        for request in held:
+            self.submit(request)
 
     def drop(self, why: str) -> None:
         """Ends the connection, tells all who wait that their outcome is unknown, and begins to reconnect."""
@@ -363,6 +384,7 @@ class Link:
         waiting, self._pending = self._pending, deque()
         for request in waiting:
             request.done(gone(f'{why}; whether the change was made is not known'))
+        self._say(why)
         self.reconnect()
 
     def reconnect(self) -> None:
@@ -373,7 +395,7 @@ class Link:
         while not self._closed.is_set():
             try:
                 self._prepare()
-                wire = Wire(self._address)
+                wire = self._address.open()
                 if wire.request(pack(['PING'])) == b'PONG':
                     self._call_soon(partial(self._attach, wire))
                     return
@@ -386,16 +408,18 @@ class Link:
         """Notes why there is no connection, when that changes."""
         if what != self._said:
             self._said = what
-            print(f'redis: {what}', file=sys.stderr, flush=True)
+            say('redis', what, 'warning')
 
     def _attach(self, wire: Wire) -> None:
         if self._closed.is_set():
             wire.close()
             return
         wire.sock.setblocking(False)
+        say('redis', 'connected', 'info' if self._said else 'debug')
         self._said = ''
         self._wire = wire
         self._watch(wire.sock, False)
+        self._resubmit()
 
     def close(self) -> None:
         self._closed.set()

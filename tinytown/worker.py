@@ -31,7 +31,17 @@ from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .job import Job, Log
 from .model import rfc3339
-from .processes import MARK, become_subreaper, identify, python, python_path, reap_orphans, stop_tree, tree
+from .processes import (
+    MARK,
+    become_subreaper,
+    identify,
+    name_host,
+    python,
+    python_path,
+    reap_orphans,
+    stop_tree,
+    tree,
+)
 from .store import NO_RUN, Command, Store, text
 from .town import Town
 
@@ -232,7 +242,7 @@ class Worker:
 
     def _is_over(self, job: Job, held: tuple[str, ...]) -> bool:
         """Whether a run is to be ended, asked at every heartbeat of it."""
-        reap_orphans(but=job.pid)
+        reap_orphans(but=(job.pid,))
         return self._terminated or self._beat(held)
 
     def _beat(self, held: tuple[str, ...]) -> bool:
@@ -270,6 +280,8 @@ class Worker:
             'TINYTOWN_AGENT_ID': self.id,
             'TINYTOWN_AGENT_NAME': self.name,
         }
+        if self.town.config.host:
+            env['TINYTOWN_HOST'] = self.town.config.host
         if work:
             env |= {'TINYTOWN_TASK_ID': work.id, 'TINYTOWN_ATTEMPT': str(work.attempt)}
         return env
@@ -342,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
             told = json.loads(_read_all(starter))
             root = Path(told['root'])
             config = from_values(told['settings'], root)
+            name_host(config.host)
             store = Store(redis_server.address(root, config), config.name, config.retention.events)
             worker = open_here(Town(root, config, store), told['agent_id'], arguments.name, told['instance'])
         except (TownError, UsageError) as e:

@@ -102,7 +102,7 @@ class Proxy(Service):
 
 def nginx(directory: Path, *halls: Hall, streams: bool = False) -> Proxy:
     """An nginx. With `streams` it passes a body on as it comes, otherwise once it has all of it."""
-    port = _free_port()
+    port = free_port()
     servers = '\n'.join(f'server 127.0.0.1:{hall.port} max_fails=0;' for hall in halls)
     named = {'directory': directory, 'port': port, 'servers': servers, 'buffering': 'off' if streams else 'on'}
     user = (
@@ -111,16 +111,16 @@ def nginx(directory: Path, *halls: Hall, streams: bool = False) -> Proxy:
     configuration = directory / 'nginx.conf'
     configuration.write_text(NGINX.substitute(named, user=user))
     log = directory / 'log'
-    return Proxy([_program('nginx'), '-p', str(directory), '-e', str(log), '-c', str(configuration)], port, log)
+    return Proxy([program('nginx'), '-p', str(directory), '-e', str(log), '-c', str(configuration)], port, log)
 
 
 def haproxy(directory: Path, *halls: Hall, most: int = 1) -> Proxy:
     """A HAProxy. All its clients share `most` connections to each townhall."""
-    port = _free_port()
+    port = free_port()
     lines = [f'server hall{hall.port} 127.0.0.1:{hall.port} maxconn {most}' for hall in halls]
     configuration = directory / 'haproxy.cfg'
     configuration.write_text(HAPROXY.substitute(port=port, servers='\n    '.join(lines)))
-    return Proxy([_program('haproxy'), '-db', '-f', str(configuration)], port, directory / 'log')
+    return Proxy([program('haproxy'), '-db', '-f', str(configuration)], port, directory / 'log')
 
 
 def upstream(hall: Hall) -> set[str]:
@@ -129,13 +129,13 @@ def upstream(hall: Hall) -> set[str]:
     return {row[1] for row in rows if row[2].endswith(f':{hall.port:04X}') and row[3] == '01'}
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     found = shutil.which(name, path=f'{os.environ.get("PATH", "")}:/usr/sbin:/usr/local/sbin')
     assert found, f'{name} is not installed, and make test-system is about it: apt-get install {name}'
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         port: int = sock.getsockname()[1]

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""What the containers start: readies the volume, and becomes the command, as process 1.
+
+    townhall [OPTION …]      serves the town in $TINYTOWN_TOWN, which is made there if there is none
+    worker NAME [OPTION …]   runs the worker of an agent; one that is not there yet is spawned, with the options
+    COMMAND …                anything else is run as it stands
+
+Before a townhall is reached by a network without any configured way to know who calls, an API key is made: its hash
+goes into the town's configuration, the key into .tt/api-key of the volume (mode 0600). It is told where, not what.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from tinytown import agents, recovery, redact
+from tinytown import config as configuration
+from tinytown.access import is_local
+from tinytown.errors import NotFound, TownError, UsageError
+from tinytown.model import ALL_SCOPES, Principal
+from tinytown.processes import python
+from tinytown.say import last_words, say
+from tinytown.town import Call, open_town
+from tinytown.townhall import parser
+from tinytown.usage import explain
+
+
+def main(words: list[str]) -> NoReturn:
+    """Becomes the command. Ends with status 2 if the configuration can't be used, 1 if the volume or Redis can't."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 would not hear
+    root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
+    os.environ['TINYTOWN_TOWN'] = str(root)
+    command, *rest = words or ['townhall']
+    try:
+        if command == 'townhall':
+            ready_town(root)
+            ready_key(root, rest)
+            become(python('tinytown.townhall', *rest))
+        if command == 'worker':
+            ready_town(root, '--join')
+            become(python('tinytown.cli', *worker(root, rest)))
+        become(words)
+    except (TownError, UsageError, OSError) as e:
+        said, status = explain(e)
+        last_words(said)
+        raise SystemExit(status) from None
+
+
+def become(argv: list[str]) -> NoReturn:
+    os.execvp(argv[0], argv)  # noqa: S606
+
+
+def tt(*words: str) -> None:
+    """Runs a `tt`. Ends with its exit status where it fails; it has said why."""
+    done = subprocess.run(python('tinytown.cli', *words), stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def ready_town(root: Path, *join: str) -> None:
+    """Makes the town of an empty volume."""
+    if not (root / configuration.FILE).exists():
+        tt('init', '--town', str(root), '--name', os.environ.get('TINYTOWN_NAME') or 'town', *join)
+
+
+def ready_key(root: Path, words: list[str]) -> None:
+    """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
+    flags = {'townhall.bind': parser().parse_args(words).bind}
+    config = configuration.load(root, flags)
+    redact.ready_log(root, config)
+    is_chosen = config.townhall.auth.mode != 'none' or 'TINYTOWN_TOWNHALL_AUTH_MODE' in os.environ
+    if is_chosen or is_local(config.townhall.bind):
+        return
+    file = root / '.tt' / 'api-key'
+    tt('generate-api-key', '--write', '--to', str(file), '--town', str(root))
+    say('townhall', f'the network reaches {config.townhall.bind}, so an API key was made; it is in {file}', 'warning')
+
+
+def worker(root: Path, words: list[str]) -> list[str]:
+    """The `tt` command that runs the worker of an agent here. Raises UsageError, TownError."""
+    if not words:
+        raise UsageError('worker: give the name of the agent, as in  worker NAME --cli claude')
+    name, *options = words
+    call = Call(open_town(root), Principal('entry point', ALL_SCOPES))
+    try:
+        call.store.run(agents.look_up(call, name))
+    except NotFound:
+        return ['spawn', name, '--foreground', *options]
+    call.store.run(recovery.recover(call))  # what an earlier container was killed with, if it can be told
+    return ['worker', name]
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

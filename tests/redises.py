@@ -1,0 +1,218 @@
+"""Redis servers of every kind on loopback: alone, with replicas and sentinels, as a Cluster."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tinytown import redis_server
+from tinytown.errors import TownError
+from tinytown.store import text
+from tinytown.whereabouts import Login, Server, Tls
+
+from .support import PATIENCE
+
+HOST = '127.0.0.1'
+
+
+def until(what: Callable[[], Any]) -> Any:
+    """What a function gives as soon as that is true; it may raise TownError until then."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        fault: object = 'no'
+        try:
+            if found := what():
+                return found
+        except TownError as e:
+            fault = e
+        assert time.monotonic() < deadline, fault
+        select.select([], [], [], 0.01)
+
+
+def _ports() -> tuple[int, int]:
+    """A free port, and the one 10,000 above it, that its cluster bus would have."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            port = 20000 + int.from_bytes(os.urandom(2)) % 12000
+            try:
+                first.bind((HOST, port))
+                second.bind((HOST, port + 10000))
+            except OSError:
+                continue
+            return port, port + 10000
+
+
+class Node:
+    """One server process. `options` are lines of its configuration."""
+
+    def __init__(self, directory: Path, options: Iterable[str], server: Server, mode: tuple[str, ...] = ()) -> None:
+        self.port, self.bus = _ports()
+        self.directory = directory / str(self.port)
+        self.directory.mkdir(parents=True)
+        self.server = server.at((HOST, self.port))
+        ports = [f'port {self.port}'] if not server.tls else ['port 0', f'tls-port {self.port}']
+        self.options = [*ports, f'bind {HOST}', f'dir {self.directory}', *options]
+        self._mode = mode
+        (self.directory / 'conf').write_text('\n'.join(self.options) + '\n')
+        self.start()
+
+    @property
+    def place(self) -> str:
+        return f'{HOST}:{self.port}'
+
+    def start(self) -> None:
+        program = str(redis_server.find_server())
+        with open(self.directory / 'log', 'ab') as log:
+            command = [program, str(self.directory / 'conf'), *self._mode]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            until(lambda: self.ask('PING') == b'PONG')
+        except BaseException:
+            self.kill()
+            raise
+
+    def ask(self, *parts: bytes | str | int) -> Any:
+        """A reply on a connection of its own."""
+        wire = self.server.open()
+        try:
+            return wire.ask(*parts, timeout=10)
+        finally:
+            wire.close()
+
+    def info(self, name: str) -> str:
+        """A field of INFO; '' if it is not there."""
+        for line in text(self.ask('INFO', 'everything')).splitlines():
+            if line.startswith(f'{name}:'):
+                return line.partition(':')[2]
+        return ''
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        self.process.wait()
+
+
+class Nodes:
+    """Servers that end together. `login`, `tls` are how they are spoken to; `options` what all of them have."""
+
+    def __init__(self, directory: Path, *options: str, login: Login = Login(), tls: Tls | None = None) -> None:
+        self.directory = directory
+        self.options = ['appendonly yes', 'appendfsync always', 'repl-diskless-sync-delay 0', *options]
+        self.server = Server(login=login, tls=tls)
+        self.all: list[Node] = []
+
+    def __enter__(self) -> Any:
+        try:
+            self.begin()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def begin(self) -> None:
+        """Starts those that a group begins with."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for node in self.all:
+            if node.process.poll() is None:
+                node.process.send_signal(signal.SIGCONT)
+                node.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def add(self, *options: str) -> Node:
+        """One more server."""
+        self.all.append(Node(self.directory, [*self.options, *options], self.server))
+        return self.all[-1]
+
+
+class Sentinels(Nodes):
+    """A master with two replicas, and three sentinels that watch it under the name `main`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        login: Login = Login(),
+        tls: Tls | None = None,
+        watch: Iterable[str] = (),
+    ) -> None:
+        super().__init__(directory, *options, login=login, tls=tls)
+        self._watch = [line for line in options if line.startswith('tls-')] + list(watch)
+
+    def begin(self) -> None:
+        master = self.add()
+        self.data = [master, *(self.add(f'replicaof {HOST} {master.port}') for _ in range(2))]
+        until(lambda: master.info('connected_slaves') == '2' and all(map(self._is_synced, self.data[1:])))
+        lines = [
+            f'sentinel monitor main {HOST} {master.port} 2',
+            'sentinel down-after-milliseconds main 1000',
+            'sentinel failover-timeout main 5000',
+            *self._watch,
+        ]
+        spoken_to = Server(tls=self.server.tls)
+        for _ in range(3):
+            self.all.append(Node(self.directory, lines, spoken_to, ('--sentinel',)))
+        self.sentinels = self.all[3:]
+        until(lambda: all(self._known(each, b'num-other-sentinels') == b'2' for each in self.sentinels))
+        until(lambda: all(self._known(each, b'num-slaves') == b'2' for each in self.sentinels))
+
+    @staticmethod
+    def _is_synced(node: Node) -> bool:
+        return node.info('master_link_status') == 'up'
+
+    @staticmethod
+    def _known(sentinel: Node, name: bytes) -> bytes:
+        found = sentinel.ask('SENTINEL', 'MASTER', 'main')
+        value: bytes = dict(zip(found[::2], found[1::2], strict=True))[name]
+        return value
+
+    @property
+    def url(self) -> str:
+        return 'redis+sentinel://' + ','.join(each.place for each in self.sentinels) + '/main'
+
+    def named(self) -> int:
+        """The port of the master, as a sentinel names it."""
+        return int(self.sentinels[0].ask('SENTINEL', 'get-master-addr-by-name', 'main')[1])
+
+    def master(self) -> Node:
+        """The server that runs and says that it is the master."""
+        return next(node for node in self.data if node.process.poll() is None and node.ask('ROLE')[0] == b'master')
+
+
+class Cluster(Nodes):
+    """Three masters with a third of the slots each, and a replica of the one that holds `slot`."""
+
+    def __init__(self, directory: Path, slot: int) -> None:
+        quick = 'cluster-node-timeout 1000', 'cluster-replica-validity-factor 0'
+        super().__init__(directory, 'cluster-enabled yes', 'cluster-config-file nodes', *quick)
+        self._slot = slot
+
+    def begin(self) -> None:
+        self.masters = [self.add() for _ in range(3)]
+        bounds = (0, 5461, 10923, 16384)
+        for i, node in enumerate(self.masters):
+            node.ask('CLUSTER', 'ADDSLOTSRANGE', bounds[i], bounds[i + 1] - 1)
+        self.home = self.masters[next(i for i in range(3) if self._slot < bounds[i + 1])]
+        self.replica = self.add()
+        for node in self.all[1:]:
+            self.all[0].ask('CLUSTER', 'MEET', HOST, node.port, node.bus)
+        until(lambda: all(text(each.ask('CLUSTER', 'INFO')).count('known_nodes:4') for each in self.all))
+        self.replica.ask('CLUSTER', 'REPLICATE', self.id_of(self.home))
+        until(lambda: self.replica.info('master_link_status') == 'up')
+        until(lambda: all('state:ok' in text(each.ask('CLUSTER', 'INFO')) for each in self.all))
+
+    @staticmethod
+    def id_of(node: Node) -> str:
+        return text(node.ask('CLUSTER', 'MYID'))
+
+    @property
+    def url(self) -> str:
+        return 'redis+cluster://' + ','.join(each.place for each in self.masters)

@@ -1,0 +1,320 @@
+"""The log: its formats, what follows a request through it, and that whoever reads it can't hold up the service."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown import say
+
+from .support import PATIENCE, REPOSITORY, Hall, Place, environment, redis_pid
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    hook = threading.excepthook
+    yield
+    say.configure()
+    threading.excepthook = hook
+
+
+def fail() -> Exception:
+    """An error with a traceback."""
+    try:
+        raise ZeroDivisionError('of ours')
+    except ZeroDivisionError as e:
+        return e
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def test_a_line_of_text_is_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    say.say('redis', 'gone\n2026-01-01 townhall: forged\x1b[2J\x85', request_id='unseen')
+    say.say('http', 'request r1 failed', 'error', fail())
+    first, second, *trace = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r'\S+Z redis: gone\\n2026-01-01 townhall: forged\\x1b\[2J\\x85', first)
+    assert re.fullmatch(r'\S+Z http: request r1 failed', second)
+    assert (trace[0], trace[-1]) == ('Traceback (most recent call last):', 'ZeroDivisionError: of ours')
+
+
+def test_a_line_of_json_is_one_object_with_the_traceback_in_a_field(capsys: pytest.CaptureFixture[str]) -> None:
+    say.configure('json')
+    say.say('http', 'failed\nx \ud800', 'error', fail(), request_id='r1', status=500)
+    line = json.loads(capsys.readouterr().err)
+    assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z', line.pop('time'))
+    assert line.pop('error').endswith('ZeroDivisionError: of ours\n')
+    assert line == {
+        'level': 'error', 'part': 'http', 'message': 'failed\nx \ud800', 'request_id': 'r1', 'status': 500
+    }  # fmt: skip
+
+
+def entry(data: bytes) -> dict[str, str]:
+    """The fields of an entry of the journal, read as its protocol has them."""
+    found = {}
+    while data:
+        line, _, data = data.partition(b'\n')
+        name, is_short, value = line.partition(b'=')
+        if not is_short:
+            length = int.from_bytes(data[:8], 'little')
+            value, end, data = data[8 : 8 + length], data[8 + length : 9 + length], data[9 + length :]
+            assert end == b'\n'
+        found[name.decode()] = value.decode()
+    return found
+
+
+@pytest.fixture
+def journal(directory: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
+        bound.bind(str(directory / 'journal'))
+        bound.settimeout(PATIENCE)
+        yield bound
+
+
+def test_the_journal_gets_fields_that_can_be_asked_for(
+    journal: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say.configure('journal', town='hill', journal=journal.getsockname())
+    say.say('caretaker', 'two\nlines', 'warning', request_id='r1', principal='me', path='/v1', ms=1.5, none='')
+    assert entry(journal.recv(1 << 16)) == {
+        'MESSAGE': 'two\nlines', 'PRIORITY': '4', 'SYSLOG_IDENTIFIER': 'townhall', 'TINYTOWN_PART': 'caretaker',
+        'TINYTOWN_TOWN': 'hill', 'REQUEST_ID': 'r1', 'TINYTOWN_PRINCIPAL': 'me', 'URL_PATH': '/v1',
+        'DURATION_MS': '1.5',
+    }  # fmt: skip
+    say.say('http', 'failed', 'error', fail())
+    assert entry(journal.recv(1 << 16))['ERROR'].endswith('ZeroDivisionError: of ours\n')
+    assert capsys.readouterr().err == ''
+
+
+def test_an_entry_too_large_for_a_datagram_comes_as_a_sealed_file(journal: socket.socket) -> None:
+    say.configure('journal', journal=journal.getsockname())
+    say.say('http', 'x' * 3_000_000)
+    data, [file], *_ = socket.recv_fds(journal, 1 << 16, 1)
+    with open(file, 'rb') as sent:
+        assert (data, len(entry(os.pread(file, 1 << 23, 0))['MESSAGE'])) == (b'', 3_000_000)
+        with pytest.raises(OSError, match='Operation not permitted'):
+            os.pwrite(sent.fileno(), b'y', 0)
+
+
+def test_without_a_journal_lines_go_to_stderr(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say.configure('journal', journal=str(directory / 'none'))
+    say.say('redis', 'connected')
+    assert re.fullmatch(r'\S+Z redis: connected\n', capsys.readouterr().err)
+
+
+def test_a_journal_that_takes_no_more_holds_nothing_up(
+    journal: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say.configure('journal', journal=journal.getsockname())
+    for i in range(2000):
+        say.say('redis', f'line {i}')
+    assert 'line 1999' in capsys.readouterr().err
+    assert entry(journal.recv(1 << 16))['MESSAGE'] == 'line 0'
+
+
+def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+    say.configure('json')
+    thread = threading.Thread(target=lambda: 1 / 0, name='idle hands')
+    thread.start()
+    thread.join()
+    line = json.loads(capsys.readouterr().err)
+    assert (line['message'], line['level']) == ('idle hands failed', 'error')
+    assert 'ZeroDivisionError' in line['error']
+
+
+# ------------------------------------------------------------------------------------------- who reads it, or does not
+
+STALLED = """
+import os, resource, signal, sys
+from tinytown import say
+LINE = 'x' * 4000
+if sys.argv[1] == 'foreign':  # a pipe that only another user may open
+    os.fchmod(2, 0)
+    if os.geteuid() == 0:
+        os.setresuid(65534, 65534, 65534)
+for i in range(400):
+    say.say('redis', f'{i} {LINE}')
+print('done', flush=True)
+sys.stdin.readline()
+say.finish(20)
+say.say('redis', 'the end')
+"""
+
+
+@pytest.mark.parametrize('whose', ['ours', 'foreign', 'socket'])
+def test_a_reader_who_has_stopped_holds_nothing_up_and_misses_whole_lines(whose: str) -> None:
+    """It goes on reading later: what has waited comes, and how many lines were dropped."""
+    ours, theirs = socket.socketpair() if whose == 'socket' else (None, None)
+    argv = [sys.executable, '-c', STALLED, whose]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        argv, env=environment(), stdin=pipe, stdout=pipe, stderr=theirs.fileno() if theirs else pipe
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == b'done\n'
+        process.stdin.close()
+        if ours and theirs:
+            theirs.close()
+            with ours, ours.makefile('rb') as reader:
+                said = reader.read()
+        else:
+            assert process.stderr
+            said = process.stderr.read()
+    lines = said.decode().splitlines()
+    found = [re.fullmatch(r'\S+Z redis: (\d+) x{4000}', line) for line in lines]
+    numbers = [int(each[1]) for each in found if each]
+    assert numbers == list(range(len(numbers)))
+    assert say.MOST_WAITING < len(said) < say.MOST_WAITING + 300_000  # what a pipe or socket holds
+    dropped = [re.fullmatch(r'\S+Z townhall: (\d+) lines of the log were dropped: nobody took them', x) for x in lines]
+    assert [int(each[1]) for each in dropped if each] == [400 - len(numbers)]
+    assert lines[-1].endswith('redis: the end')
+
+
+def test_what_a_full_disk_did_not_take_comes_when_there_is_room(tmp_path: Path) -> None:
+    script = """
+import resource
+from tinytown import say
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+for i in range(9):
+    say.say('redis', f'line {i}')
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+say.say('redis', 'line 9')
+"""
+    with open(tmp_path / 'log', 'wb') as log:
+        subprocess.run([sys.executable, '-c', script], env=environment(), stderr=log, check=True)
+    said = (tmp_path / 'log').read_text()
+    assert re.findall(r'^\S+Z redis: line (\d)$', said, re.M) == list('0123456789')
+
+
+def test_a_townhall_whose_log_nobody_reads_goes_on(place: Place) -> None:
+    argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', '0']
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        port = int(process.stderr.readline().rsplit(b':', 1)[1])
+        with socket.create_connection(('127.0.0.1', port), timeout=PATIENCE) as sock:
+            reader = sock.makefile('rb')
+            for _ in range(80):
+                sock.sendall(b'GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n' % (b'x' * 2000))
+                assert reader.readline() == b'HTTP/1.1 404 Not Found\r\n'
+                length = 0
+                while (line := reader.readline()) != b'\r\n':
+                    length = int(line.split()[1]) if line.lower().startswith(b'content-length') else length
+                reader.read(length)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- of a townhall
+
+
+def lines_of(hall: Hall) -> list[dict[str, Any]]:
+    """What a townhall has said, each line of it an object of JSON."""
+    return [json.loads(line) for line in hall.log_file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize('workers', ['1', '2'])
+def test_with_json_every_line_is_json_from_the_first_to_the_last(place: Place, workers: str) -> None:
+    served = place.hall('--workers', workers, '--verbose', TINYTOWN_TOWNHALL_LOG_FORMAT='json')
+    served.get('/v1/town')
+    served.get('/nowhere', X_Request_ID='mine')
+    (place.root / 'tinytown.toml').write_text('name = 7\n')
+    served.process.send_signal(signal.SIGHUP)
+    served.said('not taken up')
+    (place.root / 'tinytown.toml').write_text('name = "test"\n')
+    served.process.terminate()
+    served.process.wait(PATIENCE)
+    lines = lines_of(served)
+    assert {'townhall', 'redis', 'access'} <= {line['part'] for line in lines}
+    assert all(line.keys() >= {'time', 'level', 'part', 'message'} for line in lines)
+    [refused] = [line for line in lines if line['part'] == 'access' and line['status'] == 404]
+    assert (refused['request_id'], refused['message']) == ('mine', 'GET /nowhere 404')
+    [wrong] = [line for line in lines if 'not taken up' in line['message']]
+    assert wrong['level'] == 'error'
+
+
+def test_why_it_can_not_start_is_told_in_json_too(place: Place, hall: Hall) -> None:
+    argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', str(hall.port)]
+    env = environment(TINYTOWN_TOWNHALL_LOG_FORMAT='json')
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert (done.returncode, last['level']) == (2, 'error')
+    assert 'in use; choose another' in last['message']
+    hall.kill()
+    (place.root / 'tinytown.toml').write_text('name = "test"\n[townhall]\nbind = "0.0.0.0"\nlog.format = "json"\n')
+    started = place.tt('start', check=False)
+    assert (started.returncode, started.stderr.split('.')[0]) == (1, 'tt: townhall')
+    assert 'only a loopback address is served' in started.stderr
+
+
+MCP = {
+    'jsonrpc': '2.0', 'id': 1, 'method': 'tools/call',
+    'params': {'name': 'agent_kill', 'arguments': {'agent': 'nobody'}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('path', 'body', 'status'), [('/v1/agents/nobody/kill', None, 404), ('/mcp', MCP, 200)], ids=['rest', 'mcp']
+)
+def test_a_request_is_followed_by_its_id_from_the_answer_to_audit_and_log(
+    place: Place, path: str, body: Any, status: int
+) -> None:
+    served = place.hall(TINYTOWN_TOWNHALL_LOG_FORMAT='json')
+    sent = {'Accept': 'application/json, text/event-stream'}
+    for given in ('a.Request_1', None):
+        more = sent | ({'X-Request-ID': given} if given else {})
+        answer = served.post(path, body, **more)
+        number = answer.headers['x-request-id']
+        assert (answer.status, number == given or not given) == (status, True)
+        if status >= 400:
+            assert answer.json['request_id'] == number
+        served.said(re.escape(f'"request_id": "{number}"'))
+        [line] = [line for line in lines_of(served) if line.get('request_id') == number]
+        assert (line['part'], line['path'], line['status'], line['principal']) == ('access', path, status, 'local')
+        audit = [json.loads(each) for each in (place.root / '.tt' / 'audit.jsonl').read_text().splitlines()]
+        phases = [each['phase'] for each in audit if each['request_id'] == number]
+        assert phases == ['begin', 'end']
+
+
+def test_secrets_that_the_town_knows_are_not_in_its_log(place: Place) -> None:
+    served = place.hall(OPENAI_API_KEY='sk-verysecret', TINYTOWN_TOWNHALL_LOG_FORMAT='json')
+    served.get('/v1/town/sk-verysecret')
+    assert '/v1/town/[redacted]' in served.said('redacted')
+    assert 'verysecret' not in served.log_file.read_text()
+
+
+def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Place) -> None:
+    served = place.hall()
+    deadline = time.monotonic() + PATIENCE
+
+    def is_logged(number: str) -> bool:
+        served.get('/v1/town', X_Request_ID=number)
+        served.get('/v1/town')  # by the answer to which the line of the first would be written
+        return number in served.log_file.read_text()
+
+    assert is_logged('first')
+    for level, wanted in (('warning', False), ('debug', True)):
+        place.tt('config', 'townhall.log.level', level)
+        while is_logged(os.urandom(8).hex()) != wanted:
+            assert time.monotonic() < deadline, level
+    assert served.said('').count('taken up again') == 1  # which is below warning
+
+
+def test_when_redis_goes_and_comes_back_it_is_told(place: Place) -> None:
+    served = place.hall()
+    os.kill(redis_pid(place), signal.SIGKILL)
+    served.said(r'(?m)^\S+Z redis: ')
+    served.said('redis: connected')

@@ -1,0 +1,283 @@
+"""Where Redis is: what a URL may say, and what becomes of a town whose server is not the one to ask any more."""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinytown.config import load
+from tinytown.errors import TownError, Unavailable, UsageError
+from tinytown.redact import known
+from tinytown.settings import Redis
+from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
+
+from .redises import HOST, Node, Nodes, until
+from .support import Place, make_town
+
+KEY = 'tt:{test}:town'
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What is entered here ends in reverse: towns before their servers."""
+    with ExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+def nodes(directory: Path, stack: ExitStack) -> Nodes:
+    """Servers of the test's own."""
+    made: Nodes = stack.enter_context(Nodes(directory / 'redis'))
+    return made
+
+
+def settle(stack: ExitStack, directory: Path, **redis: Any) -> Place:
+    made = make_town(directory / 'town', redis=redis)
+    stack.callback(made.close)
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------- the URL
+
+ANY_TLS = Tls(None, None, None, True)
+
+
+@pytest.mark.parametrize(
+    ('url', 'found'),
+    [
+        ('redis://db', Server(host='db')),
+        ('redis://me:se%40cret@db:7000/3', Server(host='db', port=7000, db=3, login=Login('me', 'se@cret'))),
+        ('redis://:secret@[::1]:7000?db=2', Server(host='::1', port=7000, db=2, login=Login('', 'secret'))),
+        ('rediss://db', Server(host='db', tls=ANY_TLS)),
+        ('unix:///run/redis@main.sock', Server('/run/redis@main.sock')),
+        ('unix://me:secret@/run/a%20b?db=1', Server('/run/a b', db=1, login=Login('me', 'secret'))),
+        ('unix:///run/a?username=me&password=secret', Server('/run/a', login=Login('me', 'secret'))),
+        (
+            'redis+sentinel://:secret@a,b:7/main/1',
+            Sentinels([('a', 26379), ('b', 7)], Server(), 'main', Server(db=1, login=Login('', 'secret'))),
+        ),
+        ('rediss+sentinel://a/main', Sentinels([('a', 26379)], Server(tls=ANY_TLS), 'main', Server(tls=ANY_TLS))),
+        ('redis+cluster://a,b:7', Cluster([('a', 6379), ('b', 7)], Server(), KEY)),
+        ('rediss+cluster://a', Cluster([('a', 6379)], Server(tls=ANY_TLS), KEY)),
+    ],
+)
+def test_a_url_names_a_server_or_those_who_know_where_it_is(url: str, found: Any) -> None:
+    assert locate(Redis(url=url), KEY, Path('/town')) == found
+
+
+@pytest.mark.parametrize(
+    ('url', 'told'),
+    [
+        ('http://db', 'can not be read'),
+        ('redis://:secr#et@db', 'write %40 for @'),
+        ('redis://:secr/et@db', 'write %40 for @'),
+        ('redis://:secr?et@db', 'write %40 for @'),
+        ('redis://', 'host 1 is missing'),
+        ('redis+cluster://a,', 'host 2 is missing'),
+        ('redis://me:secret', 'not a name with a port from 1 to 65535'),
+        ('redis://db:65536', 'not a name with a port from 1 to 65535'),
+        ('redis://db/secret', 'the database is not a number'),
+        ('redis://db/1/2', 'too much behind the host'),
+        ('redis://a,b', 'several hosts'),
+        ('redis://me@db', 'a user and no password'),
+        ('redis://db?timeout=1', r'\?timeout= is not known'),
+        ('redis+sentinel://a', 'name of the master is missing'),
+        ('redis+cluster://a/1', 'no other database than 0'),
+        ('unix://run/redis.sock', 'path of the socket is missing'),
+    ],
+)
+def test_a_url_that_can_not_be_used_is_told_by_its_part_and_without_its_password(url: str, told: str) -> None:
+    with pytest.raises(UsageError, match=rf'redis\.url: .*{told}') as caught:
+        locate(Redis(url=url), KEY, Path('/town'))
+    assert 'secr' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'told'),
+    [
+        ({'url': 'redis://db', 'tls_ca_path': 'file'}, 'write rediss'),
+        ({'url': 'rediss://db', 'tls_key_path': 'file'}, 'without redis.tls_cert_path'),
+        ({'url': 'rediss://db', 'tls_ca_path': 'file'}, 'no certificates in PEM'),
+        ({'url': 'rediss://db', 'tls_cert_path': 'none'}, 'redis.tls_cert_path: .*none: No such file'),
+        ({'url': 'redis://:x@db', 'password_file': 'file'}, 'remove one of them'),
+        ({'url': 'redis://db', 'password_file': 'none'}, 'redis.password_file: .*none: No such file'),
+    ],
+)
+def test_settings_of_redis_that_do_not_fit_together_are_told(
+    tmp_path: Path, settings: dict[str, str], told: str
+) -> None:
+    (tmp_path / 'file').write_text('something')
+    with pytest.raises(UsageError, match=told):
+        locate(Redis(**settings), KEY, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(('key', 'slot'), [('tt:{123456789}:town', 12739), ('tt:{foo}:town', 12182)])
+def test_the_slot_of_a_town_is_that_of_its_name(key: str, slot: int) -> None:
+    assert Cluster([], Server(), key).slot == slot
+
+
+# -------------------------------------------------------------------------------------------------------- the server
+
+
+def test_a_password_in_a_file_opens_a_town_and_is_shown_nowhere(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    nodes.options += ['user default off', 'user me on >a-long-secret ~* &* +@all']
+    (directory / 'secret').write_text('a-long-secret\n')
+    nodes.server = replace(nodes.server, login=Login('me', '', directory / 'secret'))
+    node = nodes.add()
+    place = settle(stack, directory, url=f'redis://me@{HOST}:{node.port}/5', password_file='../secret')  # noqa: S106
+    assert place.do('town.get')['redis_url'] == f'redis://me@{HOST}:{node.port}/5'
+    assert b'db5:keys=' in node.ask('INFO', 'keyspace')
+    assert known(place.root, load(place.root), {}).hide(b'say a-long-secret') == b'say [redacted]'
+    (directory / 'secret').write_text('an-old-secret')
+    said = place.tt('status', check=False)
+    assert (said.returncode, said.stderr.count('WRONGPASS')) == (1, 1)
+    (directory / 'secret').unlink()
+    assert 'secret: No such file' in place.tt('status', check=False).stderr
+    (directory / 'secret').write_text('a-long-secret')
+
+
+def test_a_redis_that_keeps_no_log_of_changes_is_said_to_be_no_durable_one(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    place = settle(stack, directory, url=f'redis://{HOST}:{nodes.add("appendonly no").port}')
+    hall = place.hall()
+    assert hall.get('/ready').json['durability'] == 'none'
+    assert 'may lose acknowledged changes' in hall.said('may lose')
+
+
+def demote(node: Node, master: Node) -> None:
+    node.ask('REPLICAOF', HOST, master.port)
+    until(lambda: node.info('master_link_status') == 'up')
+
+
+def test_a_server_that_became_a_replica_is_asked_again_when_it_is_a_master(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    node, other = nodes.add(), nodes.add()
+    place = settle(stack, directory, url=f'redis://{HOST}:{node.port}')
+    hall = place.hall()
+    demote(node, other)
+    for _ in range(3):
+        refused = hall.post('/v1/backlog', {'description': 'x'})
+        assert (refused.status, refused.headers['retry-after']) == (503, '1')
+        assert 'othing was changed' in refused.json['detail']
+    with pytest.raises(Unavailable, match='read-only replica'):
+        place.do('backlog.add', description='x')
+    node.ask('REPLICAOF', 'NO', 'ONE')
+    until(lambda: hall.post('/v1/backlog', {'description': 'x'}).status == 201)
+    assert place.do('backlog.list')['count'] in (0, 1)
+
+
+def test_a_wait_for_events_survives_that_its_server_became_a_replica(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    node, other = nodes.add(), nodes.add()
+    place = settle(stack, directory, url=f'redis://{HOST}:{node.port}')
+    store, told = place.store, []
+
+    def wait() -> None:
+        try:
+            store.call(store.next_event('$', 10_000))
+        except TownError as e:
+            told.append(e.detail)
+        finally:
+            store.close()
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    until(lambda: node.info('blocked_clients') == '1')
+    demote(node, other)
+    waiter.join(10)
+    node.ask('REPLICAOF', 'NO', 'ONE')
+    assert told == ['Nothing was changed: Redis became a replica']
+
+
+# ------------------------------------------------------------------------------------------- sentinels and a Cluster
+
+
+def watcher(directory: Path, stack: ExitStack, master: Node) -> Node:
+    lines = [f'sentinel monitor main {HOST} {master.port} 1', 'sentinel down-after-milliseconds main 60000']
+    made = Node(directory / 'sentinels', lines, Server(), ('--sentinel',))
+    stack.callback(made.kill)
+    return made
+
+
+def test_of_many_sentinels_those_that_do_not_know_the_master_are_passed_over(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    master = nodes.add()
+    knows = watcher(directory, stack, master)
+    ignorant, dead = watcher(directory, stack, master), watcher(directory, stack, master)
+    ignorant.ask('SENTINEL', 'REMOVE', 'main')
+    dead.kill()
+    url = f'redis+sentinel://{dead.place},{ignorant.place},{knows.place}'
+    wire = locate(Redis(url=f'{url}/main'), KEY, directory).open()
+    assert wire.sock.getpeername() == (HOST, master.port)
+    with pytest.raises(Unavailable, match=rf'no master other .*{dead.port}.*refused.*{knows.port}.*is not known there'):
+        locate(Redis(url=f'{url}/other'), KEY, directory).open()
+
+
+def test_a_sentinel_that_still_names_a_dead_master_does_not_end_connections_to_the_new_one(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    former, master = nodes.add(), nodes.add()
+    late, right = watcher(directory, stack, former), watcher(directory, stack, master)
+    former.kill()
+    wire = locate(Redis(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open()
+    assert wire.sock.getpeername() == (HOST, master.port)
+    assert select.select([wire.sock], [], [], 0.8)[0] == []
+
+
+def test_a_master_that_sentinels_name_must_say_itself_that_it_is_one(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    former, master = nodes.add(), nodes.add()
+    sentinel = watcher(directory, stack, former)
+    address = locate(Redis(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
+    wire = address.open()
+    demote(former, master)
+    with pytest.raises(Unavailable, match='is named as the master, and says that it is none'):
+        address.open()
+    sentinel.ask('SENTINEL', 'REMOVE', 'main')
+    sentinel.ask('SENTINEL', 'MONITOR', 'main', HOST, master.port, 1)
+    until(wire.is_stale)  # it is cut, though its server would keep it
+    assert address.open().sock.getpeername() == (HOST, master.port)
+
+
+def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_it_when_it_moves(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    nodes.options += ['cluster-enabled yes', 'cluster-config-file nodes']
+    first, second = nodes.add(), nodes.add()
+    slot = Cluster([], Server(), KEY).slot
+    first.ask('CLUSTER', 'ADDSLOTSRANGE', 0, 16383)
+    first.ask('CLUSTER', 'MEET', HOST, second.port, second.bus)
+    until(lambda: all(b'cluster_known_nodes:2' in each.ask('CLUSTER', 'INFO') for each in (first, second)))
+    address = locate(Redis(url=f'redis+cluster://{second.place}'), KEY, directory)
+    wire = until(address.open)
+    assert wire.sock.getpeername() == (HOST, first.port)
+    place = settle(stack, directory, url=f'redis+cluster://{second.place}')
+    hall = place.hall()
+    home = second.ask('CLUSTER', 'MYID')
+    second.ask('CLUSTER', 'SETSLOT', slot, 'IMPORTING', first.ask('CLUSTER', 'MYID'))
+    first.ask('CLUSTER', 'SETSLOT', slot, 'MIGRATING', home)
+    moving = hall.post('/v1/backlog', {'description': 'x'})
+    assert (moving.status, 'Nothing was changed: ' in moving.json['detail']) == (503, True)
+    with pytest.raises(Unavailable, match='moving the town to another node'):
+        place.do('backlog.add', description='x')
+    keys = first.ask('CLUSTER', 'GETKEYSINSLOT', slot, 100)
+    first.ask('MIGRATE', HOST, second.port, '', 0, 1000, 'KEYS', *keys)
+    for node in (second, first):
+        node.ask('CLUSTER', 'SETSLOT', slot, 'NODE', home)
+    assert hall.post('/v1/backlog', {'description': 'x'}).status == 201, 'it was sent on to where the town is'
+    place.do('backlog.add', description='y')
+    assert place.do('backlog.list')['count'] == 2

@@ -1,0 +1,90 @@
+"""argon2id (RFC 9106): with the package argon2-cffi, or with its library alone where the one-file build carries that.
+
+The library is called through its C interface (argon2.h), which is the same for every Python; the package's own binding
+is compiled for one version of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+from . import native
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from ctypes import CDLL  # at runtime late: it costs memory, and an installed argon2 does without
+
+LIBRARY: Final = 'argon2.so'  # its name in the one-file build
+_SALT_BYTES: Final = 16
+_HASH_BYTES: Final = 32
+_LONGEST: Final = 256  # bytes of the text of a hash, with room
+
+
+def require() -> None:
+    """Raises UsageError, which says what to install, where argon2id can't be computed. Cheap: imports nothing."""
+    if not _is_installed():
+        _library()
+
+
+def hashed(secret: bytes, passes: int, memory: int) -> str:
+    """A hash of a secret, as text ($argon2id$v=19$…). `memory` is in KiB. Raises UsageError."""
+    salt = os.urandom(_SALT_BYTES)
+    if _is_installed():
+        from argon2.low_level import Type, hash_secret
+
+        return hash_secret(secret, salt, passes, memory, 1, _HASH_BYTES, Type.ID).decode()
+    from ctypes import create_string_buffer
+
+    text = create_string_buffer(_LONGEST)
+    status = _library().argon2id_hash_encoded(
+        passes, memory, 1, secret, len(secret), salt, len(salt), _HASH_BYTES, text, len(text)
+    )
+    if status:
+        raise MemoryError(f'argon2 said {status}')  # of what it can say, all but this is ruled out by our arguments
+    return text.value.decode()
+
+
+def matches(secret: bytes, text: str) -> bool:
+    """Whether a hash is that of a secret. Takes tens of milliseconds, without the interpreter's lock."""
+    if _is_installed():
+        from argon2.exceptions import InvalidHashError, VerificationError
+        from argon2.low_level import Type, verify_secret
+
+        try:
+            return verify_secret(text.encode(), secret, Type.ID)
+        except (VerificationError, InvalidHashError):
+            return False
+    return int(_library().argon2id_verify(text.encode(), secret, len(secret))) == 0
+
+
+@lru_cache(maxsize=1)
+def _is_installed() -> bool:
+    return bool(find_spec('argon2') and find_spec('_argon2_cffi_bindings'))
+
+
+@lru_cache(maxsize=1)
+def _library() -> CDLL:
+    """The library of the one-file build. Raises UsageError where there is none that this machine can load."""
+    from ctypes import CDLL
+
+    why = 'it is not in this build for this machine'
+    if file := native.find(LIBRARY):
+        try:
+            return _declared(CDLL(str(file)))
+        except OSError as e:
+            why = str(e)
+    raise UsageError(f'API keys need argon2: {why}. Install it:  {sys.executable} -m pip install argon2-cffi')
+
+
+def _declared(library: CDLL) -> CDLL:
+    """It with the types of what we call (argon2.h)."""
+    from ctypes import c_char_p, c_size_t, c_uint32
+
+    number, size, data = c_uint32, c_size_t, c_char_p
+    library.argon2id_hash_encoded.argtypes = (number, number, number, data, size, data, size, size, data, size)
+    library.argon2id_verify.argtypes = (data, data, size)
+    return library

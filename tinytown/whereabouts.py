@@ -1,0 +1,404 @@
+"""Where a town's Redis is: what `redis.url` says, and how the one server is found that may be written to.
+
+That is the server itself, or the master that sentinels name, or the node of a Cluster that holds the town: all its
+keys have one hash tag, so it lives in one slot, and one connection serves it. Whoever opens a connection looks anew,
+so after a failover it is enough to connect again. Passwords and certificates are read then, too: they may be replaced
+while a town is open.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.parse import parse_qsl, unquote
+
+from .errors import TownError, Unavailable, UsageError
+from .settings import Redis
+from .wire import TIMEOUT, Address, RedisError, Wire, as_town_error, gone, pack
+
+if TYPE_CHECKING:
+    import ssl
+
+_PORT: Final = 6379
+_SENTINEL_PORT: Final = 26379
+_SLOTS: Final = 16384
+_WATCH_SECS: Final = 0.25
+_MOVES: Final = 5  # redirections in a row that are followed
+_ASK_SECS: Final = 0.5  # for a sentinel: the next one may know more
+
+T = TypeVar('T')
+Place = tuple[str, int]
+
+FORMS: Final = (
+    'redis://[user:password@]host[:port][/db], unix://[user:password@]/path[?db=1], '
+    'redis+sentinel://[user:password@]host[:port],host[:port]/master[/db] or '
+    'redis+cluster://[user:password@]host[:port],host[:port]; with TLS rediss://, rediss+sentinel:// or '
+    'rediss+cluster://'
+)
+_URL: Final = re.compile(
+    r'(?P<scheme>unix|rediss?(?:\+(?:sentinel|cluster))?)://(?:(?P<login>[^/?#]*)@)?(?P<hosts>[^/?#]*)'
+    r'(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?'
+)
+_HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?')
+
+
+# ----------------------------------------------------------------------------------------------- one server
+
+
+@dataclass(frozen=True)
+class Login:
+    """Who we are to a server. A `file` holds the password, and is read at each connection."""
+
+    user: str = ''
+    password: str = field(default='', repr=False)
+    file: Path | None = None
+
+    def words(self) -> tuple[str, ...]:
+        """What AUTH is given; nothing where there is no password. Raises Unavailable."""
+        password = self.password
+        if self.file:
+            try:
+                password = self.file.read_text('utf-8').rstrip('\r\n')
+            except (OSError, ValueError) as e:
+                raise gone(f"can't be asked: the password in {self.file} can't be read: {e}") from None
+        if not password:
+            return ()
+        return (self.user, password) if self.user else (password,)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What a server is known by, and what we show it: files in PEM; without a `ca` the machine's authorities count."""
+
+    ca: Path | None
+    cert: Path | None
+    key: Path | None
+    check_hostname: bool
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError (ssl.SSLError is one)."""
+        from .redis_tls import client_context  # late: it costs time and memory
+
+        return client_context(self.ca, self.cert, self.key, self.check_hostname)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server, at a path or at a host and port."""
+
+    path: str = ''
+    host: str = ''
+    port: int = _PORT
+    login: Login = Login()
+    db: int = 0
+    tls: Tls | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path or (f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}')
+
+    def at(self, place: Place) -> Server:
+        """A server elsewhere that is spoken to in the same way."""
+        return replace(self, host=place[0], port=place[1])
+
+    def open(self, timeout: float = TIMEOUT) -> Wire:
+        """A connection that may be used. Raises Unavailable, TownError where the server does not want us."""
+        words = self.login.words()
+        try:
+            wire = Wire(self._dial(timeout))
+        except OSError as e:
+            raise gone(f'is not there: {self.name}: {e.strerror or e}') from None
+        try:
+            if words:
+                wire.ask('AUTH', *words)
+            if self.db:
+                wire.ask('SELECT', self.db)
+            if self.tls and not words:
+                wire.ask('PING')  # a client certificate that is not wanted is refused at the first read
+        except Unavailable as e:
+            wire.close()
+            hint = '; it may want a certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
+            raise gone(f'at {self.name} let us not in: {e.detail}{hint}') from None
+        except TownError:
+            wire.close()
+            raise
+        return wire
+
+    def _dial(self, timeout: float) -> socket.socket:
+        """A connected socket. Raises OSError."""
+        if not self.path:
+            sock = socket.create_connection((self.host, self.port), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        else:
+            sock = socket.socket(socket.AF_UNIX)
+        try:
+            if self.path:
+                sock.settimeout(timeout)
+                sock.connect(self.path)
+            return self.tls.context().wrap_socket(sock, server_hostname=self.host) if self.tls else sock
+        except BaseException:
+            sock.close()
+            raise
+
+
+# ------------------------------------------------------------------------------------------- sentinels and clusters
+
+
+@dataclass
+class Sentinels:
+    """The master that sentinels name. Who is asked first is who answered last.
+
+    A master that was demoted, or cut off, may take writes for seconds before it learns of that, and they are lost. So
+    as long as there are connections a thread asks who is the master now, and ends those to any other.
+    """
+
+    places: list[Place]
+    sentinel: Server  # how they are spoken to
+    master: str
+    server: Server  # how the master is
+    _opened: list[tuple[weakref.ref[Wire], Place]] = field(default_factory=list)
+    _watched_by: int = 0  # the process that has the thread: a forked one has it not
+
+    def open(self, timeout: float = TIMEOUT) -> Wire:
+        """A connection to the master, which says itself that it is one. Raises Unavailable."""
+        wire, place = self._first(partial(self._open_master, timeout))
+        self._opened.append((weakref.ref(wire), place))
+        if self._watched_by != os.getpid():
+            self._watched_by = os.getpid()
+            threading.Thread(target=self._watch, name='sentinels', daemon=True).start()
+        return wire
+
+    def _first(self, ask: Callable[[Wire], T]) -> T:
+        """What is asked of the first sentinel that knows an answer."""
+        faults = []
+        for place in list(self.places):
+            try:
+                sentinel = self.sentinel.at(place).open(_ASK_SECS)
+                found = ask(sentinel)
+            except TownError as e:
+                faults.append(f'sentinel {place[0]}:{place[1]}: {e.detail}')
+                continue
+            self.places = [place, *(each for each in self.places if each != place)]
+            return found
+        raise gone(f'has no master {self.master} that can be reached. {"; ".join(faults)}')
+
+    def _open_master(self, timeout: float, sentinel: Wire) -> tuple[Wire, Place]:
+        place = self._master_of(sentinel)
+        sentinel.close()
+        where = self.server.at(place)
+        wire = where.open(timeout)
+        role = wire.ask('ROLE')[0]
+        if role == b'master':
+            return wire, place
+        wire.close()
+        raise gone(f'at {where.name} is named as the master, and says that it is none ({role.decode()})')
+
+    def _master_of(self, sentinel: Wire) -> Place:
+        found = sentinel.ask('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
+        if found is None:
+            sentinel.close()
+            raise gone(f'master {self.master} is not known there; see SENTINEL MASTERS')
+        return found[0].decode(), int(found[1])
+
+    def _watch(self) -> None:
+        sentinel = place = None
+        while True:
+            time.sleep(_WATCH_SECS)
+            try:
+                if sentinel is None or place != self.places[0]:  # one that was cut off may name a dead master for ever
+                    sentinel, place = self._first(lambda wire: wire), self.places[0]
+                self._leave_all_but(self._master_of(sentinel))
+            except TownError:
+                sentinel = None
+
+    def _leave_all_but(self, master: Place) -> None:
+        for entry in list(self._opened):
+            wire = entry[0]()
+            if wire is None or wire.sock.fileno() < 0:
+                with suppress(ValueError):  # two threads may have been started
+                    self._opened.remove(entry)
+            elif entry[1] != master:
+                with suppress(OSError):  # whoever uses it finds it closed by the server, as it were
+                    socket.socket.shutdown(wire.sock, socket.SHUT_RDWR)
+
+
+@dataclass
+class Cluster:
+    """The node of a Cluster that holds the slot of a key. Who is asked first is who held it last."""
+
+    places: list[Place]
+    server: Server
+    key: str
+    last: Place | None = None
+
+    @property
+    def slot(self) -> int:
+        """CRC16 (XMODEM) of what stands within the key's braces, as the Cluster specification has it."""
+        tag = re.sub(r'.*?\{([^}]+)\}.*', r'\1', self.key)
+        return binascii.crc_hqx(tag.encode(), 0) % _SLOTS
+
+    def open(self, timeout: float = TIMEOUT) -> Wire:
+        """A connection to the node that holds the slot. Raises Unavailable."""
+        faults = []
+        for place in [self.last, *self.places] if self.last else self.places:
+            try:
+                wire, self.last = self._follow(place, timeout)
+            except TownError as e:
+                faults.append(e.detail.removeprefix('Redis '))
+            else:
+                return wire
+        raise gone(f'has no node that can be reached and holds slot {self.slot}: {"; ".join(faults)}')
+
+    def _follow(self, place: Place, timeout: float) -> tuple[Wire, Place]:
+        """From a node to the one that holds the slot: any other one answers MOVED."""
+        for _ in range(_MOVES):
+            wire = self.server.at(place).open(timeout)
+            reply = wire.request(pack(['EXISTS', self.key]), timeout)
+            if not isinstance(reply, RedisError) or reply.kind in ('ASK', 'TRYAGAIN'):  # being moved, it still has it
+                return wire, place
+            wire.close()
+            if reply.kind != 'MOVED':
+                raise as_town_error(reply)
+            host, _, port = str(reply).split(' ')[2].rpartition(':')
+            place = (host.strip('[]') or place[0], int(port))  # without a host it is the same one's other port
+        raise gone(f'sends us from node to node for slot {self.slot}; see CLUSTER NODES')
+
+
+# ------------------------------------------------------------------------------------------------ what the URL says
+
+
+def locate(settings: Redis, key: str, root: Path) -> Address:
+    """Where the settings say that Redis is. `key` is one of the town's, and paths are taken from `root`.
+
+    Raises UsageError that names the part that is wrong, and never shows a password.
+    """
+    found = _split(settings.url)
+    query, path = _query(found['query']), unquote(found['path'])
+    scheme, _, kind = found['scheme'].partition('+')
+    login = _login(found['login'], query, settings, root)
+    server = Server(login=login, db=_number(query.get('db', '')), tls=_tls(scheme == 'rediss', settings, root))
+    if scheme == 'unix':
+        if found['hosts'] or len(path) < 2:
+            raise _wrong('the path of the socket is missing; write unix:///run/redis.sock')
+        return replace(server, path=path)
+    places = list(_places(found['hosts'], _SENTINEL_PORT if kind == 'sentinel' else _PORT))
+    words = path.strip('/').split('/')
+    master = words.pop(0) if kind == 'sentinel' else ''
+    server = replace(server, db=_number(words.pop(0)) or server.db) if words else server
+    if words:
+        raise _wrong(f'there is too much behind the host{"s and the master" if master else ""}')
+    if kind == 'sentinel':
+        return _sentinels(places, master, server, settings, root)
+    if kind == 'cluster':
+        return _cluster(places, key, server)
+    if len(places) > 1:
+        raise _wrong('it names several hosts; write redis+sentinel:// or redis+cluster://')
+    return server.at(places[0])
+
+
+def _sentinels(places: list[Place], master: str, server: Server, settings: Redis, root: Path) -> Sentinels:
+    if not master:
+        raise _wrong('the name of the master is missing; write it behind the sentinels: …:26379/mymaster')
+    login = Login(settings.sentinel_user, '', _file('sentinel_password_file', settings, root))
+    return Sentinels(places, Server(login=login, tls=server.tls), master, server)
+
+
+def _cluster(places: list[Place], key: str, server: Server) -> Cluster:
+    if server.db:
+        raise _wrong('a Cluster has no other database than 0; leave the number out')
+    return Cluster(places, server, key)
+
+
+_ENCODED: Final = '; in a user or password write %40 for @, %2F for /, %3F for ?, %23 for # and %25 for %'
+
+
+def _wrong(what: str) -> UsageError:
+    return UsageError(f'redis.url: {what}. It is one of {FORMS}')
+
+
+def _split(url: str) -> dict[str, str]:
+    """The parts of a URL: scheme, login, hosts, path, query; '' for what is not there."""
+    found = _URL.fullmatch(url)
+    if not found:
+        raise _wrong('it can not be read' + (_ENCODED if '@' in url else ''))
+    parts = found.groupdict(default='')
+    if parts['scheme'] != 'unix' and '@' in parts['path'] + parts['query']:
+        raise _wrong('there is an @ behind the host' + _ENCODED)
+    return parts
+
+
+def _query(text: str) -> dict[str, str]:
+    found = dict(parse_qsl(text, keep_blank_values=True))
+    unknown = sorted(found.keys() - {'db', 'username', 'password'})
+    if unknown:
+        raise _wrong(f'?{unknown[0]}= is not known; TLS is set by redis.tls_ca_path and those beside it')
+    return found
+
+
+def _login(text: str, query: dict[str, str], settings: Redis, root: Path) -> Login:
+    user, _, password = text.partition(':')
+    user, password = unquote(user) or query.get('username', ''), unquote(password) or query.get('password', '')
+    if user and not password and not settings.password_file:
+        raise _wrong('there is a user and no password; add :password, or set redis.password_file')
+    if password and settings.password_file:
+        raise UsageError('redis.password_file is set, and redis.url holds a password; remove one of them')
+    return Login(user, password, _file('password_file', settings, root))
+
+
+def _file(name: str, settings: Redis, root: Path) -> Path | None:
+    """The file that a setting names, which must be one that can be read."""
+    given = getattr(settings, name)
+    if not given:
+        return None
+    file = root / Path(given).expanduser()
+    try:
+        with open(file, 'rb'):
+            return file
+    except OSError as e:
+        raise UsageError(f'redis.{name}: {file}: {e.strerror}') from None
+
+
+def _tls(is_wanted: bool, settings: Redis, root: Path) -> Tls | None:
+    ca, cert, key = files = [_file(name, settings, root) for name in ('tls_ca_path', 'tls_cert_path', 'tls_key_path')]
+    if not is_wanted:
+        if any(files):
+            raise UsageError('redis.tls_… is set, and redis.url is not one of TLS; write rediss in the place of redis')
+        return None
+    if key and not cert:
+        raise UsageError('redis.tls_key_path is set without redis.tls_cert_path; set both, or none')
+    tls = Tls(ca, cert, key, settings.tls_check_hostname)
+    try:
+        tls.context()
+    except (OSError, ValueError) as e:
+        names = ', '.join(str(each) for each in files if each)
+        raise UsageError(
+            f'redis.tls_…: {names}: these are no certificates in PEM, or the key is not theirs: {e}'
+        ) from e
+    return tls
+
+
+def _number(text: str) -> int:
+    """The number of a database; 0 for none."""
+    if not re.fullmatch(r'[0-9]{0,5}', text):
+        raise _wrong('the database is not a number')
+    return int(text or 0)
+
+
+def _places(text: str, port: int) -> Iterator[Place]:
+    for number, each in enumerate(text.split(','), 1):
+        found = _HOST.fullmatch(each)
+        if not found or not 0 < int(found[2] or port) < 65536:
+            raise _wrong(f'host {number} is missing, or not a name with a port from 1 to 65535')
+        yield found[1].strip('[]'), int(found[2] or port)
