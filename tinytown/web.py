@@ -41,6 +41,7 @@ T = TypeVar('T')
 Encrypt: TypeAlias = 'Callable[[socket.socket], TlsSocket]'
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_ENOUGH: Final = 8  # commands that are sent at once, so that Redis works while the rest of a turn is read
 _AT_ONCE: Final = 64  # connections that one turn takes
 MOST_SLOW: Final = 128  # slow operations at once
 _SPARE_DESCRIPTORS: Final = 256  # beside connections: Redis, slow operations, files
@@ -155,17 +156,23 @@ class Server(HTTPServer):
             handler = self._handlers.get(descriptor)
             if handler is not None:
                 handler(mask)
+                if self.link.unsent >= _ENOUGH:
+                    self._send_off()
         while self._soon:
             _safely(self._soon.popleft())
         now = time.monotonic()
         if now - self._swept >= interval:
             self._sweep(now)
-        while error := self._before_flush():
-            self.link.refuse_unsent(error)  # which may let clients send more
-        self.link.flush()
+        self._send_off()
         if self._lines:
             write(''.join(self._lines))
             self._lines.clear()
+
+    def _send_off(self) -> None:
+        """Sends what Redis is to do, once all that must be done before that is done."""
+        while error := self._before_flush():
+            self.link.refuse_unsent(error)  # which may let clients send more
+        self.link.flush()
 
     def _sweep(self, now: float) -> None:
         """Ends what is past its deadline."""

@@ -288,6 +288,11 @@ class Link:
         """Whether a reply is due."""
         return bool(self._pending)
 
+    @property
+    def unsent(self) -> int:
+        """How many commands wait for `flush`."""
+        return len(self._unsent)
+
     def submit(self, request: Request) -> None:
         """Queues a command; `flush` sends. The reply, a RedisError or an Unavailable goes to its `done`."""
         request.sent_at = time.monotonic()
