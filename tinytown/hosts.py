@@ -23,9 +23,7 @@ from .store import Command, Step, Store, scripts, text
 from .town import Call, Town
 from .wire import Part
 
-SILENCE_SECS: Final = (
-    7  # after which a townhall that was not heard of is silent; each says once a second that it is there
-)
+SILENCE_SECS: Final = 7  # after which a townhall is silent; each says once a second that it is there
 PATIENCE_SECS: Final = 15.0  # for a start on another host; for a stop, beside the grace
 _SILENCE_MS: Final = SILENCE_SECS * 1000
 _MARGIN_SECS: Final = 1.0  # of the time for a request, for the answer

@@ -25,6 +25,8 @@ def _set(default: Any, doc: str, low: int | None = None, high: int | None = None
 
 @dataclass(frozen=True)
 class Redis:
+    """Where the state of a town is."""
+
     url: str = _set('', 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster:// …; without it: its own')
     password_file: str = _set('', 'file with the password for redis.url, if that has none')
     tls_ca_path: str = _set('', 'rediss: authorities that sign servers, PEM; without it those of the machine')
@@ -38,6 +40,8 @@ class Redis:
 
 @dataclass(frozen=True)
 class Limits:
+    """What bounds a townhall that serves."""
+
     connections: int = _set(4096, 'most open connections; a further one is answered 503', 1, 1_000_000)
     streams: int = _set(
         256, 'most answers that go on (event streams, long polls); a further one is answered 503', 1, 1_000_000
@@ -52,6 +56,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Auth:
+    """Who may call."""
+
     mode: Literal['none', 'api_key', 'oidc'] = _set('none', 'how callers are known; none: loopback only')
     local_users: Literal['same', 'any'] = _set('same', 'mode none: which users of this machine may call')
     api_key_hash: str = _set('', 'mode api_key: the argon2id hash of a key (see tt generate-api-key)')
@@ -67,6 +73,8 @@ class Auth:
 
 @dataclass(frozen=True)
 class Tls:
+    """HTTPS."""
+
     enabled: bool = _set(False, 'serve HTTPS; without this line: if there is another in this table')
     cert_path: str = _set('', "the server's certificate and those between it and a root, PEM")
     key_path: str = _set('', 'its private key, PEM, not encrypted; not readable by other users')
@@ -74,6 +82,8 @@ class Tls:
 
 @dataclass(frozen=True)
 class Mtls:
+    """Clients' certificates."""
+
     enabled: bool = _set(False, 'ask clients for certificates; without this line: if there is another in this table')
     required: bool = _set(False, 'refuse clients without one')
     ca_path: str = _set('', 'certificates of the authorities that sign those of clients, PEM')
@@ -83,6 +93,8 @@ class Mtls:
 
 @dataclass(frozen=True)
 class RateLimit:
+    """How often a caller may call."""
+
     enabled: bool = _set(False, 'limit how often each caller may call; without this line: if this table is there')
     requests_per_minute: int = _set(600, 'reads of one caller', 1, 10_000_000)
     burst_size: int = _set(100, 'how many may come at once', 1, 10_000_000)
@@ -91,6 +103,8 @@ class RateLimit:
 
 @dataclass(frozen=True)
 class Cors:
+    """Pages of other origins."""
+
     allowed_origins: list[str] = _set(
         [],
         'pages of other origins that may call, as "https://town.example"',
@@ -100,6 +114,8 @@ class Cors:
 
 @dataclass(frozen=True)
 class Audit:
+    """The record of changes and refusals."""
+
     path: str = _set(
         '.tt/audit.jsonl', "file that records every change, from the town's directory; denials: NAME.denied.jsonl"
     )
@@ -109,6 +125,8 @@ class Audit:
 
 @dataclass(frozen=True)
 class Metrics:
+    """What Prometheus reads."""
+
     scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
         '', 'what a caller must have to read /metrics and /api/scaling; empty: nothing'
     )
@@ -116,12 +134,16 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Mcp:
+    """What models are offered."""
+
     tools: list[str] = _set([], 'the only tools that are offered, as in tools/list; empty: all')
     read_only: bool = _set(False, 'offer no tool that changes anything')
 
 
 @dataclass(frozen=True)
 class Log:
+    """What a townhall says, and how."""
+
     format: Literal['text', 'json', 'journal'] = _set(
         'text', 'of what is logged: text, one JSON object a line, or (journal) the fields of the journal of systemd'
     )
@@ -132,6 +154,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Townhall:
+    """The control plane."""
+
     bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
     rest_port: int = _set(8787, 'port of the REST API', 0, 65535)
     mcp_port: int = _set(-1, 'port of `townhall mcp-http`; -1: rest_port + 1', -1, 65535)
@@ -158,6 +182,8 @@ class Townhall:
 
 @dataclass(frozen=True)
 class Retention:
+    """How long what is past is kept."""
+
     events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
     finished_tasks_days: int = _set(30, 'how long finished tasks and dead letters are kept', 1, 36500)
     log_bytes: int = _set(10_485_760, 'largest log of an agent; then it is rotated once', 65536, 1 << 40)
@@ -165,6 +191,8 @@ class Retention:
 
 @dataclass(frozen=True)
 class AgentSettings:
+    """How agents work."""
+
     idle_timeout_secs: int = _set(
         300, 'how long agents without work are idle before /api/scaling calls for none', 1, 86400
     )

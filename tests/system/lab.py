@@ -81,7 +81,7 @@ class Lab:
         while time.monotonic() < deadline:
             for child in children.read_text().split():
                 self._init = int(child)
-                if Path(f'/proc/{child}/root/run/systemd/private').exists():
+                if Path('/proc', child, 'root', 'run/systemd/private').exists():
                     self.ctl('start', 'systemd-journald.service', 'multi-user.target')
                     return
             assert self._boot.poll() is None, 'the machine did not come up'
