@@ -3,6 +3,7 @@
 
     townhall [OPTION …]      serves the town in $TINYTOWN_TOWN, which is made there if there is none
     worker NAME [OPTION …]   runs the worker of an agent; one that is not there yet is spawned, with the options
+                             of `tt spawn`, and keeps what it was spawned with
     COMMAND …                anything else is run as it stands
 
 Before a townhall is reached by a network without any configured way to know who calls, an API key is made: its hash
@@ -11,20 +12,23 @@ goes into the town's configuration, the key into .tt/api-key of the volume (mode
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
 from tinytown import agents, recovery, redact
 from tinytown import config as configuration
 from tinytown.access import is_local
+from tinytown.cli import build_parser
 from tinytown.errors import NotFound, TownError, UsageError
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.processes import python
-from tinytown.say import last_words, say
+from tinytown.say import begin, last_words, say
 from tinytown.town import Call, open_town
 from tinytown.townhall import parser
 from tinytown.usage import explain
@@ -32,6 +36,7 @@ from tinytown.usage import explain
 
 def main(words: list[str]) -> NoReturn:
     """Becomes the command. Ends with status 2 if the configuration can't be used, 1 if the volume or Redis can't."""
+    begin(os.environ)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 would not hear
     root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
     os.environ['TINYTOWN_TOWN'] = str(root)
@@ -87,11 +92,22 @@ def worker(root: Path, words: list[str]) -> list[str]:
         raise UsageError('worker: give the name of the agent, as in  worker NAME --cli claude')
     name, *options = words
     call = Call(open_town(root), Principal('entry point', ALL_SCOPES))
+    asked = build_parser().parse_args(['spawn', name, *options])
     try:
-        call.store.run(agents.look_up(call, name))
+        found = json.loads(call.store.run(agents.look_up(call, name)).json)
     except NotFound:
         return ['spawn', name, '--foreground', *options]
+    for option, field in (('cli', 'cli'), ('role', 'role_id'), ('nickname', 'nickname')):
+        wanted = getattr(asked, field)
+        if wanted not in (None, found[field]):
+            say(
+                'townhall',
+                f"--{option} {wanted}: '{name}' was spawned with {found[field] or 'none'} and keeps it; to change that "
+                'stop this, have the agents that are stopped forgotten (tt prune), and start it again',
+                'warning',
+            )
     call.store.run(recovery.recover(call))  # what an earlier container was killed with, if it can be told
+    call.store.run(recovery.outwait(call, name, time.sleep))
     return ['worker', name]
 
 

@@ -19,12 +19,7 @@ stop() {
     exit 1
 }
 
-if [ "$(id -u)" = 0 ]; then
-    prefix=/opt/townhall bin=/usr/local/bin
-else
-    prefix=${HOME:?install.sh: HOME is not set; give --prefix and --bin}/.local/share/townhall bin=$HOME/.local/bin
-fi
-python='' service=''
+prefix='' bin='' python='' service=''
 while [ $# -gt 0 ]; do
     case $1 in
         --prefix | --bin | --python) [ $# -gt 1 ] || stop "$1 needs a value" ;;
@@ -38,6 +33,14 @@ while [ $# -gt 0 ]; do
         *) stop "$1 is not known; see  $0 --help" ;;
     esac
 done
+if [ -z "$prefix" ] || [ -z "$bin" ]; then
+    if [ "$(id -u)" = 0 ]; then
+        : "${prefix:=/opt/townhall}" "${bin:=/usr/local/bin}"
+    else
+        [ -n "${HOME:-}" ] || stop "HOME is not set; give --prefix and --bin"
+        : "${prefix:=$HOME/.local/share/townhall}" "${bin:=$HOME/.local/bin}"
+    fi
+fi
 case $prefix$bin in
     *[[:space:]]*) stop "'$prefix', '$bin': no spaces, please; the scripts in it could not name their Python" ;;
 esac

@@ -7,6 +7,7 @@ version that runs. There libraries and programs are files, as the system wants t
 
 import os
 import sys
+from errno import EPERM
 from pathlib import Path
 
 MODULE = 'tinytown.townhall'  # the build writes these two
@@ -23,18 +24,16 @@ def main() -> int:
         )
     try:
         sys.path[0] = str(unpacked(sys.path[0]))
-    except OSError as e:
-        sys.exit(
-            f'{program}: it can not be unpacked: {e}; set XDG_CACHE_HOME to a directory that you alone may write to'
-        )
+    except (OSError, ValueError) as e:  # ValueError: what zipimport took is no whole archive
+        sys.exit(f'{program}: it can not be unpacked: {e}')
     from importlib import import_module
 
     return int(import_module(MODULE).main())
 
 
 def unpacked(archive: str) -> Path:
-    """The directory with what is in the archive. Raises OSError of the last place that was tried."""
-    error = OSError('there is no place for it')
+    """The directory with what is in the archive. Raises OSError that says what is wrong with each place, ValueError."""
+    failed = []
     for place in places():
         try:
             claim(place)
@@ -42,17 +41,18 @@ def unpacked(archive: str) -> Path:
                 unpack(archive, place / CONTENT)
             return place / CONTENT
         except OSError as e:
-            error = e
-    raise error
+            failed.append(f'{place}: {e.strerror}')
+    raise OSError(f'{"; ".join(failed)}; make room, or set XDG_CACHE_HOME to a directory that you alone may write to')
 
 
 # Quoted, because a Python that is too old must come as far as to be told so.
-def places() -> 'tuple[Path, Path]':
+def places() -> 'list[Path]':
     """Where it may be unpacked, best first: the user's cache (XDG Base Directory), or a temporary directory."""
-    given = Path(os.environ.get('XDG_CACHE_HOME', ''))
-    cache = given if given.is_absolute() else Path('~/.cache').expanduser()
+    given, home = Path(os.environ.get('XDG_CACHE_HOME', '')), Path(os.path.expanduser('~'))  # noqa: PTH111
+    cache = given if given.is_absolute() else home / '.cache'
     temporary = Path(os.environ.get('TMPDIR') or '/tmp')  # noqa: S108
-    return cache / 'tinytown', temporary / f'tinytown-{os.getuid()}'
+    kept = [cache / 'tinytown'] if cache.is_absolute() else []  # a user without a name or HOME has no home: it stays ~
+    return [*kept, temporary / f'tinytown-{os.getuid()}']
 
 
 def claim(place: Path) -> None:
@@ -60,14 +60,18 @@ def claim(place: Path) -> None:
     place.mkdir(0o700, parents=True, exist_ok=True)
     found = place.lstat()
     if found.st_uid != os.getuid() or found.st_mode & OPEN_TO_OTHERS or place.is_symlink():
-        raise PermissionError(f'{place} is open to others')
+        raise PermissionError(EPERM, 'it is open to others')
 
 
 def unpack(archive: str, directory: Path) -> None:
-    """Unpacks it beside its place and moves it there: another process sees all of it or nothing. Raises OSError."""
+    """Unpacks it beside its place and moves it there: another process sees all of it or nothing.
+
+    Raises OSError, and ValueError for an archive that is damaged.
+    """
     import shutil
     import tempfile
-    from zipfile import ZipFile
+    import zlib
+    from zipfile import BadZipFile, ZipFile
 
     draft = Path(tempfile.mkdtemp(prefix='new-', dir=directory.parent))  # 0700
     try:
@@ -75,12 +79,16 @@ def unpack(archive: str, directory: Path) -> None:
             for each in opened.infolist():
                 if each.filename != '__main__.py':
                     write(draft / each.filename, opened.read(each), each.external_attr >> 16 & 0o777)
+        for inner in (each for each in draft.rglob('*') if each.is_dir()):
+            inner.chmod(0o755)  # whatever the umask is
         draft.chmod(0o755)  # who may come near it says the directory above: 0700, or what its owner gave it
         try:
             draft.rename(directory)
         except OSError:
             if not directory.is_dir():  # else someone was faster
                 raise
+    except (BadZipFile, zlib.error) as e:
+        raise ValueError(f'{archive} is damaged ({e}); copy it here again') from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -89,6 +97,7 @@ def write(file: Path, data: bytes, mode: int) -> None:
     """Writes a file, and to the disk: after a power failure it is whole, or its directory is not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), 'wb') as opened:
+        os.fchmod(opened.fileno(), mode)  # whatever the umask is
         opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())

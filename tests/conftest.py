@@ -6,12 +6,15 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tinytown.store import Command
 
+from .streams import Listen, Listener
 from .support import Hall, Place, make_town
 
 _count = itertools.count()
@@ -65,3 +68,16 @@ def ground(soil: Place) -> Place:
     store.call(Command(None, ('FLUSHALL',)))
     store.call(store.open((soil.root / '.tt' / 'town-id').read_text().strip()))
     return soil
+
+
+@pytest.fixture
+def listen() -> Iterator[Listen]:
+    """Makes clients of streams, and closes them at the end of a test."""
+    with ExitStack() as stack:
+
+        def make(*given: Any, **named: Any) -> Listener:
+            made = Listener(*given, **named)
+            stack.callback(made.close)
+            return made
+
+        yield make

@@ -512,11 +512,11 @@ class FixtureMcp(Mcp):
 
 def main(root: str, port: str = '0') -> int:
     """Serves the catalogue as `townhall mcp-http` serves a town. The exit status."""
+    from tinytown import config
     from tinytown.hall import Hall
-    from tinytown.town import open_town
 
     flags = {'townhall.mcp_port': int(port)}
-    hall = Hall(open_town(Path(root), flags), flags, 'mcp-http')
+    hall = Hall(Path(root), config.load(Path(root), flags), flags, 'mcp-http')
     hall.mcp = FixtureMcp(Fixture())
     return hall.run()
 

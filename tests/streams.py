@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tinytown.model import new_id
@@ -136,6 +137,9 @@ class Listener:
 
     def close(self) -> None:
         self.sock.close()
+
+
+Listen = Callable[..., Listener]
 
 
 def happen_often(place: Place, times: int, count: int) -> threading.Thread:

@@ -293,6 +293,15 @@ def test_what_can_not_be_proven_dead_is_left_its_lease(ground: Place, a: Puppet,
     assert (a.show()['state'], state(ground, task_id)) == ('Working', 'running')
 
 
+def test_of_another_container_of_this_host_a_lease_of_silence_has_to_tell(ground: Place, a: Puppet) -> None:
+    watch, task_id = Watch(ground), held(a)
+    a.becomes(Identity(this_host(), f'{this_boot()}1', gone().pid, '1'))
+    watch.passes(LEASE - 1)
+    assert (a.show()['state'], state(ground, task_id)) == ('Working', 'running')
+    watch.passes(2)
+    assert (a.show()['state'], state(ground, task_id)) == ('Error', 'pending')
+
+
 def test_an_agent_that_never_came_up_is_freed_and_one_that_comes_late_is_refused(ground: Place) -> None:
     late = enlist(ground, 'late', hello=False)
     queued = assign(ground, 'late')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -305,9 +306,23 @@ def test_config_shows_and_changes_settings(directory: Path, tt_config: Any) -> N
     )
 
 
+def test_config_keeps_the_password_of_redis_to_the_file_and_the_file_to_its_owner(
+    directory: Path, tt_config: Any
+) -> None:
+    file = directory / FILE
+    assert tt_config('redis.url', 'redis://db:7')[0] == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    said = [tt_config('redis.url', 'redis://me:s[cret@db'), tt_config('redis.url'), tt_config(), tt_config('--json')]
+    assert [(status, 'redis://me:***@db' in out, 's[cret' in out) for status, out, _ in said] == [(0, True, False)] * 4
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert load(directory).redis.url == 'redis://me:s[cret@db'
+
+
 @pytest.mark.parametrize(
     ('words', 'status', 'says'),
     [
+        (('redis.url', 'redis ://:x@h'), 2, 'redis.url: it can not be read'),
+        (('redis.url', 'redis://:x@h:6379/0/1'), 2, 'redis.url: there is too much behind the host'),
         (('max_agents', 'many'), 2, "tt config: max_agents = 'many': give a whole number"),
         (('max_agents', '0'), 2, 'give 1 to 100000'),
         (('max_agent', '1'), 2, 'did you mean max_agents?'),

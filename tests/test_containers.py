@@ -265,6 +265,23 @@ def test_a_worker_of_another_volume_works_for_the_town_and_comes_back_when_it_is
         assert place.do('agent.get', agent='w')['state'] == 'Stopped'
 
 
+def test_an_agent_that_is_there_keeps_its_coding_cli_and_that_is_said(place: Place) -> None:
+    make_town(place.root, agent_clis={'other': 'sh -c true'})
+    place.do('agent.spawn', name='w')
+    place.do('agent.kill', agent='w')
+    argv = [sys.executable, str(ENTRY), 'worker', 'w', '--cli']
+    for cli, says in (('other', rb"--cli other: 'w' was spawned with demo and keeps it; .*tt prune"), ('demo', b'')):
+        known = len(place.history())
+        with subprocess.Popen([*argv, cli], env=bare(place.root), stderr=subprocess.PIPE, cwd='/') as process:
+            while 'agent.started' not in [event['type'] for event in place.history()[known:]]:
+                place.store.call(place.store.next_event(place.history()[-1]['id'], 1000))
+                assert process.poll() is None
+            process.terminate()
+            said = process.communicate(timeout=PATIENCE)[1]
+        assert re.search(says, said) if says else b'--cli' not in said
+        assert place.do('agent.get', agent='w')['cli'] == 'demo'
+
+
 # ---------------------------------------------------------------------------------------------------------------- ping
 
 

@@ -44,7 +44,7 @@ LONGEST: Final = 90  # seconds a page may take
 # What a block may need, and the file whose tests run what stands there.
 PROOF: Final = {
     'checkout': '.ci/run',
-    'bundle': 'tests/test_dist.py',
+    'bundle': 'tests/system/test_dist.py',
     'systemd': 'tests/system/test_systemd.py',
     'containers': 'tests/test_containers.py',
     'sentinel': 'tests/system/test_own_redis.py',

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tinytown.store import Command
 
 from .ground import enlist, redis
 from .raw import HOST, read_answer
-from .streams import Listener, await_streams, happen, happen_often, ids, newest, trim
+from .streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
 from .support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
 from .test_redis_server import await_exit
 
@@ -35,22 +35,6 @@ def open_hall(soil: Place) -> Iterator[Hall]:
         made = soil.hall(TINYTOWN_TOWNHALL_LIMITS_STREAMS='20', TINYTOWN_TOWNHALL_LIMITS_WRITE_SECS='1')
         yield made
         made.kill()
-
-
-Listen = Callable[..., Listener]
-
-
-@pytest.fixture
-def listen() -> Iterator[Listen]:
-    """Makes clients of streams, and closes them at the end of a test."""
-    with ExitStack() as stack:
-
-        def make(*given: Any, **named: Any) -> Listener:
-            made = Listener(*given, **named)
-            stack.callback(made.close)
-            return made
-
-        yield make
 
 
 @pytest.fixture

@@ -287,6 +287,8 @@ def test_a_setting_that_is_changed_is_taken_up_by_the_townhall_that_runs(place: 
     assert 'the townhall that runs takes it up' in place.tt('config', 'townhall.allowed_hosts', 'town.example').stdout
     hall.said('taken up again')
     assert hall.get('/health', Host='town.example').status == 200
+    assert 'stay in the Redis that they began with' in place.tt('config', 'redis.url', 'redis://db').stdout
+    place.tt('config', 'redis.url', '')
 
 
 def test_what_only_a_restart_can_change_is_named(place: Place) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import threading
 import time
@@ -15,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from tinytown import agents, hosts
+from tinytown import agents, hosts, recovery
 from tinytown.errors import TownError, UsageError
+from tinytown.local import running_townhalls
 from tinytown.model import new_id
-from tinytown.processes import identify, name_host, this_host
+from tinytown.processes import identify, name_host, this_boot, this_host
 from tinytown.render import render
 from tinytown.steward import Steward
 from tinytown.store import Command, scripts, text
@@ -29,6 +32,7 @@ from .support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli
 from .test_worker import await_exit, worker_pid
 
 HELD = shell_cli('echo held; sleep 100')
+LEFT = 'Left as they are, on hosts that are silent (tt hosts): w.'
 WHERE = shell_cli('echo "$PWD $TINYTOWN_HOST"')
 
 
@@ -246,11 +250,12 @@ def test_kill_ends_an_agent_elsewhere_and_its_task_is_back_in_the_backlog(countr
 def test_an_agent_on_a_silent_host_is_stopped_when_that_is_back(country: Country, a: Place, b: Hall) -> None:
     task, pid = running(a)
     end(b)
+    assert a.tt('prune', '--all').stdout.splitlines()[1:] == [LEFT]
+    assert a.do('agent.get', agent='w')['state'] == 'Working', 'nothing was touched'
     wrong = problem(a, 'agent.kill', agent='w')
     assert (wrong.status, wrong.code) == (503, 'host-silent')
     assert 'tt kill w --force' in wrong.detail
     assert a.do('agent.get', agent='w')['state'] == 'Draining'
-    assert a.do('agent.prune', all=True) == {'removed': 0, 'agents': []}
     assert identify(pid).start, 'it runs still'
     findings = json.loads(a.tt('doctor', '--json', check=False).stdout)['findings']
     found = {each['kind']: each['what'] for each in findings}
@@ -284,15 +289,120 @@ def test_an_agent_that_is_given_up_can_do_nothing_more_and_ends(a: Place, b: Hal
 
 
 @pytest.mark.usefixtures('b')
-def test_tt_stop_ends_the_workers_of_this_host_alone(country: Country, a: Place) -> None:
+@pytest.mark.parametrize('called', ['b', 'a', 'renamed'])
+def test_tt_stop_ends_the_workers_of_its_directory_alone_whatever_the_host_is_called(
+    country: Country, a: Place, called: str
+) -> None:
     a.do('agent.spawn', name='here')
     a.do('agent.spawn', name='there', host='b')
-    stopped = country.b.tt_json('stop')
+    stopped = country.b.tt_json('stop', TINYTOWN_HOST=called)
+    assert country.halls['b'].process.wait(PATIENCE) == 0
     assert (stopped['agents'], stopped['townhalls']) == (['there'], 1)
     assert a.do('agent.get', agent='here')['state'] == 'Idle'
 
 
+def test_a_townhall_that_can_not_be_stopped_is_not_forgotten(ground: Place) -> None:
+    file = ground.root / '.tt' / 'run' / 'townhall-7.json'
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({'host': 'h', 'boot': ANOTHER, 'pid': 7, 'start': '1', 'url': 'http://there'}))
+    with locked(file):
+        left = running_townhalls(ground.root)
+        done = ground.tt('stop', check=False)
+    assert (done.returncode, [each[0] for each in left]) == (1, [file])
+    assert done.stdout.splitlines()[0] == 'Stopped 0 townhalls and 0 workers.'
+    assert 'http://there (process 7) could not be stopped: it is in another container' in done.stdout
+    assert file.exists()
+    assert running_townhalls(ground.root) == [], 'nobody holds its lock: it died'
+    assert not file.exists()
+
+
+def test_tt_stop_ends_what_the_redis_of_now_does_not_tell_of(directory: Path) -> None:
+    place = make_town(directory)
+    hall = place.hall()
+    place.do('agent.spawn', name='w')
+    pid = worker_pid(place)
+    try:
+        place.tt('config', 'redis.url', 'redis://127.0.0.1:1')
+        done = place.tt('stop', '--redis', check=False)
+        assert done.returncode == 1
+        said = 'Stopped 1 townhall, 0 workers, 1 worker that its Redis has not been told of and Redis.'
+        assert done.stdout.splitlines()[0] == said
+        assert '127.0.0.1:1' in done.stdout.splitlines()[1]
+        assert hall.process.wait(PATIENCE) == 0
+        await_exit(pid)
+    finally:
+        place.tt('config', 'redis.url', '')
+        place.close()
+
+
 # ----------------------------------------------------------------------------------------------------- who looks after
+
+
+ANOTHER = f'{this_boot()}1'  # another container on this machine
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Has a file be locked as by a process that lives."""
+    with open(file, 'rb') as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def beside(ground: Place) -> tuple[str, Path]:
+    """An agent whose worker is in another container of this host: its task, and the note of its process."""
+    puppet = enlist(ground, 'w')
+    process = replace(identify(os.getpid()), boot=ANOTHER, start='1')
+    puppet.becomes(process)
+    task: str = ground.do('task.assign', agent='w', task='hold this')['task_id']
+    assert puppet.take()[0] == task
+    note = ground.root / '.tt' / 'agents' / f'{puppet.id}.process'
+    note.write_text(f'{puppet.instance} {process.line}')
+    return task, note
+
+
+def test_a_worker_in_another_container_is_dead_when_its_lock_is_free_and_not_before(ground: Place) -> None:
+    task, note = beside(ground)
+    with locked(note):
+        assert ground.do('recovery.recover_agents')['recovered'] == 0
+        assert 'dead worker' not in ground.tt('doctor', check=False).stdout
+        for refused in (problem(ground, 'agent.kill', agent='w'), problem(ground, 'agent.restart', agent='w')):
+            assert refused.code == 'other-host'
+            assert 'another container' in refused.detail
+        assert ground.do('agent.get', agent='w')['state'] == 'Working', 'nothing was touched'
+    assert ground.do('recovery.recover_agents')['agents'] == ['w']
+    assert ground.do('task.get', task_id=task)['state'] == 'pending'
+
+
+def test_a_worker_in_another_container_can_be_given_up(ground: Place) -> None:
+    task, note = beside(ground)
+    with locked(note):
+        assert ground.do('agent.kill', agent='w', force=True)['status'] == 'stopped'
+    assert 'given up' in ground.do('task.history', task_id=task)['history'][-1]['why']
+
+
+def test_of_a_worker_that_left_no_note_a_lease_of_silence_has_to_tell(ground: Place) -> None:
+    task, note = beside(ground)
+    note.unlink()
+    assert ground.do('recovery.recover_agents')['recovered'] == 0
+    waits: list[float] = []
+    call = Call(ground.town, OPERATOR)
+    beat = ground.store.beat(*enlisted(ground), ())
+
+    def once(_: float) -> None:
+        select.select([], [], [], 0.01)  # so long that its age grows, by the clock of Redis
+        ground.store.call(beat)
+
+    ground.store.run(recovery.outwait(call, 'w', once))
+    assert ground.do('task.get', task_id=task)['state'] == 'running', 'it was heard of'
+
+    def silent(seconds: float) -> None:
+        waits.append(seconds)
+        select.select([], [], [], 0.002)
+
+    ground.store.run(recovery.outwait(call, 'w', silent))
+    assert sum(waits) > ground.town.config.agent.lease_secs
+    assert ground.do('task.get', task_id=task)['state'] == 'pending'
 
 
 def test_each_host_looks_after_its_own_processes(a: Place) -> None:
@@ -325,6 +435,12 @@ def test_who_has_a_log_is_said_where_it_can_be_reached(ground: Place) -> None:
     enlist(ground, 'w').hello(replace(ELSEWHERE, host='far'))
     wrong = problem(ground, 'agent.logs', agent='w')
     assert wrong.detail == "The log of 'w' is on host 'far'; ask its townhall:  tt --url http://192.0.2.7:8787"
+
+
+def enlisted(place: Place) -> tuple[str, str]:
+    """The id and instance of the agent `w`."""
+    found = place.store.run(agents.look_up(Call(place.town, OPERATOR), 'w'))
+    return found.id, found.instance
 
 
 # ------------------------------------------------------------------------------------------------------------ orders
@@ -376,6 +492,24 @@ def test_an_order_that_nobody_takes_is_withdrawn(ground: Place, played: hosts.Pr
     assert problem(ground, 'agent.get', agent='w').status == 404
     assert redis(ground, 'XLEN', ground.store.prefix + b'host:far:orders') == 0
     check(ground)
+
+
+def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place, played: hosts.Presence) -> None:
+    config = ground.town.config
+    hurried = replace(config, townhall=replace(config.townhall, request_timeout_ms=1500))
+
+    def take() -> None:
+        entry = next(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 20_000))))[0]
+        ground.store.call(hosts.take(played, entry, ELSEWHERE.line))
+        ground.store.close()
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    with pytest.raises(TownError) as raised:
+        ground.store.run(agents.spawn(Call(Town(ground.root, hurried, ground.store), OPERATOR), name='w', host='far'))
+    taker.join()
+    assert (raised.value.status, raised.value.code) == (503, 'host-unsure')
+    assert f"'w' ({enlisted(ground)[0]})" in raised.value.detail
 
 
 def test_an_order_is_carried_out_once_and_what_came_of_it_is_told(ground: Place, played: hosts.Presence) -> None:
@@ -434,6 +568,16 @@ def test_a_host_s_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
     assert hosts.arrive(ground.town, '', waits.append).host == this_host()
 
 
+def test_what_goes_by_the_name_of_another_place_frees_nothing(ground: Place) -> None:
+    enlist(ground, 'w').becomes(replace(identify(os.getpid()), start='1'))
+    other = hosts.Presence(this_host(), new_id(), 'another place', '')
+    ground.store.call(other.here())
+    assert problem(ground, 'recovery.recover_agents').code == 'host-name-taken'
+    assert 'TINYTOWN_HOST' in ground.tt('doctor', '--fix', check=False).stdout
+    ground.store.call(other.gone())
+    assert ground.do('recovery.recover_agents')['agents'] == ['w']
+
+
 def test_a_name_is_free_when_whoever_had_it_has_fallen_silent(ground: Place) -> None:
     key = ground.store.prefix + f'host:{this_host()}'.encode()
     redis(ground, 'HSET', key, 'dead', '{"heard":"1","place":"another place","url":""}')
@@ -470,6 +614,7 @@ def test_a_directory_joins_a_town_whose_redis_it_names(country: Country, directo
     [
         (('--name', 'other', '--redis-url', 'URL'), 1, "no town 'other'"),
         (('--name', 'test'), 2, 'redis.url is not set'),
+        (('--name', 'test', '--redis-url', 'URL', '--host', 'a'), 1, 'goes by the name of this host'),
         (('--name', 'test', '--redis-url', 'URL', '--host', 'a b'), 2, '--host'),
     ],
 )

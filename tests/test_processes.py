@@ -79,7 +79,10 @@ def test_a_process_is_known_by_host_boot_pid_and_start(start: Start) -> None:
     assert verdict(replace(found, boot='another')) == 'dead'
     assert verdict(replace(found, boot=f'another@{this_machine()}')) == 'dead'
     assert verdict(replace(found, boot='another@another')) == 'unknown', 'two machines may go by one name'
-    assert verdict(replace(found, boot=this_boot().partition('@')[0])) == 'alive', 'as earlier versions wrote it'
+    for parts in (1, 2):
+        before = '@'.join(this_boot().split('@')[:parts])
+        assert verdict(replace(found, boot=before)) == 'alive', 'as earlier versions wrote it'
+    assert verdict(replace(found, start='1', boot=f'{this_boot()}1')) == 'unknown', 'a pid of another container'
     assert verdict(replace(found, host='another')) == 'unknown'
     assert verdict(replace(found, host='another', boot='another')) == 'unknown'
     assert verdict(replace(found, pid=0)) == 'unknown'

@@ -124,11 +124,11 @@ def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: st
 def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
     pid = redis_pid(place)
     began = time.monotonic()
-    assert redis_server.stop(place.root, place.town.config) is True
+    assert redis_server.stop(place.root) is True
     assert time.monotonic() - began < 5, 'a zombie is not waited for'
     assert servers(place) == []
     await_exit_or_gone(pid)
-    assert redis_server.stop(place.root, place.town.config) is False
+    assert redis_server.stop(place.root) is False
     start_redis(place)
     assert len(servers(place)) == 1
 

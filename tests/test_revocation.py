@@ -113,6 +113,25 @@ def test_a_stream_ends_when_its_key_expires_or_its_scopes_change(keyed: Keyed, r
     assert time.monotonic() - began < SOON
 
 
+@pytest.mark.parametrize('command', ['revoke', 'rotate'])
+def test_a_townhall_that_can_not_take_a_revocation_up_is_told_of(keyed: Keyed, tmp_path: Path, command: str) -> None:
+    place, _, add = keyed
+    made = add()
+    hall = place.hall(HOME=str(tmp_path / 'other'))
+    assert 'keys' not in hall.get('/ready').json
+    (tmp_path / 'other' / '.tt').mkdir(parents=True)
+    (tmp_path / 'other' / '.tt' / 'config.toml').write_text('of its own user, and wrong')
+    done = place.tt('key', command, made.id, check=False)
+    assert (done.returncode, done.stdout == '') == (1, command == 'revoke')
+    assert f'the townhall on http://127.0.0.1:{hall.port} STILL LETS' in done.stderr
+    assert hall.get('/v1/town', X_API_Key=made.key).status == 200
+    ready = hall.get('/ready')
+    assert (ready.status, ready.json['keys']) == (200, 'old')
+    (tmp_path / 'other' / '.tt' / 'config.toml').unlink()
+    assert 'keys' not in hall.get('/ready').json
+    assert hall.get('/v1/town', X_API_Key=made.key).status == 401
+
+
 def test_a_client_that_takes_little_at_a_time_is_cut_off_too(keyed: Keyed, reader: Open) -> None:
     place, hall, add = keyed
     made = add()

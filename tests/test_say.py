@@ -200,6 +200,16 @@ say.say('redis', 'line 9')
     assert re.findall(r'^\S+Z redis: line (\d)$', said, re.M) == list('0123456789')
 
 
+def test_a_file_that_is_cut_short_goes_on_from_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / 'log'
+    with open(file, 'w') as log:  # as a shell opens it
+        monkeypatch.setattr(sys, 'stderr', log)
+        say.say('redis', 'line 1')
+        os.truncate(file, 0)
+        say.say('redis', 'line 2')
+    assert re.fullmatch(r'\S+Z redis: line 2\n', file.read_text())
+
+
 def test_a_townhall_whose_log_nobody_reads_goes_on(place: Place) -> None:
     argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', '0']
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:

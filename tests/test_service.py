@@ -16,7 +16,7 @@ import pytest
 
 from tinytown import config, keeper, units
 from tinytown.errors import UsageError
-from tinytown.processes import identify, reap, stop_tree
+from tinytown.processes import identify, reap, stop_tree, verdict
 
 from .support import PATIENCE, Place, environment, make_town, redis_pid
 from .test_notify import Manager
@@ -24,7 +24,7 @@ from .test_notify import Manager
 _CTL = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
-  *is-active*) echo active;;
+  *is-active*) echo "${ACTIVE:-active}";;
   *Linger*) echo "$LINGER";;
   *"start $FAILS"*) echo "Job for it failed" >&2; exit 1;;
 esac
@@ -164,14 +164,56 @@ def test_a_socket_unit_is_where_townhall_is_configured_to_listen(machine: Machin
     to = tmp_path / 'to'
     sock = to / 'townhall-test.socket'
     for bind, stream in (('localhost', '127.0.0.1:8787'), ('::1', '[::1]:8787'), ('unix:/run/x.sock', '/run/x.sock')):
-        done = machine.service('install', '--to', str(to), '--socket', TINYTOWN_TOWNHALL_BIND=bind)
+        make_town(machine.place.root, townhall={'bind': bind})
+        done = machine.service('install', '--to', str(to), '--socket', TINYTOWN_TOWNHALL_BIND='192.0.2.1')
         assert done.returncode == 0, done.stderr
         assert f'ListenStream={stream}\n' in sock.read_text()
     assert 'SocketMode=0600' in sock.read_text()
+    written = sock.read_text()
+    sock.write_text(written.replace('0600', '0660'))
+    done = machine.service('install', '--to', str(to))
+    assert (done.returncode, 'townhall-test.socket was changed by hand' in done.stderr) == (1, True)
+    sock.write_text(written)
     assert machine.service('install', '--to', str(to)).returncode == 0
     assert not sock.exists(), 'it is not wanted any more'
-    done = machine.service('install', '--to', str(to), '--socket', TINYTOWN_TOWNHALL_REST_PORT='0')
+    make_town(machine.place.root, townhall={'rest_port': 0})
+    done = machine.service('install', '--to', str(to), '--socket')
     assert (done.returncode, 'rest_port is 0' in done.stderr) == (2, True)
+
+
+def test_a_socket_that_goes_is_stopped_and_one_that_comes_gets_the_port(machine: Machine) -> None:
+    def calls(*words: str) -> list[str]:
+        before = len(machine.calls)
+        assert machine.service(*words, '--user', ACTIVE='inactive').returncode == 0
+        return [call.removeprefix('systemctl --user ') for call in machine.calls[before:] if 'loginctl' not in call]
+
+    come = calls('install', '--socket')
+    assert come.index('stop townhall-test.service') < come.index('enable --now tinytown-test.service')
+    assert calls('install')[:2] == ['stop townhall-test.socket', 'daemon-reload']
+    calls('install', '--socket')
+    assert 'stop tinytown-test.service townhall-test.service townhall-test.socket' in calls('uninstall')
+
+
+def test_where_townhall_writes_is_there_or_is_made_by_systemd(machine: Machine, tmp_path: Path) -> None:
+    to = tmp_path / 'to'
+    make_town(machine.place.root, townhall={'bind': 'unix:/run/tinytown-of-a-test/hall.sock'})
+    assert machine.service('install', '--to', str(to)).returncode == 0
+    text = (to / 'townhall-test.service').read_text()
+    assert 'RuntimeDirectory=tinytown-of-a-test\nRuntimeDirectoryPreserve=yes\n' in text
+    gone = tmp_path / 'an audit'
+    make_town(machine.place.root, townhall__audit={'path': f'{gone}/audit.jsonl'})
+    done = machine.service('install', '--to', str(to))
+    assert (done.returncode, f"make it: sudo install -d -o root '{gone}'" in done.stderr) == (2, True)
+    gone.mkdir()
+    assert machine.service('install', '--to', str(to)).returncode == 0
+    assert f'ReadWritePaths="-{gone}"\n' in (to / 'townhall-test.service').read_text()
+
+
+def test_a_plan_changes_nothing_in_a_town_whose_path_is_too_long_for_a_socket(machine: Machine, tmp_path: Path) -> None:
+    root, to = make_town(tmp_path / ('deep' * 25)).root, tmp_path / 'to'
+    assert machine.service('install', '--town', str(root), '--to', str(to)).returncode == 0
+    assert [file.name for file in root.iterdir()] == ['tinytown.toml']
+    assert 'ReadWritePaths=-/tmp\n' in (to / 'townhall-test.service').read_text()
 
 
 # --------------------------------------------------------------------------------------------------------- credentials
@@ -208,7 +250,8 @@ def kept(place: Place, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The keeper of `place`, ready."""
     ear = Manager(str(directory / 'notify'))
     argv = [sys.executable, '-m', 'tinytown.keeper', str(place.root)]
-    with subprocess.Popen(argv, env=environment(NOTIFY_SOCKET=ear.address)) as process:
+    env = environment(NOTIFY_SOCKET=ear.address, ANTHROPIC_API_KEY='of the keeper')
+    with subprocess.Popen(argv, env=env) as process:
         assert ear.hears()['READY'] == '1'
         ear.close()
         yield process
@@ -220,7 +263,7 @@ def parent(pid: int) -> int:
 
 
 def test_what_a_town_starts_is_started_by_its_keeper_whoever_asks(place: Place, kept: subprocess.Popen[bytes]) -> None:
-    place.tt('spawn', 'one')
+    place.tt('spawn', 'one', ANTHROPIC_API_KEY='of who asks', OPENAI_API_KEY='of who asks')
     hall = place.hall()
     hall.post('/v1/agents', {'name': 'two'})
     agents = [place.do('agent.get', agent=name) for name in ('one', 'two')]
@@ -229,9 +272,29 @@ def test_what_a_town_starts_is_started_by_its_keeper_whoever_asks(place: Place, 
     commands = [Path(f'/proc/{pid}/cmdline').read_bytes() for pid in children]
     assert sum(b'tinytown.worker' in command for command in commands) == 2
     assert parent(redis_pid(place)) == kept.pid
+    found = [Path(f'/proc/{agent["pid"]}/environ').read_bytes().split(b'\0') for agent in agents]
+    assert all(b'ANTHROPIC_API_KEY=of the keeper' in environ for environ in found), 'the same, whoever asks'
+    assert b'OPENAI_API_KEY=of who asks' in found[0]
+
+
+@pytest.mark.parametrize('line', ['agent.restart = "on-failure"', 'nonsense = 3', '['])
+def test_a_keeper_that_ends_ends_the_town_in_good_order_whatever_its_configuration_says_by_then(
+    place: Place, kept: subprocess.Popen[bytes], line: str
+) -> None:
+    place.tt('spawn', 'one')
+    redis = identify(redis_pid(place))
+    place.store.close()
+    file = place.root / 'tinytown.toml'
+    before = file.read_text()
+    file.write_text(f'{line}\n{before}')
     kept.terminate()
     assert kept.wait(PATIENCE) == 0
     assert not (place.root / '.tt' / 'run' / 'keeper.sock').exists()
+    assert verdict(redis) == 'dead'
+    file.write_text(before)
+    shown = place.tt_json('show', 'one')
+    assert shown['state'] == 'Stopped'
+    assert place.history()[-1]['type'] != 'agent.error'
 
 
 def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(

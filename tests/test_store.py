@@ -644,6 +644,7 @@ def test_a_command_is_packed_by_bytes_and_not_by_characters() -> None:
         ('MISCONF Errors writing to the AOF file', 503, 'disk'),
         ("READONLY You can't write against a read only replica.", 503, 'replica'),
         ('NOAUTH Authentication required.', 503, 'refused us'),
+        ("ERR The user executing the script can't run this command or subcommand", 503, 'docs/redis.md lists'),
         ('WRONGTYPE Operation against a key', 500, 'WRONGTYPE'),
     ],
 )
@@ -708,7 +709,7 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
         assert time.monotonic() - began < 1
     redis_server.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'
-    assert redis_server.stop(place.root, place.town.config)
+    assert redis_server.stop(place.root)
     redis_server.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'  # the idle connection was replaced
 
@@ -832,6 +833,8 @@ def test_a_second_town_of_the_same_name_is_refused_by_a_redis(ground: Place) -> 
         ('rediss://db?password=secret&db=2', 'rediss://db?password=***&db=2'),
         ('redis+sentinel://me:secret@a:1,b:2/main', 'redis+sentinel://me:***@a:1,b:2/main'),
         ('redis://db:6379', 'redis://db:6379'),
+        ('redis://a@b:s[cr]t@db', 'redis://a@b:***@db'),
+        ('unix://:s[cret@/run/redis@main.sock', 'unix://:***@/run/redis@main.sock'),
     ],
 )
 def test_a_password_is_not_shown_in_the_address_of_redis(tmp_path: Path, url: str, shown: str) -> None:

@@ -149,8 +149,31 @@ def test_a_town_that_can_not_be_opened_says_why(directory: Path, settings: str, 
     assert_refused(run(cwd=directory, TINYTOWN_REDIS_SERVER='/nowhere'), status, says)
 
 
-def test_a_port_that_is_taken_is_refused(place: Place, hall: Hall) -> None:
-    assert_refused(run('--port', str(hall.port), cwd=place.root), 2, f'127.0.0.1:{hall.port}: .*in use; choose another')
+def test_a_port_that_is_taken_is_refused_before_a_redis_is_started(directory: Path, hall: Hall) -> None:
+    other = make_town(directory / 'other')
+    said = f'127.0.0.1:{hall.port}: .*in use; choose another'
+    assert_refused(run('--port', str(hall.port), cwd=other.root), 2, said)
+    assert not (other.root / '.tt').exists()
+
+
+def test_a_socket_of_a_town_that_can_not_be_opened_is_removed(directory: Path) -> None:
+    make_town(directory)
+    path = directory / 'socket'
+    done = run('--bind', f'unix:{path}', cwd=directory, TINYTOWN_REDIS_SERVER='/nowhere')
+    assert_refused(done, 2, 'TINYTOWN_REDIS_SERVER: /nowhere')
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(('settings', 'more'), [('name = 7', {}), ('name = "a"', {'WORKERS': 'x'})])
+def test_what_is_wrong_with_its_configuration_is_told_as_the_environment_says(
+    directory: Path, settings: str, more: dict[str, str]
+) -> None:
+    (directory / 'tinytown.toml').write_text(settings)
+    given = {'LOG_FORMAT': 'json'} | more
+    given = {f'TINYTOWN_TOWNHALL_{name}': value for name, value in given.items()}
+    done = run(**given, cwd=directory)  # type: ignore[arg-type]
+    told = json.loads(done.stderr)
+    assert (done.returncode, told['level'], told['part']) == (2, 'error', 'townhall')
 
 
 @pytest.mark.parametrize(
@@ -169,9 +192,8 @@ def test_it_serves_the_town_that_it_is_in_or_is_given(place: Place, directory: P
     assert not note.exists()
 
 
-def test_verbose_says_which_town(place: Place, hall: Hall) -> None:
-    done = run('--verbose', '--port', str(hall.port), cwd=place.root)
-    sources, town, *_ = done.stderr.splitlines()
+def test_verbose_says_which_town(place: Place) -> None:
+    sources, town, *_ = place.hall('--verbose').said('is open on').splitlines()
     assert re.fullmatch(rf'\S+Z townhall: settings are from {place.root}/tinytown.toml, .*', sources)
     assert re.fullmatch(rf'\S+Z townhall: town test in {place.root}, Redis at unix://{place.root}/.tt/redis.sock', town)
 

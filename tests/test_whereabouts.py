@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import select
 import threading
 from collections.abc import Iterator
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tinytown.config import load
+from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
-from tinytown.redact import known
+from tinytown.redact import exposed, known
 from tinytown.settings import Redis
 from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
 
@@ -118,6 +120,27 @@ def test_settings_of_redis_that_do_not_fit_together_are_told(
         locate(Redis(**settings), KEY, tmp_path)  # type: ignore[arg-type]
 
 
+def test_a_password_file_that_others_may_change_or_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('something')
+    (tmp_path / 'file').chmod(0o620)
+    os.mkfifo(tmp_path / 'pipe', 0o600)
+    for name, told in (('file', 'run  chmod go-w .*file'), ('pipe', 'pipe is no regular file')):
+        with pytest.raises(UsageError, match=rf'redis\.password_file: .*{told}'):
+            locate(Redis(url='redis://db', password_file=name), KEY, tmp_path)
+        with pytest.raises(Unavailable, match=r'chmod go-w|no regular file'):
+            Login(file=tmp_path / name).words()
+
+
+def test_passwords_that_every_user_may_read_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / 'secret').write_text('something')
+    make_town(tmp_path, redis={'url': 'redis://:x@db', 'sentinel_password_file': 'secret'})
+    told = exposed(tmp_path, load(tmp_path))
+    assert [each.partition(' ')[0] for each in told] == [str(tmp_path / FILE), str(tmp_path / 'secret')]
+    for file in (FILE, 'secret'):
+        (tmp_path / file).chmod(0o640)
+    assert exposed(tmp_path, load(tmp_path)) == []
+
+
 @pytest.mark.parametrize(('key', 'slot'), [('tt:{123456789}:town', 12739), ('tt:{foo}:town', 12182)])
 def test_the_slot_of_a_town_is_that_of_its_name(key: str, slot: int) -> None:
     assert Cluster([], Server(), key).slot == slot
@@ -143,6 +166,25 @@ def test_a_password_in_a_file_opens_a_town_and_is_shown_nowhere(
     (directory / 'secret').unlink()
     assert 'secret: No such file' in place.tt('status', check=False).stderr
     (directory / 'secret').write_text('a-long-secret')
+
+
+def test_a_redis_that_refuses_us_is_told_with_its_name_our_user_and_the_mend(
+    directory: Path, nodes: Nodes, stack: ExitStack
+) -> None:
+    nodes.options += ['user default on >root ~* &* +@all', 'user me on >secret ~tt:{other}:* +@all']
+    nodes.server = replace(nodes.server, login=Login('', 'root'))
+    node = nodes.add()
+    place = settle(stack, directory)
+    cases = {
+        '': f'Redis at {node.place} refused us: NOAUTH .*in redis.url and redis.password_file',
+        ':wrong@': f'Redis at {node.place} refused us: WRONGPASS .*in redis.url and redis.password_file',
+        'me:secret@': f'Redis at me@{node.place} refused us: NOPERM .*keys ~tt:{{test}}:\\* .*docs/redis.md',
+    }
+    for login, told in cases.items():
+        place.tt('config', 'redis.url', f'redis://{login}{node.place}')
+        said = place.tt('status', check=False)
+        assert (said.returncode, bool(re.search(told, said.stderr)), 'secret' in said.stderr) == (1, True, False)
+    place.tt('config', 'redis.url', f'redis://:root@{node.place}')
 
 
 def test_a_redis_that_keeps_no_log_of_changes_is_said_to_be_no_durable_one(

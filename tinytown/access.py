@@ -87,6 +87,11 @@ class Access:
             for name, scopes in config.townhall.mtls.subjects.items()
         }
 
+    @property
+    def keys_are_old(self) -> bool:
+        """Whether keys are in force that the configuration, which can't be taken up, may have revoked."""
+        return self._settings.auth.mode == 'api_key' and self._keys.are_old
+
     # ------------------------------------------------------------------------------------------------- at the door
 
     def meet(self, sock: socket.socket, address: Any) -> Peer:
@@ -317,9 +322,16 @@ class Watched:
         self._root = root
         self._ring = ring
         self._town_file = str(root / configuration.FILE)
-        self._shared_file = str(Path('~/.tt/config.toml').expanduser())
+        home = configuration.home()
+        self._shared_file = str(home / '.tt' / 'config.toml') if home else ''
         self._seen: tuple[_Version, _Version] | None = None
         self._told = ''
+
+    @property
+    def are_old(self) -> bool:
+        """Whether those in force are not those of the configuration, which can't be read or is wrong."""
+        self.current()
+        return self._told != ''
 
     def current(self) -> Keyring:
         """The keys. Costs a look at the times of two files."""

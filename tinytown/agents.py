@@ -7,9 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, TypedDict
+from typing import Annotated, Any, Final, NotRequired, TypedDict
 
 from . import clis, hosts, keeper, reports
 from . import config as configuration
@@ -44,6 +45,7 @@ from .processes import (
     MARK,
     Identity,
     identify,
+    is_beside,
     python,
     python_path,
     stop_tree,
@@ -75,8 +77,11 @@ class Acted(TypedDict):
 
 
 class Pruned(TypedDict):
+    """`left` are live agents on hosts that are silent, of which nothing was touched."""
+
     removed: int
     agents: list[str]
+    left: NotRequired[list[str]]
 
 
 class Waited(TypedDict):
@@ -110,6 +115,19 @@ def look_up(call: Call, ref: str) -> Step[Known]:
     agent_id, name, record, state, instance, host, boot, pid, start = reply
     process = Identity(text(host or b''), text(boot or b''), int(pid or 0), text(start or b''))
     return Known(text(agent_id), text(name), record, text(state), text(instance or b''), process)
+
+
+def of_this_directory(call: Call) -> Step[list[Known]]:
+    """The live agents whose workers were started in the town's directory here, whatever this host was called then."""
+    root = call.town.root
+    running, known = reports.workers(root), []
+    for row in (yield call.store.evidence(LIVE))[1]:
+        agent_id, instance = text(row[0]), text(row[3] or b'')
+        if instance in running or (instance and reports.noted(root, agent_id)[0] == instance):
+            with suppress(NotFound):
+                found = yield from look_up(call, agent_id)
+                known.append(replace(found, process=replace(found.process, host=this_host())))
+    return known
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -219,7 +237,7 @@ def enlist(
     reply = yield call.store.register(agent_id, name, head, call.config.max_agents, chosen, rounds, instance, us, where)
     try:
         if there:
-            yield from hosts.await_start(call, host, text(reply[1]), name)
+            yield from hosts.await_start(call, host, text(reply[1]), name, agent_id)
         else:
             start(call.town, agent_id, name, instance)
     except TownError as e:
@@ -264,6 +282,9 @@ def stop_process(
     if found.state in LIVE:
         if hosts.is_elsewhere(found.process.host):
             return (yield from _stop_there(call, found, why, grace, to, abandon))
+        judged = reports.judge(call.town.root, found.id, found.instance, found.process)
+        if is_beside(found.process) and judged != 'dead':
+            return (yield from _stop_beside(call, found, why, to, abandon))
         draining = call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
         yield from _unless_gone(call, found.id, draining)
     elif found.state == 'Error':
@@ -292,6 +313,18 @@ def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, aband
             retry_after=5,
         )
     why = f'{why}; given up, for host {host} is silent'
+    yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
+
+
+def _stop_beside(call: Call, found: Known, why: str, to: str, abandon: bool) -> Step[None]:
+    """As stop_process, for an agent that goes by this host's name in another container: no process is seen of it."""
+    if not abandon:
+        raise Conflict(
+            f"'{found.name}' runs in another container (namespace of pids) of host '{found.process.host}'; stop it "
+            f'there, or give it up:  tt kill {found.name} --force',
+            code='other-host',
+        )
+    why = f'{why}; given up, for it runs in another container'
     yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
 
 
@@ -325,7 +358,7 @@ def revive(call: Call, agent_id: str, name: str, start: Any, host: str = '') -> 
     reply = yield call.store.restarting(agent_id, call.config.max_agents, instance, us, hosts.where(call, host))
     try:
         if there:
-            yield from hosts.await_start(call, host, text(reply[2]), name)
+            yield from hosts.await_start(call, host, text(reply[2]), name, agent_id)
         else:
             start(call.town, agent_id, name, instance)
     except TownError as e:
@@ -343,14 +376,19 @@ def put_down(call: Call, agent_id: str, instance: str) -> Step[None]:
 def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
     """Forget the agents that are Stopped or in Error; with all, every agent, live ones being killed first.
 
-    Nothing of theirs is lost: queued tasks return to the backlog, messages go to the conductor's mailbox.
+    Nothing of theirs is lost: queued tasks return to the backlog, messages go to the conductor's mailbox. Live ones on
+    hosts that are silent are left as they are, and named.
     """
     states: Iterable[str] = (*AT_REST, *LIVE) if all else ('Stopped', 'Error')
     reply = yield call.store.evidence(states)
-    removed = []
+    removed, left = [], []
+    silent = {each['host'] for each in (yield from hosts.list_hosts(call))['hosts'] if each['silent']} if all else set()
     for agent_id, *_ in reply[1]:
         try:
             found = yield from look_up(call, text(agent_id))
+            if found.state in LIVE and hosts.is_elsewhere(found.process.host) and found.process.host in silent:
+                left.append(found.name)
+                continue
             if all:
                 yield from stop_process(call, found, 'pruned', GRACE_SECS)
             yield from _empty(call, found.id)
@@ -359,7 +397,8 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
             continue  # alive again, gone meanwhile, or on a host that is silent: it stays out of the list
         reports.forget(call.town.root, found.id)
         removed.append(found.name)
-    return {'removed': len(removed), 'agents': removed}
+    pruned: Pruned = {'removed': len(removed), 'agents': removed}
+    return pruned | {'left': left} if left else pruned
 
 
 def _empty(call: Call, agent_id: str) -> Step[None]:
@@ -425,8 +464,7 @@ def worker_log(root: Path, name: str) -> Path:
 
 def _charter(town: Town, agent_id: str, instance: str) -> bytes:
     """What a worker is told on its socket and not in argv or environment, because a Redis URL may hold a password."""
-    paths = configuration.settings().keys() - configuration.SECRETS
-    settings = {path: configuration.get(town.config, path) for path in paths}
+    settings = configuration.as_told(town.config)
     return json.dumps(
         {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}
     ).encode()

@@ -26,7 +26,7 @@ from .agents import START_SECS, start_worker
 from .errors import TownError, UsageError
 from .hosts import Presence
 from .model import new_id
-from .processes import Identity, identify, marked, read_identity, reap, stop_tree, this_host, verdict
+from .processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from .say import say
 from .store import Command, text
 from .town import Town
@@ -153,12 +153,19 @@ class Caretaker(threading.Thread):
             if state == 'Draining' and quiet < LONGEST_START:
                 continue  # whoever stops it settles its record
             if pid:
-                is_dead = has_host and verdict(Identity(host, boot, int(pid), start)) == 'dead'
+                is_dead = has_host and self._is_dead(agent_id, instance, Identity(host, boot, int(pid), start), quiet)
             else:
                 is_dead = (has_town and quiet > LONGEST_START) or (has_host and _is_stillborn(starter, instance))
             if is_dead:
                 self._apart(agent_id, self._bury, agent_id, name, instance)
         return {row[0]: silence[row[3]] for row in workers}
+
+    def _is_dead(self, agent_id: str, instance: str, process: Identity, quiet: float) -> bool:
+        """Whether a worker is dead. One of an earlier container of this host may not be seen: a lease has to do."""
+        found = reports.judge(self.town.root, agent_id, instance, process)
+        return found == 'dead' or (
+            found == 'unknown' and is_beside(process) and quiet >= self.town.config.agent.lease_secs
+        )
 
     def _bury(self, agent_id: str, name: str, instance: str) -> None:
         """Ends what a dead worker has left running, and then frees what it held."""

@@ -58,7 +58,8 @@ class Setting:
         """The value if it is of the right kind. Raises UsageError that names the source, the value and the mend."""
         wrong = self._violation(value)
         if wrong:
-            shown = '' if isinstance(value, dict) or self.path in SECRETS else f' = {value!r}'
+            is_hidden = isinstance(value, dict) or self.path in SECRETS or self.path == 'redis.url'
+            shown = '' if is_hidden else f' = {value!r}'
             raise UsageError(f'{source}: {self.path}{shown}: {wrong}')
         return [keytable.with_text_time(key) for key in value] if self.path == KEYS else value
 
@@ -208,8 +209,7 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     home = environ.get('HOME')
-    files = ([Path(home) / '.tt' / 'config.toml'] if home else []) + [root / FILE]
-    for file in files:
+    for file in _files(root, Path(home) if home else None):
         if file.exists():
             found = read_settings(file)
             clis = {**values.get('agent_clis', {}), **found.get('agent_clis', {})}
@@ -227,10 +227,14 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
 
 def sources(root: Path, flags: Mapping[str, Any]) -> list[str]:
     """What `load` takes settings from: files, environment variables and flags, by name."""
-    files = [file for file in (Path('~/.tt/config.toml').expanduser(), root / FILE) if file.exists()]
+    files = [file for file in _files(root, home()) if file.exists()]
     named = [setting.env for setting in settings().values() if setting.env in os.environ]
     given = [f'a flag ({path})' for path, value in flags.items() if value is not None]
     return [*map(str, files), *named, *given]
+
+
+def _files(root: Path, of_user: Path | None) -> list[Path]:
+    return [*([of_user / '.tt' / 'config.toml'] if of_user else []), root / FILE]
 
 
 def from_values(values: Mapping[str, Any], root: Path) -> Config:
@@ -241,6 +245,11 @@ def from_values(values: Mapping[str, Any], root: Path) -> Config:
         if any(path.startswith(table + '.') for path in values)  # what is configured is in force
     }
     return typing.cast(Config, _build(Config, '', enabled | dict(values) | {'file': root / FILE}))
+
+
+def as_told(config: Config) -> dict[str, Any]:
+    """The settings, by path, that another process of the town is told: `from_values` takes them."""
+    return {path: get(config, path) for path in settings().keys() - SECRETS}
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -309,6 +318,14 @@ def get(config: Config, path: str) -> Any:
 # -------------------------------------------------------------------------------------------------- places and names
 
 
+def home() -> Path | None:
+    """The user's home; None for one that has none, as in a container under any number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def find_root(start: Path) -> Path | None:
     """The nearest directory, from `start` upwards, that holds a town."""
     start = start.resolve()
@@ -355,16 +372,20 @@ def write_once(file: Path, text: str) -> str:
     return file.read_text()
 
 
-def write_atomically(file: Path, text: str, mode: int = 0o644, keep_mode: bool = True) -> None:
+def write_atomically(file: Path, text: str, mode: int = 0o644, keep_mode: bool = True, keep_owner: bool = True) -> None:
     """Replaces a file in one step, so that a reader sees the old or the new text.
 
-    Follows a symbolic link, and keeps the mode of an old file unless `keep_mode` is false.
+    Follows a symbolic link, and keeps the mode of an old file unless `keep_mode` is false. What root writes belongs to
+    the owner of the old file, or of the directory, unless `keep_owner` is false.
     """
     file = Path(os.path.realpath(file))
     draft = file.with_name(f'.{file.name}.{os.getpid()}')
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # no other file is written to, or given
     try:
         with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as out:
+            if keep_owner:
+                _give(descriptor, file if file.exists() else file.parent)
             if keep_mode and file.exists():
                 os.fchmod(descriptor, stat.S_IMODE(file.stat().st_mode))
             out.write(text)
@@ -374,3 +395,23 @@ def write_atomically(file: Path, text: str, mode: int = 0o644, keep_mode: bool =
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a directory of mode 0700 unless it is there. One that root makes belongs to the owner of that around it."""
+    try:
+        directory.mkdir(0o700)
+    except FileExistsError:
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _give(descriptor, directory.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _give(descriptor: int, like: Path) -> None:
+    """Has what root has made belong to the owner of another file: a town of another user stays that user's."""
+    owner = like.stat()
+    if os.geteuid() == 0 and owner.st_uid:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import hosts, recovery
+from . import hosts, recovery, reports
 from .errors import TownError
 from .model import LIVE
-from .processes import Identity, agents_processes, stop_tree, verdict
+from .processes import Identity, agents_processes, stop_tree
 from .store import text
 from .town import Call
 
@@ -85,8 +85,9 @@ def _ghosts(call: Call, rows: list[list[str]]) -> list[Finding]:
         return 'Recovered: what it held is in the backlog'
 
     found = []
-    for _, name, state, _, host, boot, pid, start, age in rows:
-        if pid and verdict(Identity(host, boot, int(pid), start)) == 'dead':
+    for agent_id, name, state, instance, host, boot, pid, start, age in rows:
+        process = Identity(host, boot, int(pid or 0), start)
+        if pid and reports.judge(call.town.root, agent_id, instance, process) == 'dead':
             what = f"agent '{name}' is {state}, but its process {pid} is gone"
             found.append(Finding('dead worker', what, 'tt recover, or tt doctor --fix, frees what it held', recover))
         elif age and int(age) > _QUIET_MS:

@@ -29,7 +29,7 @@ from .say import Level, say
 from .settings import Config, Limits, Redis, Townhall
 from .steward import Steward
 from .stream import Answer
-from .town import Town
+from .town import Town, open_town
 from .vitals import Roll, Single, Vitals
 from .web import Encrypt, Server
 
@@ -52,22 +52,31 @@ MCP_ROUTES: Final = (*MCP_ROUTES_WITHOUT_SESSIONS, ('GET', '/sse'), ('POST', '/m
 class Hall:
     """A townhall, in one process or several. `flags` are settings, by path, that the command line gave."""
 
-    def __init__(self, town: Town, flags: Mapping[str, Any], mode: str = 'rest') -> None:
-        """Opens its sockets. Raises UsageError when it can't listen."""
-        self.town = town
+    def __init__(self, root: Path, config: Config, flags: Mapping[str, Any], mode: str = 'rest') -> None:
+        """Opens its sockets, and then the town: one that can't listen starts no Redis. Raises UsageError, TownError."""
         self._flags = dict(flags)
         self._mode = mode
-        settings = town.config.townhall
-        self._verifier, self._encrypt = _verifier(town.config, ask=True), _encryption(town.config, town.root)
-        self._access = Access(town, self._verifier)
+        settings = config.townhall
+        self._verifier, self._encrypt = _verifier(config, ask=True), _encryption(config, root)
         self._is_passed = is_passed(os.environ)
-        self._listeners = open_sockets(settings.bind, self._port(), settings.workers, mode)
+        self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
         self._manager = notify.take(os.environ)
         self._host = host_of(self._listeners[0])
-        for warning in check_start(town.config, self._host):
+        for warning in (*check_start(config, self._host), *redact.exposed(root, config)):
             _say(warning, 'warning')
         self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
         self._note: Path | None = None
+        try:
+            self._open_town(root)
+        except BaseException:
+            self._remove_socket()
+            raise
+
+    def _open_town(self, root: Path) -> None:
+        self.town = town = open_town(root, self._flags)
+        _say(f'town {town.name} in {town.root}, Redis at {town.redis_url}', 'debug')
+        settings, mode = town.config.townhall, self._mode
+        self._access = Access(town, self._verifier)
         self._feed = Feed(town.store)
         if settings.mcp.tools or mode != 'rest':
             _ = self.mcp  # made now: a tool that is none is told at the start
@@ -90,8 +99,11 @@ class Hall:
         finally:
             if self._note:
                 self._note.unlink(missing_ok=True)
-            if self._url.startswith(UNIX) and not self._is_passed:
-                Path(self._url.removeprefix(UNIX)).unlink(missing_ok=True)
+            self._remove_socket()
+
+    def _remove_socket(self) -> None:
+        if self._url.startswith(UNIX) and not self._is_passed:
+            Path(self._url.removeprefix(UNIX)).unlink(missing_ok=True)
 
     def _open(self) -> None:
         """Tells that it is open: signals are heeded, and clients are served or wait in the backlog."""
@@ -175,12 +187,6 @@ class Hall:
     def _hint(self) -> str:
         return f'try  {_example(self._url)}' if self._mode == 'rest' else f'MCP clients take  {self._url}/mcp'
 
-    def _port(self) -> int:
-        settings = self.town.config.townhall
-        if self._mode == 'rest':
-            return settings.rest_port
-        return settings.rest_port + 1 if settings.mcp_port < 0 else settings.mcp_port
-
     def _listener(self, number: int) -> socket.socket:
         """The socket of one process; the others' are closed in it."""
         for each in self._listeners[:number] + self._listeners[number + 1 :]:
@@ -238,6 +244,12 @@ class Hall:
         sources = {path: self.town.config if path in _FIXED else config for path in configuration.settings()}
         values = {path: configuration.get(source, path) for path, source in sources.items()}
         return configuration.from_values(values, self.town.root)
+
+
+def _port(settings: Townhall, mode: str) -> int:
+    if mode == 'rest':
+        return settings.rest_port
+    return settings.rest_port + 1 if settings.mcp_port < 0 else settings.mcp_port
 
 
 def _verifier(config: Config, ask: bool = False) -> Verifier | None:

@@ -101,6 +101,11 @@ def place_of(root: Path) -> str:
     return f'{this_place()} {root}'
 
 
+def claim(root: Path) -> Command:
+    """Whether the town in `root` may go by the name of this host. Refused as `Presence.here` is."""
+    return _command('host_name', this_host(), place_of(root), _SILENCE_MS)
+
+
 def arrive(town: Town, url: str, wait: Callable[[float], None] = time.sleep) -> Presence:
     """Makes this host one that a townhall serves. One that went by its name, and died, is waited for.
 
@@ -133,7 +138,7 @@ def where(call: Call, host: str) -> tuple[Part, ...]:
     return (host, int(_patience(call, PATIENCE_SECS) * 1000), _SILENCE_MS)
 
 
-def await_start(call: Call, host: str, order: str, agent: str) -> Step[None]:
+def await_start(call: Call, host: str, order: str, agent: str, agent_id: str) -> Step[None]:
     """Waits until a townhall of that host has started an agent's worker.
 
     Raises HostSilent if none took the order, and none will; what the townhall there said, which has undone it then; and
@@ -144,7 +149,7 @@ def await_start(call: Call, host: str, order: str, agent: str) -> Step[None]:
     withdrawn = yield Command(None, ('XDEL', call.store.prefix + f'host:{host}:orders'.encode(), order))
     if withdrawn:
         raise HostSilent(f"No townhall of host '{host}' took the order to start '{agent}', so it was withdrawn")
-    raise _unsure(host, 'start', agent)
+    raise _unsure(host, 'start', agent, agent_id)
 
 
 def stop(call: Call, host: str, agent: str, name: str, instance: str, why: str, grace: float, to: str) -> Step[str]:
@@ -156,7 +161,7 @@ def stop(call: Call, host: str, agent: str, name: str, instance: str, why: str, 
     order = _command('stop_there', agent, instance, host, why, str(grace), to, _SILENCE_MS)
     entry, since = map(text, (yield order))
     if not since and not (yield from _answered(call, host, entry, grace + PATIENCE_SECS)):
-        raise _unsure(host, 'stop', name)
+        raise _unsure(host, 'stop', name, agent)
     return since
 
 
@@ -177,8 +182,10 @@ def _patience(call: Call, most: float) -> float:
     return max(min(most, call.config.townhall.request_timeout_ms / 1000 - _MARGIN_SECS), 0.1)
 
 
-def _unsure(host: str, verb: str, agent: str) -> Unavailable:
-    detail = f"Host '{host}' is to {verb} '{agent}' and has not said what came of it; look:  tt show {agent}"
+def _unsure(host: str, verb: str, agent: str, agent_id: str) -> Unavailable:
+    detail = (
+        f"Host '{host}' is to {verb} '{agent}' ({agent_id}) and has not said what came of it; look:  tt show {agent}"
+    )
     return Unavailable(detail, code='host-unsure', retry_after=5)
 
 

@@ -4,6 +4,10 @@ A service manager counts every process to the service that started it, by contro
 would be stopped with it, or be left over when it is started again, and would live in its sandbox. So the town is a
 service of its own whose main process is a keeper. It does one thing: it starts processes for whoever of the same user
 asks on the socket `.tt/run/keeper.sock` (a townhall, `tt`). Where no keeper listens, who asks starts them itself.
+What is started for an agent has the keeper's variables (its PATH, its HOME, keys of coding CLIs), whoever asks.
+
+In the end it has the town brought to a standstill (standstill.py), below itself: a command that the service manager
+runs at a stop could not read the service's credentials. Meanwhile it goes on, for ends are to be collected.
 
 A request is JSON with what `processes.start_detached` takes, up to the end of the sender's side, and with its first
 bytes, as SCM_RIGHTS, the descriptors that the process inherits. The answer is {"pid": 7} or {"error": "…"}.
@@ -16,14 +20,18 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import notify
-from .processes import reap, start_detached
+from . import clis, notify
+from . import config as configuration
+from .errors import UsageError
+from .processes import python, python_path, reap, start_detached
+from .settings import Config
 
 FD: Final = '{fd}'  # in an argv: the number of the first descriptor that is kept
 _MOST_KEPT: Final = 8
@@ -91,8 +99,12 @@ def _read_all(sock: socket.socket) -> bytes:
 
 
 def main(root: Path) -> int:
-    """Keeps the town in `root` until SIGTERM or SIGINT. The exit status."""
+    """Keeps the town in `root` until SIGTERM or SIGINT, and ends it then. The exit status: 0 if nothing is left."""
     manager = notify.take(os.environ)
+    try:
+        configuration.take_credentials()
+    except UsageError as e:
+        raise SystemExit(f'keeper: {e}') from None
     wake_read, wake_write = os.pipe()
     for end in (wake_read, wake_write):
         os.set_blocking(end, False)
@@ -102,19 +114,23 @@ def main(root: Path) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     with socket.socket(socket.AF_UNIX) as listener:
         _listen(listener, root)
+        keeper = _Keeper(root)
         manager.ready('Keeps the workers and the Redis of the town')
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
-        while not {signal.SIGTERM, signal.SIGINT} & set(told):
+        ending: subprocess.Popen[bytes] | None = None
+        while ending is None or ending.poll() is None:
             for descriptor, _ in poll.poll():
                 if descriptor == wake_read:
                     os.read(wake_read, 4096)
                 else:
-                    _serve(listener)
+                    keeper.serve(listener)
             reap()
+            if ending is None and {signal.SIGTERM, signal.SIGINT} & set(told):
+                ending = keeper.end()
     (root / '.tt' / 'run' / 'keeper.sock').unlink(missing_ok=True)
-    return 0
+    return 1 if ending.returncode else 0
 
 
 def _listen(listener: socket.socket, root: Path) -> None:
@@ -132,21 +148,53 @@ def _listen(listener: socket.socket, root: Path) -> None:
     listener.listen()
 
 
-def _serve(listener: socket.socket) -> None:
-    """Answers one request. Whatever is wrong with it, the keeper goes on."""
-    sock, _ = listener.accept()
-    with sock:
-        sock.settimeout(_TIMEOUT)
-        descriptors: list[int] = []
-        try:
-            data, descriptors, _, _ = socket.recv_fds(sock, 65536, _MOST_KEPT)
-            answer: dict[str, Any] = {'pid': _start(json.loads(data + _read_all(sock)), descriptors)}
-        except Exception as e:
-            answer = {'error': str(e)}
-        for descriptor in descriptors:
-            os.close(descriptor)
-        with suppress(OSError):
-            sock.sendall(json.dumps(answer).encode())
+class _Keeper:
+    """Starts what is asked for, and knows the configuration with which that was started."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._config: Config | None = None
+        self._look()
+
+    def _look(self) -> None:
+        """Takes the configuration of now. Of one that can't be used nothing was started: the one before stays."""
+        with suppress(UsageError, OSError):
+            self._config = configuration.load(self._root)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Answers one request. Whatever is wrong with it, the keeper goes on."""
+        sock, _ = listener.accept()
+        with sock:
+            sock.settimeout(_TIMEOUT)
+            descriptors: list[int] = []
+            try:
+                data, descriptors, _, _ = socket.recv_fds(sock, 65536, _MOST_KEPT)
+                answer: dict[str, Any] = {'pid': self._start(json.loads(data + _read_all(sock)), descriptors)}
+            except Exception as e:
+                answer = {'error': str(e)}
+            for descriptor in descriptors:
+                os.close(descriptor)
+            with suppress(OSError):
+                sock.sendall(json.dumps(answer).encode())
+
+    def _start(self, order: dict[str, Any], keep: Sequence[int]) -> int:
+        self._look()
+        if order['mark'] and self._config:  # what is marked is an agent's
+            order['env'] |= clis.environment(self._config, os.environ)
+        return _start(order, keep)
+
+    def end(self) -> subprocess.Popen[bytes]:
+        """Has the town brought to a standstill, by a process that is told the configuration: the file may be wrong."""
+        process = subprocess.Popen(
+            python('tinytown.standstill', str(self._root)),
+            env=os.environ | {'PYTHONPATH': python_path()},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdin
+        with suppress(OSError), process.stdin as told:
+            told.write(json.dumps(self._config and configuration.as_told(self._config)).encode())
+        return process
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 from . import config as configuration
 from . import keytable
 from .errors import TownError, UsageError
-from .local import Add, say, tell_townhalls
+from .local import Add, live_townhalls, say, tell_townhalls
 from .model import ADMIN, READ
+from .ping import ask
 from .redis_server import private_directory
 from .tomledit import change
 from .usage import acts_here, town_root
@@ -77,7 +79,7 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
     made = _new_key()
     entry = {'id': made.id, 'hash': made.hash} | entry
     if arguments.to:  # before it is let in: a key that is in force must be known to somebody
-        configuration.write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False)
+        configuration.write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False, keep_owner=False)
     if not arguments.write:
         paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
         return _show(arguments, made, '\n'.join([*paste, keytable.written(entry).rstrip()]))
@@ -142,7 +144,9 @@ def _rotate(arguments: argparse.Namespace) -> int:
     with _changing(file) as draft:
         draft.text = keytable.rekeyed(draft.text, made.id, made.hash)
         draft.entries = [key | {'hash': made.hash} if key['id'] == made.id else key for key in draft.entries]
-    return _show(arguments, made, f'Written to {file}. The old key of this id is not taken any more.')
+    _show(arguments, made, f'Written to {file}. The old key of this id is not taken any more.')
+    _check_taken_up(file.parent, f'the new key of {made.id} is in {file}', 'the old one')
+    return 0
 
 
 def _revoke(arguments: argparse.Namespace) -> int:
@@ -151,7 +155,23 @@ def _revoke(arguments: argparse.Namespace) -> int:
     with _changing(file) as draft:
         draft.text = keytable.removed(draft.text, key_id)
         draft.entries = [key for key in draft.entries if key['id'] != key_id]
+    _check_taken_up(file.parent, f'{key_id} is not in {file} any more', 'it')
     return say(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')
+
+
+def _check_taken_up(root: Path, done: str, what: str) -> None:
+    """Asks the townhalls that run here. Raises TownError if one still lets in what the configuration does not."""
+    for _, url in live_townhalls(root):
+        try:
+            ready = ask(url, '/ready', is_here=True)[1]
+        except TownError as e:
+            print(f'tt: whether the townhall took this up is not known: {e.detail}; its log says so', file=sys.stderr)
+            continue
+        if ready.get('keys') == 'old':
+            raise TownError(
+                f'{done}, but the townhall on {url} STILL LETS {what.upper()} IN: it can not take up its '
+                'configuration; mend what its log says, or end it:  tt stop'
+            )
 
 
 def _known(file: Path, key_id: str) -> str:

@@ -14,27 +14,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, clis, doctor, redis_server
+from . import agents, clis, doctor, redis_server, reports
 from . import config as configuration
 from .errors import TownError, UsageError
-from .hosts import is_elsewhere
-from .model import ALL_SCOPES, LIVE, Principal
+from .hosts import claim
+from .model import ALL_SCOPES, Principal
 from .processes import (
     GRACE_SECS,
+    MARK,
     Identity,
+    hold,
     identify,
+    is_beside,
+    is_held,
     name_host,
     python,
     python_path,
     reap,
     start_detached,
     stop_one,
+    stop_tree,
     this_host,
     verdict,
 )
+from .redact import masked
 from .render import as_json, counted
 from .settings import Config
-from .store import Step, text
+from .store import Step
 from .tomledit import change, to_toml
 from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
@@ -100,12 +106,12 @@ def _init(arguments: argparse.Namespace) -> int:
     configuration.find_setting('name', '--name').check(name, '--name')
     for path, value in given.items():
         flag = f'--{_INIT_FLAGS[path].replace("_", "-")}'
-        configuration.find_setting(path, flag).check(value, flag)
+        _check_url(path, configuration.find_setting(path, flag).check(value, flag))
     root.mkdir(parents=True, exist_ok=True)
     mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
     configuration.write_atomically(file, configuration.template(name, given), mode)
     private = redis_server.private_directory(root)
-    (private / '.gitignore').write_text('*\n')
+    configuration.write_atomically(private / '.gitignore', '*\n')
     if arguments.join:
         try:
             return _join(arguments, root)
@@ -117,7 +123,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _join(arguments: argparse.Namespace, root: Path) -> int:
-    town = join(root)
+    town = join(root, lambda town: town.store.call(claim(root)))
     told = f'{root} belongs to the town {town.name} now, as its host {this_host()}'
     sentence = f'{told}. Start it:  tt start --town {root}'
     return say(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)
@@ -165,31 +171,37 @@ def _told(line: str) -> str:
 
 
 def _run_directory(root: Path) -> Path:
-    directory = redis_server.private_directory(root) / 'run'
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
+    return root / '.tt' / 'run'
 
 
 def note_townhall(root: Path, url: str) -> Path:
     """Writes down that this process serves the town at `url`. The file, to be removed when it ends."""
     me = identify(os.getpid())
-    file = _run_directory(root) / f'townhall-{me.pid}.json'
+    directory = _run_directory(root)
+    redis_server.private_directory(root)
+    configuration.make_directory(directory)
+    file = directory / f'townhall-{me.pid}.json'
     record = {'host': me.host, 'boot': me.boot, 'pid': me.pid, 'start': me.start, 'url': url}
     configuration.write_atomically(file, json.dumps(record), 0o600)
+    with suppress(OSError):  # a disk without locks: less is known of it in other containers
+        hold(file)
     return file
 
 
 def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
-    """(file, process, URL) of the townhalls that have written themselves down and may still run."""
+    """(file, process, URL) of the townhalls that have written themselves down and may still run.
+
+    They are this directory's, and so this host's, though it may have been called otherwise when they began.
+    """
     found = []
     for file in sorted(_run_directory(root).glob('townhall-*.json')):
         try:
             record = json.loads(file.read_text())
             url = record.pop('url')
-            process = Identity(**record)
+            process = Identity(**record | {'host': this_host()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it is not one of ours
-        if verdict(process) == 'dead':
+        if verdict(process) == 'dead' or (is_beside(process) and is_held(file) is False):
             file.unlink(missing_ok=True)
         else:
             found.append((file, process, url))
@@ -198,45 +210,77 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
 
 def tell_townhalls(root: Path) -> int:
     """Has the townhalls of this town that run on this machine take up the configuration. How many there are."""
-    name_host(configuration.load(root).host)
-    alive = [process for _, process, _ in running_townhalls(root) if verdict(process) == 'alive']
-    for process in alive:
+    alive = live_townhalls(root)
+    for process, _ in alive:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGHUP)
     return len(alive)
+
+
+def live_townhalls(root: Path) -> list[tuple[Identity, str]]:
+    """(process, URL) of the townhalls of this town that run on this machine."""
+    name_host(configuration.load(root).host)
+    return [(process, url) for _, process, url in running_townhalls(root) if verdict(process) == 'alive']
 
 
 def _stop(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     config = configuration.load(root)
     name_host(config.host)
-    halls = running_townhalls(root)
-    for file, process, _ in halls:
-        stop_one(process, config.townhall.limits.drain_secs + 2)
-        file.unlink(missing_ok=True)
-    stopped, left = _stop_workers(root, config)
-    redis = arguments.redis and redis_server.stop(root, config)
-    answer = {'townhalls': len(halls), 'agents': stopped, 'left': left, 'redis': redis}
-    parts = [counted(len(halls), 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
+    halls, left = stop_townhalls(root, config)
+    stopped, others, failed = _stop_workers(root, config)
+    left += failed
+    redis = arguments.redis and redis_server.stop(root)
+    answer = {'townhalls': halls, 'agents': stopped, 'left': left, 'redis': redis}
+    answer |= {'others': others} if others else {}
+    parts = [counted(halls, 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
+    parts[2:2] = [f'{counted(others, "worker")} that its Redis has not been told of'] if others else []
     sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
     say(arguments, answer, '\n'.join([sentence, *left]))
     return 1 if left else 0
 
 
-def _stop_workers(root: Path, config: Config) -> tuple[list[str], list[str]]:
-    """Stops the workers of this town, if its Redis is there to tell of them: their names, and what could not be."""
-    if not config.redis.url and not redis_server.socket_path(root).exists():
-        return [], []
+def stop_townhalls(root: Path, config: Config) -> tuple[int, list[str]]:
+    """Stops the townhalls of this directory: how many, and which could not be."""
+    stopped, left = 0, []
+    for file, process, url in running_townhalls(root):
+        stop_one(process, config.townhall.limits.drain_secs + 2)
+        if verdict(process) == 'dead':
+            file.unlink(missing_ok=True)
+            stopped += 1
+        else:
+            why = 'it is in another container or on another machine' if verdict(process) == 'unknown' else 'it lives on'
+            left.append(f'The townhall on {url} (process {process.pid}) could not be stopped: {why}')
+    return stopped, left
+
+
+def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]]:
+    """Stops the workers of this directory: the names of those that its Redis tells of; how many others; what failed."""
+    names: list[str] = []
+    left: list[str] = []
+    try:
+        if config.redis.url or redis_server.socket_path(root).exists():
+            names, left = _stop_known(root)
+    except (TownError, UsageError) as e:
+        left = [f'{e}']
+    others = 0
+    for instance, process in reports.workers(root).items():
+        if instance != os.environ.get(MARK):
+            pids = stop_tree(process, instance)
+            left += [f'Processes {pids} could not be ended; they may belong to another user'] if pids else []
+            others += not pids
+    return names, others, left
+
+
+def _stop_known(root: Path) -> tuple[list[str], list[str]]:
+    """Stops the workers of this directory, whatever their host is called: their names, and what could not be."""
     town = open_town(root)
     call = Call(town, Principal('tt', ALL_SCOPES))
 
     def stop_all() -> Step[tuple[list[str], list[str]]]:
         names, left = [], []
-        for row in (yield town.store.evidence(LIVE))[1]:
-            if is_elsewhere(text(row[4] or b'')):
-                continue
+        for found in (yield from agents.of_this_directory(call)):
             try:
-                found = yield from agents.look_up(call, text(row[0]))
                 yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
                 names.append(found.name)
             except TownError as e:
@@ -269,11 +313,17 @@ def _config(arguments: argparse.Namespace) -> int:
         value = configuration.get(configuration.load(root), setting.path)
         if key and key not in value:
             raise TownError(f'{arguments.key} is not set')
-        value = value[key] if key else value
+        value = value[key] if key else _without_password(setting.path, value)
         return say(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
     file = root / configuration.FILE
     new = _change(file, setting, key, arguments.value)
+    new = _without_password(setting.path, new)
     told = '; the townhall that runs takes it up, and tells in its log what must wait for a restart'
+    if setting.path == 'redis.url':
+        told = (
+            '; the townhall and the workers that run stay in the Redis that they began with, and tt asks this one. To '
+            'move all, set this back, run  tt stop  , set it again, and run  tt start'
+        )
     return say(
         arguments,
         {arguments.key: new},
@@ -283,7 +333,20 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _shown(path: str, value: Any) -> Any:
     """A setting for a list that people paste elsewhere."""
-    return '***' if path in configuration.SECRETS and value else value
+    return '***' if path in configuration.SECRETS and value else _without_password(path, value)
+
+
+def _without_password(path: str, value: Any) -> Any:
+    """A setting for whoever asks for it: the file alone shows the password."""
+    return masked(value) if path == 'redis.url' else value
+
+
+def _check_url(path: str, value: Any) -> None:
+    """Raises UsageError for a redis.url that can't be one."""
+    if path == 'redis.url' and value:
+        from .whereabouts import read_url  # late: it is seldom changed
+
+        read_url(value)
 
 
 def _config_lines(values: dict[str, Any]) -> list[str]:
@@ -302,6 +365,7 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     """Writes one setting (or the `key` of a table) into a configuration file, if that can be loaded then. Its value."""
     new: Any = given if key else setting.read(given, 'tt config')
     whole = setting.check({key: new} if key else new, 'tt config')
+    _check_url(setting.path, new)
     before = configuration.read_settings(file)
     path = (setting.path, key) if key else tuple(setting.path.split('.'))
     changed = change(file.read_bytes().decode(), path, new)
@@ -309,7 +373,8 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     untold = {f'{table}.enabled': None for table in configuration.TELLING_TABLES} | {setting.path: wanted[setting.path]}
     if configuration.parse(changed.encode(), str(file)) | untold != wanted | untold:
         raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
-    configuration.write_atomically(file, changed, 0o600, keep_mode=setting.path not in configuration.SECRETS)
+    is_open = _shown(setting.path, new) == new
+    configuration.write_atomically(file, changed, 0o600, keep_mode=is_open)
     return new
 
 

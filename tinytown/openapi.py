@@ -44,6 +44,7 @@ class Readiness(TypedDict):
     redis_latency_ms: NotRequired[float]
     dispatcher: Dispatcher
     detail: NotRequired[str]
+    keys: NotRequired[Literal['old']]
     town: str
     durability: Literal['always', 'everysec', 'none', 'unknown']
     draining: bool

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .client import parse_url
 from .errors import TownError
 from .local import Add, running_townhalls, say
-from .usage import town_root
+from .usage import meant_root
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # which takes long to import
@@ -28,9 +28,9 @@ def add_ping_command(add: Add) -> None:
 
 
 def _ping(arguments: argparse.Namespace) -> int:
-    url = getattr(arguments, 'url', None) or _url_of(town_root(arguments))
+    url = getattr(arguments, 'url', None) or _url_of(meant_root(arguments))
     path = '/health' if arguments.live else '/ready'
-    status, found = _get(url, path, is_here=not getattr(arguments, 'url', None))
+    status, found = ask(url, path, is_here=not getattr(arguments, 'url', None))
     answer = {'url': url, 'http_status': status, **found}
     said = f'{url} is {found.get("status", f"not a townhall: it answered {status}")}'
     say(arguments, answer, f'{said}: {found["detail"]}' if 'detail' in found else said)
@@ -45,7 +45,7 @@ def _url_of(root: Path) -> str:
     return found[-1][2]
 
 
-def _get(url: str, path: str, is_here: bool) -> tuple[int, dict[str, Any]]:
+def ask(url: str, path: str, is_here: bool) -> tuple[int, dict[str, Any]]:
     """The status and the JSON object that a townhall answers with. Raises TownError when it does not."""
     import http.client
 

@@ -70,6 +70,8 @@ class Probes:
         else:
             found['redis_latency_ms'] = round((time.monotonic() - began) * 1000, 3)
             found['dispatcher'] = census.dispatcher(counted)
+        if self._access.keys_are_old:
+            found |= {'keys': 'old', 'detail': 'the keys are not taken up, old ones stay in force; the log says why'}
         draining, audit = self.is_draining(), self._access.audit
         if not audit.is_writable():
             detail = f'the audit can not be written ({audit.path}), so every change is refused'

@@ -1,13 +1,15 @@
 """Processes: what identifies one, whether it lives, and how a whole tree of them is stopped.
 
 A pid alone identifies nothing, it is used again: a process is its host, the boot it lives in, its pid and the time it
-started. A zombie is dead. A tree is everything below a process by parentage, and whatever carries its mark in its
+started. A zombie is dead. Of a process in another namespace of pids (a container) its pid tells nothing: a file that it
+holds a lock on does. A tree is everything below a process by parentage, and whatever carries its mark in its
 environment, which finds those that left their parent or their session. What carries another mark is another tree, even
 if it was started from within this one: an agent may start agents, or the town's Redis.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -35,7 +37,7 @@ MARK: Final = 'TINYTOWN_INSTANCE'  # the environment variable by which a worker'
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One process on one host in one boot. `start` is its start time in the kernel's ticks, '' if unknown."""
+    """One process on one host. `boot` is as `this_boot` gives it; `start` its start in the kernel's ticks, or ''."""
 
     host: str
     boot: str
@@ -77,17 +79,29 @@ def this_machine() -> str:
 
 @lru_cache(maxsize=1)
 def this_boot() -> str:
-    """This boot of this machine, as `boot id@machine`; either is '' where there is none to be had."""
-    return f'{_first_line("/proc/sys/kernel/random/boot_id")}@{this_machine()}'
+    """Where pids mean something: `boot id@machine@namespace of pids`; each is '' where there is none to be had."""
+    return f'{_first_line("/proc/sys/kernel/random/boot_id")}@{this_machine()}@{_this_space()}'
+
+
+@lru_cache(maxsize=1)
+def _this_space() -> str:
+    """The namespace of pids that this process is in."""
+    try:
+        return re.sub(r'\D', '', str(Path('/proc/self/ns/pid').readlink()))
+    except OSError:
+        return ''
+
+
+def _parts(boot: str) -> tuple[str, str, str]:
+    """Boot id, machine and namespace of what `this_boot` gave; earlier versions wrote less, which is '' then."""
+    found = [*boot.split('@'), '', '']
+    return found[0], found[1], found[2]
 
 
 def this_place() -> str:
     """Where processes see each other: the machine (its boot, if it has no id), and the namespace of their pids."""
-    try:
-        space = str(Path('/proc/self/ns/pid').readlink())
-    except OSError:
-        space = ''
-    return f'{this_machine() or this_boot()} {space}'
+    boot, machine, space = _parts(this_boot())
+    return f'{machine or boot} pid:[{space}]'
 
 
 def _first_line(path: str) -> str:
@@ -138,15 +152,46 @@ def _ps(*which: str) -> list[tuple[int, int, str]]:
 
 
 def verdict(identity: Identity) -> Verdict:
-    """Whether a process lives. Of another host or machine nothing can be told; after another boot it is dead."""
+    """Whether a process lives. After another boot it is dead.
+
+    Of another host, machine or namespace of pids nothing can be told.
+    """
     if identity.host != this_host():
         return 'unknown'
-    boot, _, machine = identity.boot.partition('@')
-    if boot != this_boot().partition('@')[0]:
+    boot, machine, _ = _parts(identity.boot)
+    if boot != _parts(this_boot())[0]:
         return 'unknown' if machine and machine != this_machine() else 'dead'
-    if identity.pid <= 0 or not identity.start:
+    if identity.pid <= 0 or not identity.start or is_beside(identity):
         return 'unknown'
     return 'alive' if start_time(identity.pid) == identity.start else 'dead'
+
+
+def is_beside(identity: Identity) -> bool:
+    """Whether a process goes by the name of this host in another namespace of pids: in another container, say."""
+    boot, _, space = _parts(identity.boot)
+    return identity.host == this_host() and boot == _parts(this_boot())[0] and space not in ('', _this_space())
+
+
+_held: Final[list[int]] = []  # descriptors that are closed when this process ends
+
+
+def hold(file: Path) -> None:
+    """Locks a file for as long as this process lives, which is seen from each namespace of pids. Raises OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    _held.append(descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(file: Path) -> bool | None:
+    """Whether the process that locked a file lives; None if that can't be told."""
+    try:
+        with open(file, 'rb') as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------- start

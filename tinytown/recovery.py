@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
-from . import reports
+from . import hosts, reports
 from .agents import MOST_AT_ONCE, look_up, prune, stop_process
 from .errors import Conflict, NotFound
 from .model import AT_REST, LIVE, AgentRef, Field
-from .processes import GRACE_SECS, Identity, stop_tree, verdict
+from .processes import GRACE_SECS, Identity, is_beside, stop_tree
 from .store import Step, text
 from .town import Call
 
@@ -54,29 +54,53 @@ def recover(call: Call) -> Step[Recovered]:
     """Find agents whose process is proven dead, and free what they held: a running task returns to the backlog.
 
     After its last attempt it becomes a dead letter. Dead means that the process is gone or its machine was booted
-    since; an agent that only has not been heard of, or that runs on another host, is left alone.
+    since; an agent that only has not been heard of, or that runs on another host, is left alone. Refused where the
+    name of this host is that of another place.
     """
+    yield hosts.claim(call.town.root)
     reply = yield call.store.evidence(LIVE)
     checked, found = reply
     recovered = []
     for agent_id, name, _, instance, process in _evidence(found):
-        if process.pid and verdict(process) == 'dead':
+        if process.pid and reports.judge(call.town.root, agent_id, instance, process) == 'dead':
             stop_tree(None, instance)  # what it left behind
-            yield from reports.deliver_all(call.store, call.town.root, agent_id)
-            pauses = call.config.agent.retry_backoff_secs
             try:
-                yield call.store.died(agent_id, instance, 'its process died', pauses, 0)
+                yield from _free(call, agent_id, instance, 'its process died')
             except (Conflict, NotFound):
                 continue  # someone else was faster
             recovered.append(name)
     return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}
 
 
-def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, str, str, Identity]]:
-    """(id, name, state, instance, process) of each agent."""
+def _free(call: Call, agent_id: str, instance: str, why: str) -> Step[None]:
+    yield from reports.deliver_all(call.store, call.town.root, agent_id)
+    yield call.store.died(agent_id, instance, why, call.config.agent.retry_backoff_secs, 0)
+
+
+def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, int, str, Identity]]:
+    """(id, name, ms since its last heartbeat, instance, process) of each agent."""
     for row in found:
-        agent_id, name, state, instance, host, boot, pid, start, _ = map(text, row)
-        yield agent_id, name, state, instance, Identity(host, boot, int(pid or 0), start)
+        agent_id, name, _, instance, host, boot, pid, start, age = map(text, row)
+        yield agent_id, name, int(age or 0), instance, Identity(host, boot, int(pid or 0), start)
+
+
+def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[None]:
+    """Frees what a worker held that went by this host's name in another container, if it is silent for a lease.
+
+    That is for one whose end nothing proves: its volume is gone. Once it is heard of, this ends; `wait` takes seconds.
+    """
+    wanted, before = (yield from look_up(call, agent)).id, -1
+    for _ in range(call.config.agent.lease_secs + 1):
+        found = [row for row in _evidence((yield call.store.evidence(LIVE))[1]) if row[0] == wanted]
+        if not found:
+            return
+        _, _, age, instance, process = found[0]
+        judged = reports.judge(call.town.root, wanted, instance, process)
+        if age <= before or judged != 'unknown' or not is_beside(process):
+            return
+        before = age
+        wait(1.0)
+    yield from _free(call, wanted, instance, 'its container was not heard of for a lease')
 
 
 def reclaim(

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, unquote_plus
 
 from . import say
 from .clis import key_names
+from .config import FILE, read_settings
 from .settings import Config
 
 SHORTEST: Final = 8
 MARK: Final = b'[redacted]'
 _PATH: Final = re.compile(r'/[\w./:+-]*')
+# In the login of a URL. Where a character of it should have been encoded and is not, all up to the last @ may be it.
+_IN_LOGIN: Final = re.compile(r'(?<=://)([^:/?#]*):([^/?#]*)@')
+_IN_BROKEN_LOGIN: Final = re.compile(r'((?!unix:)(?:[^:]*://|(?!.*://))[^:/?#]*):(.*)@', re.S)
+_IN_QUERY: Final = re.compile(r'(?<=[?&]password=)[^&]*')
 
 Span = tuple[int, int]
 
@@ -110,9 +116,11 @@ def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
     urls = [config.redis.url or '', *(value for name, value in environ.items() if name.lower().endswith('_proxy'))]
     for url in urls:
         values += _passwords(url)
-    given = config.redis.password_file, config.redis.sentinel_password_file
-    ours = [root / Path(name).expanduser() for name in given if name]
-    for file in (*ours, root / '.tt' / 'token-key', *(root / '.tt' / 'agents').glob('*.token')):
+    for file in (
+        *_password_files(root, config),
+        root / '.tt' / 'token-key',
+        *(root / '.tt' / 'agents').glob('*.token'),
+    ):
         with suppress(OSError):
             values.append(file.read_text('utf-8', 'surrogateescape'))
     return Secrets(values)
@@ -124,11 +132,32 @@ def ready_log(root: Path, config: Config) -> None:
     say.configure(log.format, log.level, config.name, known(root, config, os.environ).hide)
 
 
+def exposed(root: Path, config: Config) -> list[str]:
+    """Of the files that hold a password of Redis those that every user of this machine may read; each with the mend."""
+    url = read_settings(root / FILE).get('redis.url', '')
+    own = [root / FILE] if masked(url) != url else []
+    found = [file for file in (*own, *_password_files(root, config)) if file.stat().st_mode & stat.S_IROTH]
+    return [
+        f'{file} holds a password that every user of this machine may read; run  chmod o-r {file}' for file in found
+    ]
+
+
+def _password_files(root: Path, config: Config) -> list[Path]:
+    """Those that settings name and that can be read without waiting for somebody to write (a named pipe)."""
+    given = config.redis.password_file, config.redis.sentinel_password_file
+    named = [root / Path(name).expanduser() for name in given if name]
+    return [file for file in named if file.is_file()]
+
+
+def masked(url: str) -> str:
+    """A URL to be shown: *** stands for its password, even if that makes it one that can't be read."""
+    url = _IN_QUERY.sub('***', url)
+    found = _IN_BROKEN_LOGIN.match(url) or _IN_LOGIN.search(url)
+    return f'{url[: found.start(2)]}***{url[found.end(2) :]}' if found else url
+
+
 def _passwords(url: str) -> list[str]:
     """The password in a URL, as it stands there and as it is meant."""
-    try:
-        parts = urlsplit(url)
-        found = [parts.password or '', *parse_qs(parts.query).get('password', ())]
-    except ValueError:
-        return []
-    return [*found, *map(unquote, found)]
+    login = [found[2] for found in (_IN_LOGIN.search(url), _IN_BROKEN_LOGIN.match(url)) if found]
+    query = _IN_QUERY.findall(url)
+    return [*login, *map(unquote, login), *query, *map(unquote_plus, query)]

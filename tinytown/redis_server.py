@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from . import keeper, native
-from .config import write_atomically
+from .config import make_directory, write_atomically
 from .errors import TownError, UsageError
 from .processes import identify, reap, start_time, verdict
 from .settings import Config
@@ -46,7 +46,7 @@ def _own(root: Path) -> UnixSocket:
 def socket_path(root: Path) -> Path:
     """The socket of the managed Redis: in the town's `.tt`, or where `.tt/redis.addr` says if that path is too long."""
     path = root / '.tt' / 'redis.sock'
-    if len(os.fsencode(path)) <= _LONGEST_PATH:
+    if not is_elsewhere(root):
         return path
     note = root / '.tt' / 'redis.addr'
     if not note.exists():
@@ -64,14 +64,19 @@ def socket_path(root: Path) -> Path:
     return short
 
 
+def is_elsewhere(root: Path) -> bool:
+    """Whether the socket of a town's managed Redis is below /tmp, as its own path is too long for one."""
+    return len(os.fsencode(root / '.tt' / 'redis.sock')) > _LONGEST_PATH
+
+
 def private_directory(root: Path) -> Path:
     """The town's `.tt`, mode 0700, with the places in it that everyone expects."""
     directory = root / '.tt'
-    directory.mkdir(mode=0o700, exist_ok=True)
+    make_directory(directory)
     if directory.stat().st_mode & 0o077:
         directory.chmod(0o700)
     for name in ('logs', 'redis', 'agents'):
-        (directory / name).mkdir(mode=0o700, exist_ok=True)
+        make_directory(directory / name)
     return directory
 
 
@@ -88,10 +93,8 @@ def ensure(root: Path, config: Config) -> None:
             _start(root, config, where)
 
 
-def stop(root: Path, config: Config) -> bool:
-    """Ends the managed Redis, its data saved. Says whether there was one."""
-    if config.redis.url:
-        return False
+def stop(root: Path) -> bool:
+    """Ends the managed Redis, its data saved, though redis.url may name another by now. Says whether there was one."""
     try:
         wire = _own(root).open()
         pid = int(re.search(rb'process_id:(\d+)', wire.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]

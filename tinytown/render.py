@@ -313,6 +313,12 @@ def _counts(template: str, **nouns: str) -> Callable[[Answer], str]:
     return fill
 
 
+def _pruned(answer: Answer) -> str:
+    said = _counts('Removed {removed}', removed='agent')(answer)
+    left = answer.get('left')
+    return f'{said}\nLeft as they are, on hosts that are silent (tt hosts): {", ".join(left)}.' if left else said
+
+
 _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'town.get_status': _status,
     'town.list_hosts': _hosts,
@@ -326,7 +332,7 @@ _RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
     'agent.resume': _said('{agent} is {status}.'),
     'agent.close': _said('{agent} is {status}.'),
     'agent.wait': _said('{agent} is {state}.'),
-    'agent.prune': _counts('Removed {removed}', removed='agent'),
+    'agent.prune': _pruned,
     'agent.inbox': _inbox,
     'agent.ack': _counts('Cleared {removed} from the mailbox of {agent}', removed='message'),
     'task.assign': _said('Task {task_id} waits in the inbox of {agent_name}.'),

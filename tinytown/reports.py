@@ -1,4 +1,8 @@
-"""What a worker keeps in the town's directory: the prompt of its round, and the reports that it has yet to deliver.
+"""What a worker keeps in the town's directory: the prompt of its round, the reports that it has yet to deliver, and a
+note of its process.
+
+The note is locked for as long as the worker lives. So it is known here, and known to live, whatever its host is called
+now, and from other containers that have the same directory.
 
 A report is on disk before it is sent and stays there until it was received. So a result survives its worker: whoever
 frees an agent's tasks delivers its reports first, or work that is done would be done again.
@@ -7,13 +11,28 @@ frees an agent's tasks delivers its reports first, or work that is done would be
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .config import write_atomically
 from .errors import Conflict, NotFound
+from .processes import (
+    Identity,
+    Verdict,
+    agents_processes,
+    hold,
+    identify,
+    is_beside,
+    is_held,
+    read_identity,
+    this_host,
+    verdict,
+)
 from .store import Step, Store, text
 
 
@@ -66,6 +85,45 @@ def deliver_all(store: Store, root: Path, agent_id: str) -> Step[None]:
     for file, report in waiting(root, agent_id):
         yield from deliver(store, report)
         file.unlink(missing_ok=True)
+
+
+def _note(root: Path, agent_id: str) -> Path:
+    return root / '.tt' / 'agents' / f'{agent_id}.process'
+
+
+def note_process(root: Path, agent_id: str, instance: str) -> None:
+    """Notes that this process runs an instance of an agent, until it ends."""
+    with suppress(OSError):  # a full disk, or one without locks: less is known of it then
+        write_atomically(_note(root, agent_id), f'{instance} {identify(os.getpid()).line}', 0o600)
+        hold(_note(root, agent_id))
+
+
+def noted(root: Path, agent_id: str) -> tuple[str, Identity | None]:
+    """The instance and process that an agent last ran as in this directory, with the name that this host has now."""
+    try:
+        instance, _, line = _note(root, agent_id).read_text().partition(' ')
+    except OSError:
+        return '', None
+    process = read_identity(line)
+    return instance, process and replace(process, host=this_host())
+
+
+def judge(root: Path, agent_id: str, instance: str, process: Identity) -> Verdict:
+    """Whether the process of an agent's instance lives; in another namespace of pids its lock tells."""
+    if is_beside(process) and noted(root, agent_id)[0] == instance:
+        lives = is_held(_note(root, agent_id))
+        return 'unknown' if lives is None else 'alive' if lives else 'dead'
+    return verdict(process)
+
+
+def workers(root: Path) -> dict[str, Identity | None]:
+    """The workers of this directory that have processes here, by instance; with the worker's own, if that is noted."""
+    found: dict[str, Identity | None] = dict.fromkeys(agents_processes(str(root)))
+    for file in (root / '.tt' / 'agents').glob('*.process'):
+        instance, process = noted(root, file.stem)
+        if process and verdict(process) == 'alive':
+            found[instance] = process
+    return found
 
 
 def forget(root: Path, agent_id: str) -> None:

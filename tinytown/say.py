@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final, Literal, cast, get_args
 
 from .model import rfc3339
 
@@ -57,6 +58,13 @@ def configure(
     if before:
         before.close()
     threading.excepthook = _thread_failed
+
+
+def begin(environ: Mapping[str, str]) -> None:
+    """Has the form that the environment says, before the configuration is read: what is wrong with that is told so."""
+    said = environ.get('TINYTOWN_TOWNHALL_LOG_FORMAT')
+    if said in get_args(Format):
+        configure(cast(Format, said))
 
 
 def is_told(level: Level) -> bool:
@@ -209,6 +217,8 @@ def _sender(stream: Any) -> Send:
     except (OSError, ValueError, AttributeError):
         return lambda data: _sent_to(stream, data)
     if stat.S_ISREG(mode):
+        with suppress(OSError):  # as a shell's  2>FILE  does not: it may be cut short by who rotates it
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
         return lambda data: os.write(descriptor, data)
     if stat.S_ISSOCK(mode):
         sock = socket.socket(fileno=os.dup(descriptor))

@@ -381,6 +381,17 @@ local function refuse_host(host, ms)
   end
 end
 
+-- Refuses the name of a host that a townhall in another place goes by. A townhall that is silent, for ms, is forgotten.
+local function refuse_name(host, place, ms)
+  local key = P .. 'host:' .. host
+  local halls = redis.call('HGETALL', key)
+  for i = 1, #halls, 2 do
+    local other = cjson.decode(halls[i + 1])
+    if now - tonumber(other.heard) > tonumber(ms) then redis.call('HDEL', key, halls[i])
+    elseif other.place ~= place then return refuse('host-name-taken', host, other.place) end
+  end
+end
+
 -- Gives the townhalls of a host an order: what to do (spawn, restart, stop, forget) with which instance of an agent, and
 -- further fields by name. Returns its id.
 local function order(host, verb, agent, instance, ...)
@@ -1062,22 +1073,20 @@ return {1}
 -- Refuses the name of a host that a townhall in another place goes by now. What was not heard of for a week is forgotten.
 -- Returns {1}.
 local host, token, place, url, silence = unpack(A)
-local key = P .. 'host:' .. host
-local halls = redis.call('HGETALL', key)
-for i = 1, #halls, 2 do
-  local other = cjson.decode(halls[i + 1])
-  if halls[i] ~= token then
-    if now - tonumber(other.heard) > tonumber(silence) then redis.call('HDEL', key, halls[i])
-    elseif other.place ~= place then return refuse('host-name-taken', host, other.place) end
-  end
-end
-redis.call('HSET', key, token, cjson.encode({heard = NOW, place = place, url = url}))
+local taken = refuse_name(host, place, silence)
+if taken then return taken end
+redis.call('HSET', P .. 'host:' .. host, token, cjson.encode({heard = NOW, place = place, url = url}))
 redis.call('ZADD', P .. 'hosts', NOW, host)
 for _, old in ipairs(redis.call('ZRANGEBYSCORE', P .. 'hosts', '-inf', string.format('%.0f', now - 604800000))) do
   redis.call('ZREM', P .. 'hosts', old)
   redis.call('DEL', P .. 'host:' .. old, P .. 'host:' .. old .. ':orders', P .. 'caretaker:' .. old)
 end
 return {1}
+
+-- @script host_name oom
+-- Whether a place may go by the name of a host. A: host, place, ms after which a townhall is silent. Refuses as host_here
+-- does. Returns {1}.
+return refuse_name(A[1], A[2], A[3]) or {1}
 
 -- @script host_gone oom
 -- A townhall ends. A: host, token. Returns {1}.

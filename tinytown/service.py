@@ -6,6 +6,7 @@ import argparse
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from .listen import UNIX
 from .processes import python_path
 from .settings import Config
 from .units import Plan
-from .usage import Parser, town_root
+from .usage import Parser, meant_root
 
 _SYSTEM: Final = Path('/etc/systemd/system')
 _INACTIVE: Final = 3  # the exit status of `status` for what does not run, as systemctl has it
@@ -69,35 +70,49 @@ def run(words: list[str]) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> int:
-    root = town_root(arguments)
-    config = configuration.load(root)
+    root, config = _load(arguments)
     directory, plan = _directory(arguments), _plan(arguments, root, config)
+    _refuse_unreachable(plan)
     texts = units.render(plan)
+    socket = directory / plan.socket_unit
     if not arguments.force:
         _refuse_foreign(directory, texts)
+        _refuse_changed(socket)
+    is_over = not plan.listen and socket.exists()
+    if is_over and _starts(arguments):
+        _run(arguments, 'stop', socket.name)  # and with it townhall, whose port it holds
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         configuration.write_atomically(directory / name, text)
         print(f'wrote {directory / name}')
-    if plan.socket_unit not in texts:
-        (directory / plan.socket_unit).unlink(missing_ok=True)
+    if is_over:
+        socket.unlink()
+        print(f'removed {socket}')
     for warning in _warnings(arguments, plan, config):
         print(f'note: {warning}')
-    if arguments.to is None:
+    if _starts(arguments):
         _start(arguments, plan)
+    elif arguments.to is None:
+        ctl = _systemctl(arguments)
+        first = f'{ctl} stop {plan.socket_unit} && ' if is_over else ''
+        print(f'Start it:  {first}{ctl} daemon-reload && {ctl} enable --now {plan.town_unit}')
     return 0
+
+
+def _starts(arguments: argparse.Namespace) -> bool:
+    return arguments.to is None and not arguments.no_start
 
 
 def _start(arguments: argparse.Namespace, plan: Plan) -> None:
     ctl = _systemctl(arguments)
-    if arguments.no_start:
-        print(f'Start it:  {ctl} daemon-reload && {ctl} enable --now {plan.town_unit}')
-        return
     _run(arguments, 'daemon-reload')
+    if plan.listen and _ask(arguments, 'is-active', plan.socket_unit) != 'active':
+        _run(arguments, 'stop', plan.hall_unit)  # a townhall that runs holds the port that the socket is to have
     _run(arguments, 'enable', '--now', plan.town_unit)
     _run(arguments, 'start', plan.hall_unit)  # as the town has asked for already: this waits until it serves
     print(f'{plan.town_unit} and {plan.hall_unit} run. What ran before takes up the new units:')
     print(f'{ctl} restart {plan.hall_unit}')
+    print(f'{ctl} restart {plan.town_unit}  (a new PATH or new keys of agents, too; it ends what they are doing)')
 
 
 def _uninstall(arguments: argparse.Namespace) -> int:
@@ -105,10 +120,10 @@ def _uninstall(arguments: argparse.Namespace) -> int:
     files = [file for file in _files(directory, name) if file.exists()]
     if not files:
         raise TownError(f'{directory} has no units of {name}; see  townhall service status')
-    changed = [file for file in files if not units.is_ours(file.read_text())]
-    if changed and not arguments.force:
-        raise TownError(f'{changed[0]} was changed by hand; remove it with  --force')
+    for file in files if not arguments.force else ():
+        _refuse_changed(file)
     _run(arguments, 'disable', '--now', f'tinytown-{name}.service')
+    _run(arguments, 'stop', *(file.name for file in files))  # what goes with the town may run without it
     for file in files:
         file.unlink()
         print(f'removed {file}')
@@ -139,16 +154,33 @@ def _status(arguments: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
+def _load(arguments: argparse.Namespace) -> tuple[Path, Config]:
+    """The town that is meant, and its configuration as its services see it: by the home of their user, and without
+    the settings in our environment. Raises UsageError."""
+    root = meant_root(arguments)
+    home = configuration.home() if arguments.user or os.geteuid() else Path(_owner(root).pw_dir)
+    return root, configuration.load(root, environ={'HOME': str(home)} if home else {})
+
+
+def _owner(root: Path) -> pwd.struct_passwd:
+    """The user that the services of a town run as. Raises UsageError."""
+    uid = root.stat().st_uid
+    try:
+        return pwd.getpwuid(uid)
+    except KeyError:
+        raise UsageError(
+            f'the town in {root} belongs to uid {uid}, which has no name on this machine; give it to a user:  '
+            f'chown -R USER {shlex.quote(str(root))}'
+        ) from None
+
+
 def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
     settings = config.townhall
+    user = '' if arguments.user else _owner(root).pw_name
     credentials, paths = _credentials(arguments.credential)
-    sock = redis_server.socket_path(root)
-    writable = [str(redis_server.socket_path(root).parent)] if sock.parent != root / '.tt' else []
-    audit = (root / settings.audit.path).parent
-    if not audit.is_relative_to(root):
-        writable.append(str(audit))
-    if settings.bind.startswith(UNIX) and not arguments.socket:
-        writable.append(str(Path(settings.bind.removeprefix(UNIX)).parent))
+    writable, runtime = _places(arguments, root, config, user)
+    if redis_server.is_elsewhere(root) and not config.redis.url:
+        writable.append('/tmp')  # noqa: S108  in which the directory of its socket is made, anew if that was emptied
     return Plan(
         name=_name(arguments),
         root=_fit_for_unit(root, 'the town'),
@@ -156,13 +188,44 @@ def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
         python_path=_fit_text(python_path(), 'PYTHONPATH'),
         path=_fit_text(_absolute(arguments.path or os.environ.get('PATH', os.defpath)), '--path'),
         drain_secs=settings.limits.drain_secs,
-        user='' if arguments.user else pwd.getpwuid(root.stat().st_uid).pw_name,
+        user=user,
         writable=tuple(writable),
+        runtime=runtime,
         credentials=credentials,
         credential_paths=paths,
         listen=_listen_stream(settings.bind, settings.rest_port) if arguments.socket else '',
-        has_private_tmp=not any(map(_is_temporary, (f'{root}', f'{sock}', sys.executable, *python_path().split(':')))),
+        has_private_tmp=not any(map(_is_temporary, (str(root), *writable, sys.executable, *python_path().split(':')))),
     )
+
+
+def _places(arguments: argparse.Namespace, root: Path, config: Config, user: str) -> tuple[list[str], str]:
+    """The directories outside of the town that townhall writes to, and which of them systemd is to make below /run.
+
+    Raises UsageError for one that is not there.
+    """
+    bind = config.townhall.bind
+    places = {'townhall.audit.path': (root / config.townhall.audit.path).parent}
+    if bind.startswith(UNIX) and not arguments.socket:
+        places['townhall.bind'] = Path(bind.removeprefix(UNIX)).parent
+    found, runtime = [], ''
+    for setting, place in places.items():
+        if place.is_relative_to(root):
+            continue
+        if setting == 'townhall.bind' and user and _is_own_runtime(place, user):
+            runtime = place.name
+            continue
+        if not place.is_dir():
+            make = f'sudo install -d -o {user}' if user else 'mkdir -p'
+            raise UsageError(f'{setting} is in {place}, which is not there; make it:  {make} {shlex.quote(str(place))}')
+        found.append(str(place))
+    return found, runtime
+
+
+def _is_own_runtime(place: Path, user: str) -> bool:
+    """Whether a directory is one right below /run, which is empty after a boot, and is no other user's."""
+    if place.parent != Path('/run') or not re.fullmatch(r'[\w.-]+', place.name):
+        return False
+    return not place.exists() or place.owner() == user
 
 
 def _is_temporary(path: str) -> bool:
@@ -171,7 +234,7 @@ def _is_temporary(path: str) -> bool:
 
 
 def _name(arguments: argparse.Namespace) -> str:
-    name: str = arguments.name or configuration.load(town_root(arguments)).name
+    name: str = arguments.name or _load(arguments)[1].name
     configuration.find_setting('name', '--name').check(name, '--name')
     return name
 
@@ -226,18 +289,60 @@ def _credentials(given: list[str]) -> tuple[tuple[tuple[str, str], ...], tuple[t
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
+def _refuse_changed(file: Path) -> None:
+    """Refuses to replace or remove a unit that was changed by hand. Raises TownError."""
+    if file.exists() and not units.is_ours(file.read_text()):
+        raise TownError(
+            f'{file} was changed by hand; replace or remove it with  --force  (what is yours belongs into  '
+            f'systemctl edit {file.name}, which stays)'
+        )
+
+
 def _refuse_foreign(directory: Path, texts: dict[str, str]) -> None:
     """Refuses to write over a unit that was changed by hand, or that is another town's. Raises TownError."""
     for name, text in texts.items():
         file = directory / name
+        _refuse_changed(file)
         before = file.read_text() if file.exists() else text
-        if not units.is_ours(before):
-            raise TownError(
-                f'{file} was changed by hand; write over it with  --force  (what is yours belongs into  '
-                f'systemctl edit {name}, which stays)'
-            )
         if _place(before) != _place(text):
             raise TownError(f'{file} is for the town in {_place(before)}; give  --name  another name, or  --force')
+
+
+def _refuse_unreachable(plan: Plan) -> None:
+    """Refuses what the town's user can't run there: a Python, or this program, below /root, say. Raises UsageError."""
+    if os.geteuid() or plan.user in ('', 'root'):
+        return
+    user = _owner(plan.root)
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    code = 'import os, sys; os.chdir(sys.argv[1]); import tinytown.townhall'
+    argv = [plan.python, '-B', '-P', '-c', code, str(plan.root)]
+    try:
+        done = subprocess.run(
+            argv, user=user.pw_uid, group=user.pw_gid, extra_groups=groups, env={'PYTHONPATH': plan.python_path},
+            cwd='/', stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        said = done.stderr.strip().rpartition('\n')[2] if done.returncode else ''
+    except OSError as e:
+        said = str(e)
+    if not said:
+        return
+    needed = [plan.root, Path(plan.python), Path(plan.python).resolve(), *map(Path, plan.python_path.split(os.pathsep))]
+    closed = next(filter(None, (_closed(each, user.pw_uid, groups) for each in needed)), None)
+    raise UsageError(
+        f"{user.pw_name}, the town's owner, can't run it: {f'{closed} is closed to that user' if closed else said}; "
+        'Python, Townhall and the town must lie where it may read them; the one-file program is unpacked elsewhere by  '
+        'sudo XDG_CACHE_HOME=/opt townhall service install …'
+    )
+
+
+def _closed(path: Path, uid: int, groups: list[int]) -> Path | None:
+    """The first directory on the way to a path that a user may not enter, as far as modes tell."""
+    for each in (*reversed(path.parents), path):
+        found = each.stat()
+        shift = 6 if found.st_uid == uid else 3 if found.st_gid in groups else 0
+        if not found.st_mode >> shift & 1:
+            return each
+    return None
 
 
 def _place(text: str) -> str:

@@ -235,6 +235,9 @@ class Store:
             self.close()  # the next connection finds the one to ask
             if reply.kind == 'MOVED':  # it was not executed
                 reply = self._exchange(command)
+        if isinstance(reply, RedisError):
+            wire: Wire | None = getattr(self._local, 'wire', None)
+            raise as_town_error(reply, wire.about if wire else '', self.prefix.decode())
         return command.result(reply)
 
     def _exchange(self, command: Command) -> Any:

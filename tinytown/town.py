@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
-from urllib.parse import urlsplit, urlunsplit
 
 from . import config as configuration
 from . import redis_server
 from .errors import UsageError
 from .model import Agent, Cursor, Field, Limit, Principal, new_id
 from .processes import name_host
+from .redact import masked
 from .settings import Config
 from .store import Page, Step, Store, text
 
@@ -33,13 +33,7 @@ class Town:
     @property
     def redis_url(self) -> str:
         """Where the state is, without a password."""
-        url = self.config.redis.url or f'unix://{redis_server.socket_path(self.root)}'
-        url = re.sub(r'(password=)[^&#]*', r'\1***', url)
-        parts = urlsplit(url)
-        if parts.password is None:
-            return url
-        host = parts.netloc.rpartition('@')[2]
-        return urlunsplit(parts._replace(netloc=f'{parts.username}:***@{host}'))
+        return masked(self.config.redis.url or f'unix://{redis_server.socket_path(self.root)}')
 
 
 class Call(NamedTuple):
@@ -79,13 +73,17 @@ def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
     return town
 
 
-def join(root: Path) -> Town:
-    """Makes the directory `root` a further host of the town that its Redis holds. Raises UsageError, TownError."""
+def join(root: Path, check: Callable[[Town], None]) -> Town:
+    """Makes the directory `root` a further host of the town that its Redis holds, if `check` raises nothing.
+
+    Raises UsageError, TownError.
+    """
     config = configuration.load(root)
     if not config.redis.url:
         raise UsageError(f'{root / configuration.FILE}: redis.url is not set, by which a further host finds the town')
     town = _connect(root, config)
     owner = text(town.store.call(town.store.open(''))[0])
+    check(town)
     configuration.write_atomically(_identity_file(root), f'{owner}\n', 0o600)
     return town
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from typing import Any
 
 from . import __version__
 from . import config as configuration
-from .say import finish, last_words, say
+from .say import begin, finish, last_words, say
 from .usage import Parser, end_streams, explain, ready_streams, town_root
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
@@ -44,6 +45,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
     ready_streams()
+    begin(os.environ)
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -85,15 +87,12 @@ def _run(argv: list[str] | None) -> int:
     from . import redact  # late: --help and a wrong command line need none of it
     from .access import check_start
     from .hall import Hall
-    from .town import open_town
 
     config = configuration.load(root, flags)
     redact.ready_log(root, config)
     say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
     check_start(config, config.townhall.bind)  # before anything is started
-    town = open_town(root, flags)
-    say('townhall', f'town {town.name} in {town.root}, Redis at {town.redis_url}', 'debug')
-    return Hall(town, flags, arguments.mode).run()
+    return Hall(root, config, flags, arguments.mode).run()
 
 
 def _level(arguments: argparse.Namespace) -> str | None:

@@ -28,7 +28,8 @@ _TOWN_STOP_SECS: Final = 120  # workers get 5 s each to end their programs, and 
 class Plan:
     """What is to be run: the town `name` in `root`, by `python` with these paths, as `user` ('' for a user's manager).
 
-    `writable` are the places beside the town's that townhall writes to, `drain_secs` what a stop gives requests.
+    `writable` are the places beside the town's that townhall writes to, `runtime` one that is made below /run for it,
+    `drain_secs` what a stop gives requests.
     `credentials` are (name, file) for LoadCredential=, and `credential_paths` the variables that hold where one of them
     is then (variable, name); `listen` is the address of a socket that systemd is to hold.
     """
@@ -41,6 +42,7 @@ class Plan:
     drain_secs: int
     user: str = ''
     writable: tuple[str, ...] = ()
+    runtime: str = ''
     credentials: tuple[tuple[str, str], ...] = ()
     credential_paths: tuple[tuple[str, str], ...] = ()
     listen: str = ''
@@ -79,7 +81,6 @@ def is_ours(text: str) -> bool:
 
 
 def _town(plan: Plan) -> str:
-    tools = f'{_command(plan, "standstill")} {_word(str(plan.root))}'
     unit = [
         f'Description=The town {plan.name}: its agents and its Redis',
         f'Wants={" ".join(_parts(plan))}',
@@ -89,8 +90,7 @@ def _town(plan: Plan) -> str:
     service = [
         'Type=notify',
         f'ExecStart={_command(plan, "keeper")} {_word(str(plan.root))}',
-        f'ExecStop={tools}',
-        '# Whatever is left of the town then, is ended.',
+        '# The keeper ends the town. Whatever is left then, is killed.',
         'KillMode=mixed',
         f'TimeoutStopSec={_TOWN_STOP_SECS}',
         'Restart=on-failure',
@@ -208,7 +208,9 @@ def _hall_sandbox_of_system(plan: Plan) -> list[str]:
         'AmbientCapabilities=',
         'ProtectSystem=strict',
         'ProtectHome=read-only',
-        f'ReadWritePaths={" ".join(_word(each, dollars=False) for each in (str(plan.root), *plan.writable))}',
+        f'ReadWritePaths={_word(str(plan.root), dollars=False)}',
+        *(f'ReadWritePaths={_word(f"-{each}", dollars=False)}' for each in plan.writable),
+        *([f'RuntimeDirectory={plan.runtime}', 'RuntimeDirectoryPreserve=yes'] if plan.runtime else []),
         *(['PrivateTmp=yes'] if plan.has_private_tmp else []),
         'PrivateDevices=yes',
         'DevicePolicy=closed',

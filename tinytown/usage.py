@@ -79,10 +79,37 @@ def acts_here(arguments: argparse.Namespace) -> None:
 
 
 def town_root(arguments: argparse.Namespace) -> Path:
+    """The town that is meant, for a command that may write or start something there. Raises UsageError."""
+    root = meant_root(arguments)
+    _refuse_root(root)
+    return root
+
+
+def meant_root(arguments: argparse.Namespace) -> Path:
     """The town of --town, of TINYTOWN_TOWN, or of the nearest directory upwards. Raises UsageError."""
     acts_here(arguments)
     given = getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN') or None
     return find(Path() if given else Path.cwd(), given)
+
+
+def _refuse_root(root: Path) -> None:
+    """Refuses root in the town of another user of this machine, who could not use what root starts or writes there.
+
+    A number without a name, as in a container that a directory is mounted into, is nobody who could be locked out.
+    """
+    owner = root.stat().st_uid
+    if os.geteuid() or not owner:
+        return
+    import pwd
+
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return
+    raise UsageError(
+        f'{root} belongs to {name}, who could not use what root starts or writes there; run this as that user:  '
+        f'sudo -u {name} …'
+    )
 
 
 def open_meant(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Town:

@@ -12,6 +12,7 @@ import binascii
 import os
 import re
 import socket
+import stat
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from .errors import TownError, Unavailable, UsageError
@@ -35,6 +36,7 @@ _SENTINEL_PORT: Final = 26379
 _SLOTS: Final = 16384
 _WATCH_SECS: Final = 0.25
 _MOVES: Final = 5  # redirections in a row that are followed
+_MOST_SECRET: Final = 65_536
 _ASK_SECS: Final = 0.5  # for a sentinel: the next one may know more
 
 T = TypeVar('T')
@@ -58,23 +60,39 @@ _HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5})
 
 @dataclass(frozen=True)
 class Login:
-    """Who we are to a server. A `file` holds the password, and is read at each connection."""
+    """Who we are to a server. A `file` holds the password, and is read at each connection.
+
+    `settings` are those that say all this.
+    """
 
     user: str = ''
     password: str = field(default='', repr=False)
     file: Path | None = None
+    settings: str = field(default='redis.url and redis.password_file', compare=False)
 
     def words(self) -> tuple[str, ...]:
         """What AUTH is given; nothing where there is no password. Raises Unavailable."""
         password = self.password
         if self.file:
             try:
-                password = self.file.read_text('utf-8').rstrip('\r\n')
+                password = read_secret(self.file)
             except (OSError, ValueError) as e:
                 raise gone(f"can't be asked: the password in {self.file} can't be read: {e}") from None
         if not password:
             return ()
         return (self.user, password) if self.user else (password,)
+
+
+def read_secret(file: Path) -> str:
+    """What a file of one line holds. Raises OSError, ValueError where it is none, or where others may change it."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for somebody to write
+    with open(descriptor, encoding='utf-8') as opened:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError('this is no regular file')
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError(f'other users may change it; run  chmod go-w {file}')
+        return opened.read(_MOST_SECRET).rstrip('\r\n')
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,11 @@ class Server:
     def name(self) -> str:
         return self.path or (f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}')
 
+    @property
+    def about(self) -> str:
+        """Who we are and where, for messages."""
+        return f'{self.login.user}@{self.name}' if self.login.user else self.name
+
     def at(self, place: Place) -> Server:
         """A server elsewhere that is spoken to in the same way."""
         return replace(self, host=place[0], port=place[1])
@@ -116,24 +139,43 @@ class Server:
         """A connection that may be used. Raises Unavailable, TownError where the server does not want us."""
         words = self.login.words()
         try:
-            wire = Wire(self._dial(timeout))
+            wire = Wire(self._dial(timeout), self.about)
         except OSError as e:
-            raise gone(f'is not there: {self.name}: {e.strerror or e}') from None
+            raise gone(self._why_not(e)) from None
         try:
-            if words:
-                wire.ask('AUTH', *words)
-            if self.db:
-                wire.ask('SELECT', self.db)
-            if self.tls and not words:
-                wire.ask('PING')  # a client certificate that is not wanted is refused at the first read
+            reply = self._greet(wire, words)
         except Unavailable as e:
+            raise gone(f'at {self.name} let us not in: {e.detail}{self._hint}') from None
+        if isinstance(reply, RedisError):
             wire.close()
-            hint = '; it may want a certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
-            raise gone(f'at {self.name} let us not in: {e.detail}{hint}') from None
-        except TownError:
-            wire.close()
-            raise
+            raise as_town_error(reply, self.about, login=self.login.settings)
         return wire
+
+    def _greet(self, wire: Wire, words: tuple[str, ...]) -> Any:
+        """Says who we are and which database we want. The last reply, or a RedisError. Raises Unavailable."""
+        reply = wire.answer('AUTH', *words) if words else None
+        if self.db and not isinstance(reply, RedisError):
+            reply = wire.answer('SELECT', self.db)
+        if self.tls and not words:
+            wire.answer('PING')  # a client certificate that is not wanted is refused at the first read
+        return reply
+
+    def _why_not(self, e: OSError) -> str:
+        """Why there is no connection, and the mend."""
+        if untrusted := getattr(e, 'verify_message', ''):
+            mend = 'name a file with the certificate of its authority in redis.tls_ca_path'
+            if 'mismatch' in untrusted:
+                mend = 'write a host that its certificate names, or set redis.tls_check_hostname = false'
+            return f'at {self.name} shows a certificate that is not trusted: {untrusted.rstrip(".")}; {mend}'
+        if isinstance(e, TimeoutError) and 'handshake' in str(e):
+            return f'at {self.name} does not answer to TLS; without TLS write redis in the place of rediss in redis.url'
+        if handshake := getattr(e, 'reason', ''):  # of an ssl.SSLError
+            return f'at {self.name} broke off the handshake of TLS: {handshake}{self._hint}'
+        return f'is not there: {self.name}: {e.strerror or e}'
+
+    @property
+    def _hint(self) -> str:
+        return '; it may want a certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
 
     def _dial(self, timeout: float) -> socket.socket:
         """A connected socket. Raises OSError."""
@@ -206,7 +248,10 @@ class Sentinels:
         raise gone(f'at {where.name} is named as the master, and says that it is none ({role.decode()})')
 
     def _master_of(self, sentinel: Wire) -> Place:
-        found = sentinel.ask('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
+        found = sentinel.answer('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
+        if isinstance(found, RedisError):
+            sentinel.close()
+            raise as_town_error(found, sentinel.about, login=self.sentinel.login.settings)
         if found is None:
             sentinel.close()
             raise gone(f'master {self.master} is not known there; see SENTINEL MASTERS')
@@ -284,41 +329,62 @@ def locate(settings: Redis, key: str, root: Path) -> Address:
 
     Raises UsageError that names the part that is wrong, and never shows a password.
     """
-    found = _split(settings.url)
+    url = read_url(settings.url)
+    login = _login(url.user, url.password, settings, root)
+    server = Server(path=url.path, login=login, db=url.db, tls=_tls(url.is_tls, settings, root))
+    if url.kind == 'sentinel':
+        file = _secret_file('sentinel_password_file', settings, root)
+        ours = Login(settings.sentinel_user, '', file, 'redis.sentinel_user and redis.sentinel_password_file')
+        return Sentinels(url.places, Server(login=ours, tls=server.tls), url.master, server)
+    if url.kind == 'cluster':
+        return Cluster(url.places, server, key)
+    return server if url.path else server.at(url.places[0])
+
+
+class Url(NamedTuple):
+    """What a URL says. `kind` is sentinel, cluster or nothing; a unix socket has a path, and else there are places."""
+
+    kind: str
+    is_tls: bool
+    user: str
+    password: str
+    places: list[Place]
+    path: str
+    master: str
+    db: int
+
+
+def read_url(url: str) -> Url:
+    """What a `redis.url` says by itself. Raises UsageError that names the part that is wrong."""
+    found = _split(url)
     query, path = _query(found['query']), unquote(found['path'])
     scheme, _, kind = found['scheme'].partition('+')
-    login = _login(found['login'], query, settings, root)
-    server = Server(login=login, db=_number(query.get('db', '')), tls=_tls(scheme == 'rediss', settings, root))
+    user, _, password = found['login'].partition(':')
+    user, password = unquote(user) or query.get('username', ''), unquote(password) or query.get('password', '')
+    db = _number(query.get('db', ''))
     if scheme == 'unix':
         if found['hosts'] or len(path) < 2:
             raise _wrong('the path of the socket is missing; write unix:///run/redis.sock')
-        return replace(server, path=path)
+        return Url('', False, user, password, [], path, '', db)
     places = list(_places(found['hosts'], _SENTINEL_PORT if kind == 'sentinel' else _PORT))
+    if not kind and len(places) > 1:
+        raise _wrong('it names several hosts; write redis+sentinel:// or redis+cluster://')
+    master, db = _behind_hosts(path, kind, db)
+    return Url(kind, scheme == 'rediss', user, password, places, '', master, db)
+
+
+def _behind_hosts(path: str, kind: str, db: int) -> tuple[str, int]:
+    """The master and the database that a path names, which else is `db`."""
     words = path.strip('/').split('/')
     master = words.pop(0) if kind == 'sentinel' else ''
-    server = replace(server, db=_number(words.pop(0)) or server.db) if words else server
+    if kind == 'sentinel' and not master:
+        raise _wrong('the name of the master is missing; write it behind the sentinels: …:26379/mymaster')
+    db = (_number(words.pop(0)) if words else 0) or db
     if words:
         raise _wrong(f'there is too much behind the host{"s and the master" if master else ""}')
-    if kind == 'sentinel':
-        return _sentinels(places, master, server, settings, root)
-    if kind == 'cluster':
-        return _cluster(places, key, server)
-    if len(places) > 1:
-        raise _wrong('it names several hosts; write redis+sentinel:// or redis+cluster://')
-    return server.at(places[0])
-
-
-def _sentinels(places: list[Place], master: str, server: Server, settings: Redis, root: Path) -> Sentinels:
-    if not master:
-        raise _wrong('the name of the master is missing; write it behind the sentinels: …:26379/mymaster')
-    login = Login(settings.sentinel_user, '', _file('sentinel_password_file', settings, root))
-    return Sentinels(places, Server(login=login, tls=server.tls), master, server)
-
-
-def _cluster(places: list[Place], key: str, server: Server) -> Cluster:
-    if server.db:
+    if kind == 'cluster' and db:
         raise _wrong('a Cluster has no other database than 0; leave the number out')
-    return Cluster(places, server, key)
+    return master, db
 
 
 _ENCODED: Final = '; in a user or password write %40 for @, %2F for /, %3F for ?, %23 for # and %25 for %'
@@ -347,14 +413,12 @@ def _query(text: str) -> dict[str, str]:
     return found
 
 
-def _login(text: str, query: dict[str, str], settings: Redis, root: Path) -> Login:
-    user, _, password = text.partition(':')
-    user, password = unquote(user) or query.get('username', ''), unquote(password) or query.get('password', '')
+def _login(user: str, password: str, settings: Redis, root: Path) -> Login:
     if user and not password and not settings.password_file:
         raise _wrong('there is a user and no password; add :password, or set redis.password_file')
     if password and settings.password_file:
         raise UsageError('redis.password_file is set, and redis.url holds a password; remove one of them')
-    return Login(user, password, _file('password_file', settings, root))
+    return Login(user, password, _secret_file('password_file', settings, root))
 
 
 def _file(name: str, settings: Redis, root: Path) -> Path | None:
@@ -364,10 +428,23 @@ def _file(name: str, settings: Redis, root: Path) -> Path | None:
         return None
     file = root / Path(given).expanduser()
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # to open a named pipe would wait for somebody to write
+            raise UsageError(f'redis.{name}: {file} is no regular file')
         with open(file, 'rb'):
             return file
     except OSError as e:
         raise UsageError(f'redis.{name}: {file}: {e.strerror}') from None
+
+
+def _secret_file(name: str, settings: Redis, root: Path) -> Path | None:
+    """The same for one that holds a password, which nobody else may change."""
+    file = _file(name, settings, root)
+    if file:
+        try:
+            read_secret(file)
+        except (OSError, ValueError) as e:
+            raise UsageError(f'redis.{name}: {file}: {e}') from None
+    return file
 
 
 def _tls(is_wanted: bool, settings: Redis, root: Path) -> Tls | None:

@@ -59,13 +59,29 @@ _NOT_NOW: Final = {
 ASTRAY: Final = frozenset({'MOVED', 'READONLY', 'UNBLOCKED', 'CLUSTERDOWN', 'MASTERDOWN'})
 
 
-def as_town_error(error: RedisError) -> TownError:
-    """What a caller is told of an error reply."""
+_FORBIDDEN: Final = re.compile(r'NOPERM|ERR .*(?:user executing the script|ACL failure)')
+
+
+def as_town_error(
+    error: RedisError, about: str = '', keys: str = 'tt:{TOWN}:', login: str = 'redis.url and redis.password_file'
+) -> TownError:
+    """What a caller is told of an error reply.
+
+    For one that refuses us, `about` is who we are and where (`user@host:port`), `keys` how the keys begin that we need,
+    and `login` the settings that name user and password.
+    """
+    at = f' at {about}' if about else ''
     if error.kind in _NOT_NOW:
         return Unavailable(f'Nothing was changed: {_NOT_NOW[error.kind]}', code='redis-unavailable', retry_after=1)
-    if error.kind in ('NOAUTH', 'WRONGPASS', 'NOPERM'):
-        return Unavailable(f'Redis refused us: {error}', code='redis-unavailable', retry_after=5)
-    return TownError(f'Redis answered: {error}', code='redis-error')
+    mend = ''
+    if error.kind in ('NOAUTH', 'WRONGPASS'):
+        mend = f'set the right user and password in {login}'
+    elif _FORBIDDEN.match(str(error)):
+        mend = f'our user needs the keys ~{keys}* and the commands that docs/redis.md lists'
+    if mend:
+        told = f'Redis{at} refused us: {str(error).rstrip(".")}; {mend}'
+        return Unavailable(told, code='redis-unavailable', retry_after=5)
+    return TownError(f'Redis{at} answered: {error}', code='redis-error')
 
 
 def gone(what: str) -> Unavailable:
@@ -163,8 +179,9 @@ class Address(Protocol):
 class Wire:
     """One connection, over a connected socket. Not for two threads at once."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, about: str = '') -> None:
         self.sock = sock
+        self.about = about  # who we are and where, for messages
         self.reader = Reader()
 
     def request(self, data: bytes, timeout: float = TIMEOUT) -> Any:
@@ -178,14 +195,18 @@ class Wire:
 
     def ask(self, *parts: Part, timeout: float = TIMEOUT) -> Any:
         """The reply to a command that changes nothing. Raises Unavailable, and TownError for an error reply."""
-        try:
-            reply = self._exchange(pack(parts), timeout)
-        except OSError as e:
-            raise gone(f'did not answer: {e}') from None
+        reply = self.answer(*parts, timeout=timeout)
         if isinstance(reply, RedisError):
             self.close()
-            raise as_town_error(reply)
+            raise as_town_error(reply, self.about)
         return reply
+
+    def answer(self, *parts: Part, timeout: float = TIMEOUT) -> Any:
+        """The reply to a command that changes nothing, a RedisError, too. Raises Unavailable."""
+        try:
+            return self._exchange(pack(parts), timeout)
+        except OSError as e:
+            raise gone(f'did not answer: {e}') from None
 
     def _exchange(self, data: bytes, timeout: float) -> Any:
         deadline = time.monotonic() + timeout
@@ -401,10 +422,9 @@ class Link:
             try:
                 self._prepare()
                 wire = self._address.open()
-                if wire.request(pack(['PING'])) == b'PONG':
-                    self._call_soon(partial(self._attach, wire))
-                    return
-                wire.close()
+                wire.ask('PING')
+                self._call_soon(partial(self._attach, wire))
+                return
             except Exception as e:  # whatever it is, the link must come back
                 self._say(str(e))
             self._closed.wait(0.2)

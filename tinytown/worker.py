@@ -79,6 +79,7 @@ class Worker:
         """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
         for file, report in reports.waiting(self.town.root, self.id):
             self._deliver(file, report)
+        reports.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
         hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
         name, cli, most, _, head = self.town.store.call(hello)

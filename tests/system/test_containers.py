@@ -162,23 +162,55 @@ def test_sigterm_is_heard_while_townhall_still_waits_for_its_redis(volume: Path)
         assert process.wait(PATIENCE) in (0, 1, 143)
 
 
-def test_a_worker_that_was_killed_with_its_container_works_on_in_the_next_one(volume: Path, tmp_path: Path) -> None:
+GIVEN = {'TINYTOWN_NAME': 'test', 'TINYTOWN_REDIS_URL': 'unix:///mnt/redis.sock', 'TINYTOWN_AGENT_LEASE_SECS': '6'}
+
+
+@pytest.fixture
+def town(volume: Path, tmp_path: Path) -> Iterator[Place]:
+    """A town whose Redis is in the volume, and in another one beside that."""
     place = make_town(tmp_path / 'town', agent={'lease_secs': 6})
-    url = place.town.redis_url
-    given = {'TINYTOWN_NAME': 'test', 'TINYTOWN_REDIS_URL': 'unix:///mnt/redis.sock'}
-    (volume / 'redis.sock').touch()
-    subprocess.run(['mount', '--bind', url.removeprefix('unix://'), str(volume / 'redis.sock')], check=True)
-    try:
-        with container('worker-1', volume, 'worker', 'w', '--cli', 'demo', **given) as (_, first):
-            place.await_event('agent.started', agent_name='w')
-            os.kill(first, signal.SIGKILL)
-        with container('worker-1', volume, 'worker', 'w', **given) as (process, first):
-            place.await_event('agent.restarting', agent_name='w')
-            task = place.do('task.assign', agent='w', task='haiku')['task_id']
-            assert place.await_end(task)['result'] == 'demo: done: haiku'
-            os.kill(first, signal.SIGTERM)
+    mounted = [volume / 'redis.sock', tmp_path / 'other' / 'redis.sock']
+    (tmp_path / 'other').mkdir()
+    for file in mounted:
+        file.touch()
+        subprocess.run(['mount', '--bind', place.town.redis_url.removeprefix('unix://'), str(file)], check=True)
+    yield place
+    for file in mounted:
+        subprocess.run(['umount', str(file)], check=True)
+    Place(place.root).close()
+
+
+@pytest.mark.parametrize('following', ['volume', 'other'])
+def test_a_worker_that_was_killed_with_its_container_works_on_in_the_next_one(
+    volume: Path, town: Place, following: str
+) -> None:
+    with container('worker-1', volume, 'worker', 'w', '--cli', 'demo', **GIVEN) as (_, first):
+        town.await_event('agent.started', agent_name='w')
+        os.kill(first, signal.SIGKILL)
+    with container('worker-1', volume.parent / following, 'worker', 'w', **GIVEN) as (process, first):
+        town.await_event('agent.restarting', agent_name='w')
+        task = town.do('task.assign', agent='w', task='haiku')['task_id']
+        assert town.await_end(task)['result'] == 'demo: done: haiku'
+        os.kill(first, signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    assert town.do('agent.get', agent='w')['state'] == 'Stopped'
+
+
+@pytest.mark.parametrize('second', ['volume', 'other'])
+def test_a_second_container_of_the_same_name_leaves_the_worker_of_the_first_alone(
+    volume: Path, town: Place, second: str
+) -> None:
+    with container('dup', volume, 'worker', 'w', '--cli', 'demo', **GIVEN) as (_, first):
+        town.await_event('agent.started', agent_name='w')
+        task = town.do('task.assign', agent='w', task='sleep 8')['task_id']
+        town.await_event('task.started', task_id=task)
+        with container('dup', volume.parent / second, 'worker', 'w', **GIVEN) as (process, _):
+            assert process.wait(PATIENCE) == 1
+            said(volume.parent / second, r"Agent 'w' is Working; kill it first")
+        with container('dup', volume, *TT, 'kill', 'w', **GIVEN) as (process, _):
+            assert process.wait(PATIENCE) == 1
+            said(volume, r"'w' runs in another container \(namespace of pids\) of host 'dup'")
+        with container('dup', volume, *TT, 'recover', **GIVEN) as (process, _):
             assert process.wait(PATIENCE) == 0
-        assert place.do('agent.get', agent='w')['state'] == 'Stopped'
-    finally:
-        subprocess.run(['umount', str(volume / 'redis.sock')], check=True)
-        Place(place.root).close()
+        assert town.await_end(task)['attempt'] == 1
+        os.kill(first, signal.SIGTERM)

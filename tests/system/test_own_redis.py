@@ -135,8 +135,8 @@ def test_a_town_lives_in_a_redis_behind_tls_that_wants_a_certificate(
 @pytest.mark.parametrize(
     ('host', 'changed', 'told'),
     [
-        ('localhost', {'tls_ca_path': 'other'}, 'certificate verify failed'),
-        (HOST, {}, 'IP address mismatch'),
+        ('localhost', {'tls_ca_path': 'other'}, r'not trusted: .*; name .* in redis\.tls_ca_path'),
+        (HOST, {}, r'IP address mismatch.*set redis\.tls_check_hostname = false'),
         ('localhost', {'tls_cert_path': '', 'tls_key_path': ''}, 'set redis.tls_cert_path'),
         (HOST, {'tls_check_hostname': False}, ''),
     ],
@@ -201,12 +201,14 @@ def test_what_the_docs_say_of_tls_works_as_written(directory: Path, papers: Pape
 
 
 def test_a_password_is_read_anew_from_its_file_for_each_connection(directory: Path, stack: ExitStack) -> None:
-    secret = directory / 'secret'
+    secret = directory / 'password'
     secret.write_text('first-secret\n')
+    secret.chmod(0o644)
     nodes = stack.enter_context(Nodes(directory / 'redis', 'requirepass first-secret', login=Login('', '', secret)))
     node = nodes.add()
     place = settle(stack, directory, url=f'redis://{HOST}:{node.port}/3', password_file=str(secret))
     hall = works(place)
+    hall.said(f'{secret} holds a password that every user of this machine may read')
     node.ask('CONFIG', 'SET', 'requirepass', 'second-secret')
     secret.write_text('second-secret\n')
     node.ask('CLIENT', 'KILL', 'TYPE', 'normal', 'SKIPME', 'yes')
@@ -245,7 +247,18 @@ def test_sentinels_and_servers_behind_tls_and_passwords_are_found(
         )
     url = group.url.replace('redis+sentinel://', 'rediss+sentinel://:a-long-secret@')
     more = {'sentinel_user': 'reader', 'sentinel_password_file': str(secret), 'tls_check_hostname': False}
-    works(settle(stack, directory, url=url, **papers.settings, **more))
+    place = settle(stack, directory, url=url, **papers.settings, **more)
+    works(place)
+    secret.write_text('another-secret')
+    assert 'WRONGPASS' in (said := place.tt('status', check=False).stderr)
+    assert 'set the right user and password in redis.sentinel_user and redis.sentinel_password_file' in said
+    secret.write_text('sentinel-secret')
+
+
+def test_a_redis_without_tls_is_told_from_one_that_is_away(directory: Path, stack: ExitStack) -> None:
+    node = stack.enter_context(Nodes(directory / 'redis')).add()
+    with pytest.raises(Unavailable, match='does not answer to TLS; without TLS write redis in the place of rediss'):
+        locate(Redis(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
 
 
 # ----------------------------------------------------------------------------------------------------------- failovers

@@ -108,13 +108,21 @@ def test_workers_and_redis_live_in_the_town_and_outlive_a_restart_of_townhall(se
     assert not re.search(r'left-?over|remains running', lab.journal('-u', TOWN, '-u', HALL))
 
 
-def test_a_stop_of_the_town_ends_all_of_it_and_a_start_brings_its_agents_back(served: Served) -> None:
-    lab = served.lab
-    served.install()
+@pytest.mark.parametrize('line', ['', 'nonsense = 3'], ids=['right', 'wrong'])
+def test_a_stop_of_the_town_ends_all_of_it_and_a_start_brings_its_agents_back(
+    served: Served, tmp_path: Path, line: str
+) -> None:
+    """With credentials, and whatever has become of the configuration."""
+    lab, file = served.lab, served.place.root / 'tinytown.toml'
+    before = file.read_text()
+    (tmp_path / 'key').write_text('secret')
+    served.install('--credential', f'ANTHROPIC_API_KEY={tmp_path}/key')
     served.spawn()
     served.place.town.store.close()
+    file.write_text(f'{line}\n{before}')
     lab.ctl('stop', TOWN)
-    assert [lab.show(unit, 'ActiveState') for unit in (TOWN, HALL)] == ['inactive'] * 2
+    file.write_text(before)
+    assert [lab.show(unit, 'ActiveState') for unit in (TOWN, HALL)] == ['inactive'] * 2, lab.journal('-u', TOWN)
     assert [lab.show(unit, 'Result') for unit in (TOWN, HALL)] == ['success'] * 2
     assert lab.run('pgrep', '-f', str(served.place.root), check=False).stdout == ''
     lab.ctl('start', TOWN, HALL)
@@ -245,6 +253,39 @@ def test_keys_come_from_files_that_the_units_do_not_show(served: Served, tmp_pat
     with pytest.raises(AssertionError, match='raise max_agents'):
         served.spawn('second')
     assert 'sk-0123' not in lab.ctl('cat', TOWN, HALL) + lab.ctl('show', HALL)
+
+
+def test_a_socket_is_given_to_a_service_that_runs_and_taken_again(served: Served) -> None:
+    lab = served.lab
+    for words, state in (((), 'inactive'), (('--socket',), 'active'), ((), 'inactive')):
+        served.install(*words)
+        assert [lab.show(unit, 'ActiveState') for unit in (TOWN, HALL, SOCKET)] == ['active', 'active', state]
+        assert served.ask('GET', '/v1/town')['name'] == 'test'
+
+
+def test_what_is_below_run_and_tmp_is_there_again_after_a_boot(lab: Lab, directory: Path) -> None:
+    root = directory / ('deep' * 25)
+    place = make_town(root, townhall={'bind': 'unix:/run/test-hall/hall.sock'})
+    for _ in range(2):
+        lab.service('install', '--town', str(root))
+        short = Path((root / '.tt' / 'redis.addr').read_text().strip()).parent
+        lab.ctl('stop', TOWN)
+        lab.run('rm', '-rf', '/run/test-hall', str(short))
+        lab.ctl('start', TOWN, HALL)
+        assert 'is open on' in lab.show(HALL, 'StatusText')
+    lab.service('uninstall', '--town', str(root))
+    place.close()
+    short.rmdir()
+
+
+def test_a_town_of_a_user_who_can_not_read_it_or_has_no_name_is_refused(lab: Lab, tmp_path: Path) -> None:
+    closed = tmp_path / 'closed'
+    closed.mkdir(mode=0o700)
+    root = make_town(closed / 'town').root
+    for uid, says in ((65534, "the town's owner, can't run it: /"), (54321, 'belongs to uid 54321, which has no name')):
+        os.chown(root, uid, -1)
+        done = lab.service('install', '--town', str(root), check=False)
+        assert (done.returncode, says in done.stderr) == (2, True), done
 
 
 def test_a_key_is_proven_in_the_sandbox(served: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -19,7 +20,7 @@ import pytest
 
 from tinytown import __version__, argon2id, native
 
-from .support import PATIENCE, REPOSITORY, Hall, Place
+from ..support import PATIENCE, REPOSITORY, Hall, Place
 
 BARE = (os.path.realpath(sys.executable), '-S')  # without site-packages
 MACHINE = os.uname().machine
@@ -275,6 +276,40 @@ def test_what_was_interrupted_while_it_unpacked_is_not_run(fresh: Bare, dist: Pa
     assert fresh.run(program=str(short)).returncode == 1
     assert list(fresh.cache.iterdir()) == []
     assert fresh.tt('--version') == f'tt {__version__}\n'
+
+
+def test_what_is_unpacked_can_be_read_by_others_whatever_the_umask(fresh: Bare) -> None:
+    old = os.umask(0o077)
+    try:
+        fresh.tt('--version')
+    finally:
+        os.umask(old)
+    for each in fresh.unpacked().rglob('*'):
+        if '__pycache__' not in each.parts:
+            assert each.stat().st_mode & (0o055 if each.is_dir() else 0o044), each
+    assert stat.S_IMODE(fresh.unpacked().stat().st_mode) == 0o755
+
+
+def test_a_file_that_is_damaged_says_so(fresh: Bare, dist: Path) -> None:
+    damaged = bytearray((dist / 'tt.pyz').read_bytes())
+    damaged[40_000] ^= 0xFF  # in the middle of what is packed
+    program = fresh.town / 'tt.pyz'
+    program.write_bytes(damaged)
+    done = fresh.python(str(program), '--version')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert re.fullmatch(rf'tt.pyz: .*{re.escape(str(program))} is damaged .*; copy it here again\n', done.stderr)
+    assert list(fresh.cache.iterdir()) == []
+
+
+def test_where_there_is_no_room_is_told(fresh: Bare, dist: Path, tmp_path: Path) -> None:
+    script = (
+        'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); del sys.argv[0]; '
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); runpy.run_path(sys.argv[0], None, "__main__")'
+    )
+    done = fresh.python('-Bc', script, str(dist / 'tt.pyz'), TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert f'{fresh.cache}: File too large; {tmp_path}/tinytown-{os.getuid()}: File too large; make room' in done.stderr
+    assert done.stderr.count('\n') == 1
 
 
 def test_an_older_python_is_told_what_is_needed(dist: Path) -> None:
