@@ -325,6 +325,7 @@ def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Pl
 
 def test_when_redis_goes_and_comes_back_it_is_told(place: Place) -> None:
     served = place.hall()
+    assert served.get('/v1/status').status == 200  # by now it is connected
     os.kill(redis_pid(place), signal.SIGKILL)
     served.said(r'(?m)^\S+Z redis: ')
     served.said('redis: connected')
