@@ -397,7 +397,9 @@ def test_everything_can_be_done_with_the_keyboard(browser: Browser, scene: Place
         press('?')
         expect(page.locator('#help')).to_contain_text('Open the mailbox')
         press('Escape')
+        expect(page.locator('#help')).not_to_be_visible()  # while it is open keys are its own
         press('t')
+        page.wait_for_function("getComputedStyle(document.body).colorScheme === 'dark'")
         page.reload()
         assert page.evaluate('getComputedStyle(document.body).colorScheme') == 'dark'
         visit.is_live()
