@@ -344,7 +344,12 @@ class Saboteur:
     def _one(self, fits: Callable[[Process], object]) -> Process | None:
         all_of_them = list(processes(self._town.root, set()))
         self._ledger.marks |= {process.environ.get(MARK, '') for process in all_of_them} - {''}
-        found = sorted((process for process in all_of_them if fits(process)), key=lambda process: process.pid)
+        workers = {process.pid for process in all_of_them if process.agent}
+        found = sorted(
+            # what a worker has forked looks like one until it is the coding CLI
+            (each for each in all_of_them if fits(each) and not (each.agent and each.parent in workers)),
+            key=lambda process: process.pid,
+        )
         return self._choice.choice(found) if found else None
 
     def _kill_worker(self) -> bool:
