@@ -235,16 +235,27 @@ def enlist(
     us = identify(os.getpid()).line
     where = hosts.where(call, host)
     reply = yield call.store.register(agent_id, name, head, call.config.max_agents, chosen, rounds, instance, us, where)
+    yield from _bring_up(call, host, text(reply[1]), agent_id, name, instance, start, unmake)
+    return spawned
+
+
+def _bring_up(
+    call: Call, host: str, order: str, agent_id: str, name: str, instance: str, start: Any, undo: Any
+) -> Step[None]:
+    """Starts a worker here, or has it started by the `order` that another host was given. `undo` where it will not run.
+
+    Where another host took the order that undoes it itself, or it is not known what came of it.
+    """
+    there = hosts.is_elsewhere(host)
     try:
         if there:
-            yield from hosts.await_start(call, host, text(reply[1]), name, agent_id)
+            yield from hosts.await_start(call, host, order, name, agent_id)
         else:
             start(call.town, agent_id, name, instance)
     except TownError as e:
         if not there or isinstance(e, HostSilent):
-            yield from unmake(call, agent_id, instance)
+            yield from undo(call, agent_id, instance)
         raise
-    return spawned
 
 
 def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
@@ -353,18 +364,10 @@ def restart(call: Call, *, agent: AgentRef, host: HostName | None = None) -> Ste
 
 def revive(call: Call, agent_id: str, name: str, start: Any, host: str = '') -> Step[None]:
     """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`, or on another host."""
-    there, instance = hosts.is_elsewhere(host), new_id()
+    instance = new_id()
     us = identify(os.getpid()).line
     reply = yield call.store.restarting(agent_id, call.config.max_agents, instance, us, hosts.where(call, host))
-    try:
-        if there:
-            yield from hosts.await_start(call, host, text(reply[2]), name, agent_id)
-        else:
-            start(call.town, agent_id, name, instance)
-    except TownError as e:
-        if not there or isinstance(e, HostSilent):
-            yield from put_down(call, agent_id, instance)
-        raise
+    yield from _bring_up(call, host, text(reply[2]), agent_id, name, instance, start, put_down)
 
 
 def put_down(call: Call, agent_id: str, instance: str) -> Step[None]:
