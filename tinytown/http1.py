@@ -198,7 +198,15 @@ def long_line(first: bool) -> TownError:
 
 def parse_head(head: bytes) -> Request:
     """A request from its head (the blank line left off). Raises the TownError that it deserves."""
-    return Request(*(_read_head if _SECRET.search(head) or len(head) > _MOST_KNOWN else _known_head)(head))
+    if len(head) > _MOST_KNOWN:
+        return Request(*_read_head(head))
+    parts = _SECRET.split(head)  # the first of what stands between, then of each its name, its value and what follows
+    if len(parts) == 1:
+        return Request(*_known_head(head))
+    if len(parts) > 4 or head.count(b'\n') > MOST_FIELDS:
+        return Request(*_read_head(head))  # several, which may be the same; or too much
+    method, path, query, minor, fields = _known_head(parts[0] + parts[3])
+    return Request(method, path, query, minor, {**fields, parts[1].lower(): parts[2].strip(b' \t')})
 
 
 _Head = tuple[str, str, str, int, Mapping[bytes, bytes]]  # method, path, query, minor version, fields
@@ -222,8 +230,11 @@ def _read_head(head: bytes) -> _Head:
     return match[1].decode(), _decode_path(path), query.decode(), int(match[3]), fields
 
 
-# Clients that stay repeat themselves, byte for byte. What they prove who they are with is not kept.
-_SECRET: Final = re.compile(rb'\n(?:authorization|x-api-key|mcp-session-id|cookie):', re.I)
+# Clients that stay repeat themselves, byte for byte, but for what they prove who they are with, which is not kept.
+# A line of that which is no field is not taken out, and refused with the rest.
+_SECRET: Final = re.compile(
+    rb'\r\n(authorization|x-api-key|mcp-session-id|cookie):([\t\x20-\x7e\x80-\xff]*)(?=\r\n|\Z)', re.I
+)
 _MOST_KNOWN: Final = 1024
 _known_head: Final = lru_cache(maxsize=128)(_read_head)
 

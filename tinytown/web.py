@@ -164,6 +164,8 @@ class Server(HTTPServer):
         if now - self._swept >= interval:
             self._sweep(now)
         self._send_off()
+        if self._meter:
+            self._meter.gauge(len(self.connections), self.streams)
         if self._lines:
             write(''.join(self._lines))
             self._lines.clear()
@@ -181,8 +183,6 @@ class Server(HTTPServer):
         self.link.expire(now)
         for connection in list(self.connections):
             connection.expire(now)
-        if self._meter:
-            self._meter.gauge(len(self.connections), self.streams)
         if self._paused_until and now > self._paused_until and not self.draining:
             self._paused_until = 0.0
             self.watch(self.socket, IN, self._accept)
