@@ -179,6 +179,7 @@ def test_what_can_not_be_started_there_is_not_registered(
     assert (reply.status, reply.json['code']) == (status, code)
     assert said in reply.json['detail']
     assert problem(a, 'agent.get', agent='w').status == 404
+    assert 'agent.started' not in [event['type'] for event in a.history()]  # or a caretaker would start it again
 
 
 def test_a_host_whose_townhall_has_ended_is_silent_and_nothing_is_registered(a: Place, b: Hall) -> None:

@@ -161,6 +161,7 @@ def test_a_stopped_process_can_be_ended(start: Start) -> None:
     child = start('echo ready; read word')
     said(child)
     child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)  # TERM would overtake a STOP that waits
     assert stop_tree(identify(child.pid), new_id(), 0.1) == []
     assert child.wait() == -signal.SIGKILL
 

@@ -259,10 +259,13 @@ def _bring_up(
 
 
 def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
-    """Undoes the registration of an agent whose worker did not start."""
+    """Undoes the registration of an agent whose worker did not start, unless the caretaker has gone on with it."""
     stop_tree(None, instance, 0)
-    yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'backlog')
-    yield call.store.remove(agent_id)
+    try:
+        yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'backlog')
+        yield call.store.remove(agent_id)
+    except Conflict:
+        return
     reports.forget(call.town.root, agent_id)
 
 
@@ -371,9 +374,10 @@ def revive(call: Call, agent_id: str, name: str, start: Any, host: str = '') -> 
 
 
 def put_down(call: Call, agent_id: str, instance: str) -> Step[None]:
-    """Says that the worker of an agent did not start."""
+    """Says that the worker of an agent did not start, unless the caretaker was faster."""
     stop_tree(None, instance, 0)
-    yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'inbox')
+    with suppress(Conflict):
+        yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'inbox')
 
 
 def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
