@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ class Watch:
         self.starts: list[float] = []
         self._start = start or Puppet.hello
         config = place.town.config
-        town = Town(place.root, replace(config, agent=replace(config.agent, **agent)), place.store)
+        town = Town(place.root, config.but(agent=config.agent.but(**agent)), place.store)
         self.caretaker = Caretaker(town, lambda: self.now, self.start)
         self.caretaker.tick(self.now)
 
@@ -475,7 +474,7 @@ def test_an_agent_that_finds_no_place_is_started_when_there_is_one_and_this_is_s
 ) -> None:
     config = ground.town.config
     watch = Watch(ground, restart='on-failure')
-    watch.caretaker.town = Town(ground.root, replace(watch.caretaker.town.config, max_agents=1), ground.store)
+    watch.caretaker.town = Town(ground.root, watch.caretaker.town.config.but(max_agents=1), ground.store)
     assert config.max_agents > 1
     a.becomes(gone())
     watch.look()

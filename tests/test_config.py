@@ -14,6 +14,7 @@ from tinytown import config
 from tinytown.cli import main
 from tinytown.config import FILE, load, parse, settings, template
 from tinytown.errors import UsageError
+from tinytown.settings import AgentSettings, Config
 from tinytown.tomledit import change
 
 ENV = 'TINYTOWN_TOWNHALL_REST_PORT'
@@ -357,3 +358,16 @@ def test_a_changed_file_keeps_its_mode_and_stays_a_link(directory: Path, tt_conf
     assert 'max_agents = 5' in real.read_text()
     assert real.stat().st_mode & 0o777 == 0o660
     assert not list(directory.glob('.*tinytown*'))
+
+
+def test_settings_do_not_change_but_others_are_made_of_them() -> None:
+    one = Config(name='a')
+    other = one.but(townhall=one.townhall.but(workers=2))
+    assert (other.name, other.townhall.workers, one.townhall.workers) == ('a', 2, 1)
+    assert other != one
+    assert other.but(townhall=one.townhall) == one
+    assert one.agent.retry_backoff_secs is not other.but(agent=AgentSettings()).agent.retry_backoff_secs
+    with pytest.raises(AttributeError, match=r'Config\.name does not change'):
+        one.name = 'b'  # type: ignore[misc]
+    with pytest.raises(TypeError, match='Config has no nmae'):
+        one.but(nmae='b')

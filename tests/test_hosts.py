@@ -485,7 +485,7 @@ def look(watch: Watch) -> None:
 
 def test_an_order_that_nobody_takes_is_withdrawn(ground: Place, played: hosts.Presence) -> None:
     config = ground.town.config
-    hurried = replace(config, townhall=replace(config.townhall, request_timeout_ms=1200))
+    hurried = config.but(townhall=config.townhall.but(request_timeout_ms=1200))
     call = Call(Town(ground.root, hurried, ground.store), OPERATOR)
     with pytest.raises(TownError) as raised:
         ground.store.run(agents.spawn(call, name='w', host=played.host))
@@ -497,7 +497,7 @@ def test_an_order_that_nobody_takes_is_withdrawn(ground: Place, played: hosts.Pr
 
 def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place, played: hosts.Presence) -> None:
     config = ground.town.config
-    hurried = replace(config, townhall=replace(config.townhall, request_timeout_ms=1500))
+    hurried = config.but(townhall=config.townhall.but(request_timeout_ms=1500))
 
     def take() -> None:
         entry = next(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 20_000))))[0]

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -66,7 +66,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 def auth(issuer: Issuer, **more: Any) -> Auth:
-    return replace(Auth(mode='oidc', issuer=issuer.url, audience='town'), **more)
+    return Auth(mode='oidc', issuer=issuer.url, audience='town').but(**more)
 
 
 def refusal(verifier: Verifier, token: str) -> str:
@@ -516,7 +516,7 @@ def test_an_issuer_that_says_it_is_another_stops_the_start(issuer: Issuer) -> No
 
 def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issuer: Issuer) -> None:
     issuer.discovery = {'issuer': issuer.url + '/realms/a/'}
-    assert Verifier(replace(auth(issuer), issuer=issuer.url + '/realms/a/')).check() == ''
+    assert Verifier(auth(issuer).but(issuer=issuer.url + '/realms/a/')).check() == ''
     assert issuer.calls[0] == '/realms/a/.well-known/openid-configuration'
 
 
@@ -547,7 +547,7 @@ def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issu
 def test_settings_that_can_not_work_say_so(given: dict[str, Any], says: str) -> None:
     settings = Auth(mode='oidc', issuer='https://id.example.com', audience='town')
     with pytest.raises(UsageError) as raised:
-        Verifier(replace(settings, **given))
+        Verifier(settings.but(**given))
     assert says in str(raised.value)
 
 

@@ -47,7 +47,7 @@ def server(authority: Authority) -> Pair:
 
 
 def files(pair: Pair) -> Tls:
-    return Tls(True, str(pair.cert), str(pair.key))
+    return Tls(enabled=True, cert_path=str(pair.cert), key_path=str(pair.key))
 
 
 def refusal(tls: Tls, mtls: Mtls = Mtls(), root: Path = Path('/')) -> str:
@@ -102,21 +102,23 @@ def test_a_map_of_subjects_holds_scopes(directory: Path) -> None:
 
 def test_a_certificate_that_is_no_file_is_named(authority: Authority, server: Pair) -> None:
     for name, tls in (
-        ('cert_path', replace(files(server), cert_path='gone.pem')),
-        ('key_path', replace(files(server), key_path='gone.pem')),
+        ('cert_path', files(server).but(cert_path='gone.pem')),
+        ('key_path', files(server).but(key_path='gone.pem')),
     ):
         said = refusal(tls, root=authority.directory)
         assert said == (
             f"townhall.tls.{name} = 'gone.pem': {authority.directory}/gone.pem: No such file or directory; "
             'give the path of a PEM file'
         )
-    assert 'Is a directory' in refusal(replace(files(server), cert_path='/'))
-    assert refusal(Tls(True)) == 'townhall.tls.cert_path is missing; give the path of a PEM file'
-    assert 'key_path is missing' in refusal(replace(files(server), key_path=''))
+    assert 'Is a directory' in refusal(files(server).but(cert_path='/'))
+    assert refusal(Tls(enabled=True)) == 'townhall.tls.cert_path is missing; give the path of a PEM file'
+    assert 'key_path is missing' in refusal(files(server).but(key_path=''))
 
 
 def test_a_relative_path_starts_at_the_town(authority: Authority, server: Pair) -> None:
-    assert server_context(Tls(True, server.cert.name, server.key.name), Mtls(), authority.directory)
+    assert server_context(
+        Tls(enabled=True, cert_path=server.cert.name, key_path=server.key.name), Mtls(), authority.directory
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,15 +185,19 @@ def test_authorities_and_revocation_lists_that_can_not_serve_stop_the_start(
 ) -> None:
     empty, old = directory / 'empty.pem', Authority(directory, 'old', (-20, -1))
     empty.write_text('')
-    tls, good = files(server), Mtls(True, True, str(authority.path))
-    assert refusal(tls, Mtls(True)) == 'townhall.mtls.ca_path is missing; give the path of a PEM file'
-    assert "townhall.mtls.ca_path = '/gone'" in refusal(tls, Mtls(True, True, '/gone'))
-    assert f'{empty}: it holds no certificate of an authority' in refusal(tls, Mtls(True, True, str(empty)))
-    assert 'it holds no certificate of an authority; give' in refusal(tls, Mtls(True, True, str(server.cert)))
-    assert 'every authority in it has expired' in refusal(tls, Mtls(True, True, str(old.path)))
-    assert "townhall.mtls.crl_path = '/gone'" in refusal(tls, replace(good, crl_path='/gone'))
-    assert 'it holds no certificate revocation list' in refusal(tls, replace(good, crl_path=str(empty)))
-    assert 'it holds no certificate revocation list' in refusal(tls, replace(good, crl_path=str(authority.path)))
+    tls, good = files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))
+    assert refusal(tls, Mtls(enabled=True)) == 'townhall.mtls.ca_path is missing; give the path of a PEM file'
+    assert "townhall.mtls.ca_path = '/gone'" in refusal(tls, Mtls(enabled=True, required=True, ca_path='/gone'))
+    assert f'{empty}: it holds no certificate of an authority' in refusal(
+        tls, Mtls(enabled=True, required=True, ca_path=str(empty))
+    )
+    assert 'it holds no certificate of an authority; give' in refusal(
+        tls, Mtls(enabled=True, required=True, ca_path=str(server.cert))
+    )
+    assert 'every authority in it has expired' in refusal(tls, Mtls(enabled=True, required=True, ca_path=str(old.path)))
+    assert "townhall.mtls.crl_path = '/gone'" in refusal(tls, good.but(crl_path='/gone'))
+    assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(empty)))
+    assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(authority.path)))
 
 
 # ---------------------------------------------------------------------------------------------- which clients get in
@@ -245,13 +251,16 @@ def serving(tls: Tls, mtls: Mtls = Mtls()) -> Iterator[tuple[list[str], Callable
 def test_a_client_with_a_good_certificate_is_named(authority: Authority, server: Pair, version: ssl.TLSVersion) -> None:
     client = authority.client(authority.sign('ann', CLIENT), version)
     for required in (True, False):
-        with serving(files(server), Mtls(True, required, str(authority.path))) as (seen, connect):
+        with serving(files(server), Mtls(enabled=True, required=required, ca_path=str(authority.path))) as (
+            seen,
+            connect,
+        ):
             assert connect(client) == b'hello'
         assert seen == ['ann']
 
 
 def test_a_certificate_without_purposes_serves_for_every_purpose(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(True, True, str(authority.path))) as (seen, connect):
+    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
         assert connect(authority.client(authority.sign('ann'))) == b'hello'
     assert seen == ['ann']
 
@@ -281,7 +290,7 @@ def test_a_bad_client_certificate_ends_the_handshake_even_where_none_is_required
         'serverAuth only': lambda: authority.sign('ann', SERVER),
         'revoked': lambda: revoked,
     }[bad]()
-    mtls = Mtls(True, required, str(authority.path), str(authority.revoke(revoked)))
+    mtls = Mtls(enabled=True, required=required, ca_path=str(authority.path), crl_path=str(authority.revoke(revoked)))
     with serving(files(server), mtls) as (seen, connect):
         said = outcome(lambda: connect(authority.client(pair, version)))
         with_good = connect(authority.client(authority.sign('bob', CLIENT), version))
@@ -299,17 +308,17 @@ def outcome(work: Callable[[], bytes]) -> bytes | OSError:
 
 
 def test_a_client_without_a_certificate_gets_in_only_where_none_is_required(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(True, False, str(authority.path))) as (seen, connect):
+    with serving(files(server), Mtls(enabled=True, required=False, ca_path=str(authority.path))) as (seen, connect):
         assert connect(authority.client()) == b'hello'
     assert seen == ['']
-    with serving(files(server), Mtls(True, True, str(authority.path))) as (seen, connect):
+    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
         with pytest.raises(ssl.SSLError, match='CERTIFICATE_REQUIRED'):
             connect(authority.client())
         assert seen == ['peer did not return a certificate']
 
 
 def test_a_revocation_list_that_is_over_lets_nobody_in(authority: Authority, server: Pair) -> None:
-    mtls = Mtls(True, True, str(authority.path), str(authority.revoke(days=-1)))
+    mtls = Mtls(enabled=True, required=True, ca_path=str(authority.path), crl_path=str(authority.revoke(days=-1)))
     with serving(files(server), mtls) as (seen, connect):
         assert outcome(lambda: connect(authority.client(authority.sign('ann', CLIENT)))) != b'hello'
     assert seen == ['client certificate: CRL has expired']
@@ -320,7 +329,7 @@ def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
     authority: Authority, server: Pair, version: ssl.TLSVersion
 ) -> None:
     client = authority.client(authority.sign('ann', CLIENT, (-1, 1)), version)
-    context = server_context(files(server), Mtls(True, True, str(authority.path)), Path('/'))
+    context = server_context(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path)), Path('/'))
     session = None
     for reused in (False, True):
         with pair_of(context, client, session) as (ours, theirs):
@@ -331,7 +340,7 @@ def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
             session = theirs.session
     with pytest.raises(PermissionError, match='it has expired since'), pair_of(context, client, session, a_week_later):
         pass
-    renewed = server_context(files(server), Mtls(True, True, str(authority.path)), Path('/'))
+    renewed = server_context(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path)), Path('/'))
     with pair_of(renewed, client, session) as (_, theirs):
         assert not theirs.session_reused  # so that a new revocation list is looked at
 
@@ -378,7 +387,7 @@ def test_a_certificate_is_known_by_its_one_common_name_or_its_first_alternative_
 
 
 def test_names_are_read_from_real_certificates(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(True, True, str(authority.path))) as (seen, connect):
+    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
         for title in ('ann|root', 'ann', ''):
             assert connect(authority.client(authority.sign(title, CLIENT, alternative='a.example'))) == b'hello'
     assert seen == ['', 'ann', 'a.example']

@@ -7,7 +7,6 @@ there; never into argv, which every user of the machine can read.
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,6 +100,8 @@ def known(config: Config) -> dict[str, Cli]:
 
 def find(config: Config, name: str | None) -> Cli:
     """The CLI of that name (or the town's default), if it can be run here. Raises Invalid, which says what to do."""
+    import shutil  # late: it brings every compression
+
     wanted = name or config.default_cli
     clis = known(config)
     said = f"'{wanted}' (default_cli of the town)" if name is None else f"'{wanted}'"

@@ -7,25 +7,25 @@ below; its environment name is TINYTOWN_ and its path in upper case (`townhall.r
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shlex
 import stat
 import threading
 import tomllib
-import typing
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
 from . import keytable
 from .errors import UsageError
 from .model import Scope
-from .settings import CLI_NAME_PATTERN, Config
+from .settings import CLI_NAME_PATTERN, Config, Section
 from .tomledit import to_toml
+
+Made = TypeVar('Made', bound=Section)
 
 FILE: Final = 'tinytown.toml'
 ALIASES: Final = {
@@ -142,18 +142,13 @@ def settings() -> dict[str, Setting]:
     return {setting.path: setting for setting in _walk(Config, '')}
 
 
-def _walk(section: Any, prefix: str) -> Iterator[Setting]:
-    hints = get_type_hints(section)
-    for each in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[each.name]):
-            yield from _walk(hints[each.name], f'{prefix}{each.name}.')
-        elif each.metadata:
-            made = each.default_factory
-            default = each.default if made is dataclasses.MISSING else made()
-            meta = each.metadata
-            yield Setting(
-                prefix + each.name, hints[each.name], default, meta['doc'], meta['low'], meta['high'], meta['pattern']
-            )
+def _walk(section: type[Section], prefix: str) -> Iterator[Setting]:
+    for name, kind in section.__annotations__.items():
+        if name in section.tables:
+            yield from _walk(section.tables[name], f'{prefix}{name}.')
+        elif name in section.specs:
+            spec = section.specs[name]
+            yield Setting(prefix + name, kind, spec.make(), *spec[1:])
 
 
 def find_setting(path: str, source: str) -> Setting:
@@ -244,7 +239,7 @@ def from_values(values: Mapping[str, Any], root: Path) -> Config:
         for table in ('townhall.tls', 'townhall.mtls', 'townhall.rate_limit')
         if any(path.startswith(table + '.') for path in values)  # what is configured is in force
     }
-    return typing.cast(Config, _build(Config, '', enabled | dict(values) | {'file': root / FILE}))
+    return _build(Config, '', enabled | dict(values)).but(file=root / FILE)
 
 
 def as_told(config: Config) -> dict[str, Any]:
@@ -295,16 +290,9 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[st
     return found
 
 
-def _build(section: Any, prefix: str, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(section)
-    arguments = {}
-    for each in dataclasses.fields(section):
-        kind = hints[each.name]
-        if dataclasses.is_dataclass(kind):
-            arguments[each.name] = _build(kind, f'{prefix}{each.name}.', values)
-        elif prefix + each.name in values:
-            arguments[each.name] = values[prefix + each.name]
-    return section(**arguments)
+def _build(section: type[Made], prefix: str, values: Mapping[str, Any]) -> Made:
+    given: dict[str, Any] = {name: _build(table, f'{prefix}{name}.', values) for name, table in section.tables.items()}
+    return section(**given, **{name: values[prefix + name] for name in section.specs if prefix + name in values})
 
 
 def get(config: Config, path: str) -> Any:

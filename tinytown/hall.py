@@ -26,7 +26,7 @@ from .operations import TABLE
 from .prefork import Prefork
 from .rest import Guarded, Rest
 from .say import Level, say
-from .settings import Config, Limits, Redis, Townhall
+from .settings import Config, Redis, Townhall
 from .steward import Steward
 from .stream import Answer
 from .town import Town, open_town
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
 _FIXED: Final = (
-    *('name', 'host', *(f'redis.{each.name}' for each in dataclasses.fields(Redis)), 'retention.events'),
+    *('name', 'host', *(f'redis.{name}' for name in Redis.specs), 'retention.events'),
     *('townhall.bind', 'townhall.rest_port', 'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled'),
     *('townhall.mcp_port', 'townhall.mcp.tools', 'townhall.mcp.read_only'),
     *('townhall.audit.path', 'townhall.audit.max_bytes', 'townhall.audit.keep'),
@@ -197,12 +197,11 @@ class Hall:
         """The settings of one process: of what is limited, its share."""
         settings = self.town.config.townhall
         count = settings.workers
-        limits: Limits = dataclasses.replace(
-            settings.limits,
+        limits = settings.limits.but(
             connections=-(-settings.limits.connections // count),
             streams=-(-settings.limits.streams // count),
         )
-        return dataclasses.replace(settings, limits=limits)
+        return settings.but(limits=limits)
 
     def _status(self) -> str:
         """What a service manager shows."""

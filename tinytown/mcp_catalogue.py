@@ -5,7 +5,6 @@ No tool is written by hand: its name, schemas and help are its row's. Every call
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -118,10 +117,16 @@ def _selected(names: Iterable[str]) -> frozenset[str]:
     chosen = set()
     for name in names:
         if offered_as(name) not in known:
-            near = difflib.get_close_matches(offered_as(name), known, 1) or ['see tools/list']
+            near = _nearest(offered_as(name), known, 1) or ['see tools/list']
             raise UsageError(f'townhall.mcp.tools: there is no tool {name!r}; did you mean {near[0]}?')
         chosen.add(known[offered_as(name)])
     return frozenset(chosen or _NAMES)
+
+
+def _nearest(name: str, known: Iterable[str], most: int, cutoff: float = 0.6) -> list[str]:
+    import difflib  # late, as it is seldom needed
+
+    return difflib.get_close_matches(name, known, most, cutoff)
 
 
 class Catalogue:
@@ -155,7 +160,7 @@ class Catalogue:
     def _find(self, tool: str) -> str:
         name = tool if tool in self._offered else self._by_name.get(tool)
         if name is None:
-            near = difflib.get_close_matches(offered_as(tool[:100]), self._by_name, 3, 0.5)
+            near = _nearest(offered_as(tool[:100]), self._by_name, 3, 0.5)
             raise Fault(
                 INVALID_PARAMS, f'there is no tool {tool[:100]!r}' + (f'; near: {", ".join(near)}' if near else '')
             )

@@ -10,7 +10,6 @@ import fcntl
 import importlib.util
 import os
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -235,6 +234,8 @@ def find_server() -> Path:
     Order: TINYTOWN_REDIS_SERVER; valkey-server or redis-server on PATH; the wheel of the `embedded` extra; that of the
     one-file build.
     """
+    import shutil  # late: it brings every compression
+
     named = os.environ.get('TINYTOWN_REDIS_SERVER')
     if named:
         if not (found := shutil.which(named)):

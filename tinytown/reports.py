@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -128,6 +127,8 @@ def workers(root: Path) -> dict[str, Identity | None]:
 
 def forget(root: Path, agent_id: str) -> None:
     """Removes what is kept for an agent that is no more."""
+    import shutil  # late: it brings every compression
+
     for path in (root / '.tt' / 'agents').glob(f'{agent_id}.*'):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

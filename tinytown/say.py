@@ -18,7 +18,6 @@ import stat
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, Literal, cast, get_args
@@ -156,7 +155,11 @@ def _visible(character: str) -> str:
 
 
 def _trace(error: BaseException | None) -> str:
-    return ''.join(traceback.format_exception(error)) if error else ''
+    if not error:
+        return ''
+    import traceback  # late: only faults need it
+
+    return ''.join(traceback.format_exception(error))
 
 
 # -------------------------------------------------------------------------------------------------------------- stderr

@@ -3,28 +3,82 @@
 `config.py` reads them; `tt config` and the file that `tt init` writes are made from them.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, dataclass_transform
 
 from .model import HOST_PATTERN, Scope
+
+T = TypeVar('T')
 
 TOWN_NAME_PATTERN: Final = r'[a-z0-9][a-z0-9_-]{0,62}'
 CLI_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}'
 
 
+class Spec(NamedTuple):
+    """One setting: its default, what it means (with its unit), and its bounds."""
+
+    default: Any
+    doc: str
+    low: int | None
+    high: int | None
+    pattern: str
+
+    def make(self) -> Any:
+        """The default, as a value that its owner may change."""
+        return type(self.default)(self.default) if isinstance(self.default, (list, dict)) else self.default
+
+
 def _set(default: Any, doc: str, low: int | None = None, high: int | None = None, pattern: str = '') -> Any:
-    """A setting: its default, what it means (with its unit), and its bounds."""
-    metadata = {'doc': doc, 'low': low, 'high': high, 'pattern': pattern}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return Spec(default, doc, low, high, pattern)
 
 
-@dataclass(frozen=True)
-class Redis:
+def _table(kind: Callable[[], T]) -> T:
+    """A table below this one."""
+    return kind  # type: ignore[return-value]  # `Section` makes one of it for every instance
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Section:
+    """A table of settings, which does not change: each has its default unless it is given.
+
+    This is no dataclass, because what that writes and compiles for each table was a tenth of the time that `tt` and a
+    worker take to start. `specs` are the settings of a table, `tables` those below it.
+    """
+
+    specs: ClassVar[dict[str, Spec]]
+    tables: ClassVar[dict[str, type['Section']]]
+
+    def __init_subclass__(cls) -> None:
+        own = {name: cls.__dict__[name] for name in cls.__annotations__}
+        cls.specs = {name: value for name, value in own.items() if isinstance(value, Spec)}
+        cls.tables = {name: value for name, value in own.items() if isinstance(value, type)}
+
+    def __init__(self, **given: Any) -> None:
+        for name in given:
+            if name not in self.__annotations__:
+                raise TypeError(f'{type(self).__name__} has no {name}')
+        made = {name: spec.make() for name, spec in self.specs.items() if name not in given}
+        made |= {name: table() for name, table in self.tables.items() if name not in given}
+        self.__dict__.update(made | given)
+
+    def but(self, **given: Any) -> Self:
+        """The same with other values for some."""
+        return type(self)(**{**self.__dict__, **given})
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # lists and tables are among the values
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())})'
+
+    def __setattr__(self, name: str, _value: object) -> NoReturn:
+        raise AttributeError(f'{type(self).__name__}.{name} does not change')
+
+
+class Redis(Section):
     """Where the state of a town is."""
 
     url: str = _set('', 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster:// …; without it: its own')
@@ -38,8 +92,7 @@ class Redis:
     appendfsync: Literal['always', 'everysec'] = _set('always', 'when the managed Redis writes to disk')
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Section):
     """What bounds a townhall that serves."""
 
     connections: int = _set(4096, 'most open connections; a further one is answered 503', 1, 1_000_000)
@@ -54,8 +107,7 @@ class Limits:
     drain_secs: int = _set(10, 'time that requests under way get when the server stops', 0, 3600)
 
 
-@dataclass(frozen=True)
-class Auth:
+class Auth(Section):
     """Who may call."""
 
     mode: Literal['none', 'api_key', 'oidc'] = _set('none', 'how callers are known; none: loopback only')
@@ -71,8 +123,7 @@ class Auth:
     clock_skew_seconds: int = _set(60, "mode oidc: how far the issuer's clock and ours may differ", 0, 600)
 
 
-@dataclass(frozen=True)
-class Tls:
+class Tls(Section):
     """HTTPS."""
 
     enabled: bool = _set(False, 'serve HTTPS; without this line: if there is another in this table')
@@ -80,8 +131,7 @@ class Tls:
     key_path: str = _set('', 'its private key, PEM, not encrypted; not readable by other users')
 
 
-@dataclass(frozen=True)
-class Mtls:
+class Mtls(Section):
     """Clients' certificates."""
 
     enabled: bool = _set(False, 'ask clients for certificates; without this line: if there is another in this table')
@@ -91,8 +141,7 @@ class Mtls:
     subjects: dict[str, list[Scope]] = _set({}, 'common names of clients, and the scopes that a certificate gives them')
 
 
-@dataclass(frozen=True)
-class RateLimit:
+class RateLimit(Section):
     """How often a caller may call."""
 
     enabled: bool = _set(False, 'limit how often each caller may call; without this line: if this table is there')
@@ -101,8 +150,7 @@ class RateLimit:
     mutating_requests_per_minute: int = _set(120, 'changes by one caller, counted apart', 1, 10_000_000)
 
 
-@dataclass(frozen=True)
-class Cors:
+class Cors(Section):
     """Pages of other origins."""
 
     allowed_origins: list[str] = _set(
@@ -112,8 +160,7 @@ class Cors:
     )
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(Section):
     """The record of changes and refusals."""
 
     path: str = _set(
@@ -123,8 +170,7 @@ class Audit:
     keep: int = _set(4, 'how many that were put aside are kept of either; NAME.1 is the newest', 1, 100)
 
 
-@dataclass(frozen=True)
-class Metrics:
+class Metrics(Section):
     """What Prometheus reads."""
 
     scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
@@ -132,16 +178,14 @@ class Metrics:
     )
 
 
-@dataclass(frozen=True)
-class Mcp:
+class Mcp(Section):
     """What models are offered."""
 
     tools: list[str] = _set([], 'the only tools that are offered, as in tools/list; empty: all')
     read_only: bool = _set(False, 'offer no tool that changes anything')
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(Section):
     """What a townhall says, and how."""
 
     format: Literal['text', 'json', 'journal'] = _set(
@@ -152,8 +196,7 @@ class Log:
     )
 
 
-@dataclass(frozen=True)
-class Townhall:
+class Townhall(Section):
     """The control plane."""
 
     bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
@@ -168,20 +211,19 @@ class Townhall:
         'text', 'one line a request; text: as townhall.log.format has it, json: in JSON in any case'
     )
     read_only: bool = _set(False, 'refuse every change')
-    log: Log = field(default_factory=Log)
-    auth: Auth = field(default_factory=Auth)
-    tls: Tls = field(default_factory=Tls)
-    mtls: Mtls = field(default_factory=Mtls)
-    cors: Cors = field(default_factory=Cors)
-    audit: Audit = field(default_factory=Audit)
-    rate_limit: RateLimit = field(default_factory=RateLimit)
-    metrics: Metrics = field(default_factory=Metrics)
-    mcp: Mcp = field(default_factory=Mcp)
-    limits: Limits = field(default_factory=Limits)
+    log: Log = _table(Log)
+    auth: Auth = _table(Auth)
+    tls: Tls = _table(Tls)
+    mtls: Mtls = _table(Mtls)
+    cors: Cors = _table(Cors)
+    audit: Audit = _table(Audit)
+    rate_limit: RateLimit = _table(RateLimit)
+    metrics: Metrics = _table(Metrics)
+    mcp: Mcp = _table(Mcp)
+    limits: Limits = _table(Limits)
 
 
-@dataclass(frozen=True)
-class Retention:
+class Retention(Section):
     """How long what is past is kept."""
 
     events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
@@ -189,8 +231,7 @@ class Retention:
     log_bytes: int = _set(10_485_760, 'largest log of an agent; then it is rotated once', 65536, 1 << 40)
 
 
-@dataclass(frozen=True)
-class AgentSettings:
+class AgentSettings(Section):
     """How agents work."""
 
     idle_timeout_secs: int = _set(
@@ -210,8 +251,7 @@ class AgentSettings:
     pass_env: list[str] = _set([], 'further environment variables that a coding CLI sees')
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A town's settings. `agent_clis` maps names to command lines; `file` is where the town's own came from."""
 
     name: str = _set('', 'name of the town', pattern=TOWN_NAME_PATTERN)
@@ -219,9 +259,9 @@ class Config:
     max_agents: int = _set(10, 'most live agents', 1, 100_000)
     host: str = _set('', 'name of this host among those that share the Redis; empty: what the system says',
                      pattern=f'({HOST_PATTERN})?')  # fmt: skip
-    redis: Redis = field(default_factory=Redis)
-    townhall: Townhall = field(default_factory=Townhall)
-    retention: Retention = field(default_factory=Retention)
-    agent: AgentSettings = field(default_factory=AgentSettings)
+    redis: Redis = _table(Redis)
+    townhall: Townhall = _table(Townhall)
+    retention: Retention = _table(Retention)
+    agent: AgentSettings = _table(AgentSettings)
     agent_clis: dict[str, str] = _set({}, 'coding CLIs of your own: name = "command --flag"')
     file: Path | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +43,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         what = error.strerror or str(error)
         return _line(f'{error.filename}: {what}' if error.filename else what), 1
+    import traceback  # late: only faults need it
+
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f'{Path(where.filename).name}:{where.lineno}'
     return _line(f'{type(error).__name__} at {place}: {error}; this is a bug, please report it'), 1

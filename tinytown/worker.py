@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -121,6 +120,8 @@ class Worker:
             self.note(f'ending: {e.detail}')
             return 0
         except Exception as e:
+            import traceback  # late: only faults need it
+
             self.note(traceback.format_exc())
             self._leave('Error', f'its worker failed: {e}')
             return 1
