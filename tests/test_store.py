@@ -599,6 +599,7 @@ REPLIES: list[tuple[bytes, Any]] = [
     (b'*0\r\n', []),
     (b'*-1\r\n', None),
     (b'*3\r\n:1\r\n$1\r\nx\r\n*2\r\n$-1\r\n*1\r\n+in\r\n', [1, b'x', [None, [b'in']]]),
+    (b'*2\r\n*1\r\n*2\r\n*0\r\n$-1\r\n:5\r\n', [[[[], None]], 5]),
     (b'$200000\r\n' + b'x' * 200_000 + b'\r\n', b'x' * 200_000),
 ]
 
@@ -612,6 +613,21 @@ def test_replies_are_read_however_they_are_cut(size: int) -> None:
         while (reply := reader.next()) is not _MORE:
             found.append(reply)
     assert found == [reply for raw, reply in REPLIES if size > 2 or len(raw) < 1000] * 2
+
+
+def test_a_large_reply_in_small_pieces_is_read_once() -> None:
+    rows = b''.join(b'*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nf\r\n$100\r\n%b\r\n' % (b'x' * 100) for _ in range(20_000))
+    reply = b'*20000\r\n' + rows
+
+    def seconds(size: int) -> float:
+        reader, began = Reader(), time.process_time()
+        for at in range(0, len(reply), size):
+            reader.feed(reply[at : at + size])
+            found = reader.next()
+        assert found == [[b'1-0', [b'f', b'x' * 100]]] * 20_000
+        return time.process_time() - began
+
+    assert seconds(4096) < 5 * seconds(len(reply))
 
 
 def test_an_error_reply_tells_its_kind_alone_or_inside_an_array() -> None:

@@ -110,49 +110,61 @@ class Reader:
     def __init__(self) -> None:
         self._buffer = b''
         self._at = 0
+        self._begun: list[tuple[list[Any], int]] = []  # arrays whose rest is not here yet, the innermost first
 
     def feed(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data  # mostly whole replies come, and none is left
 
     def next(self) -> Any:
         """The next whole reply, or `_MORE`."""
-        start = self._at
-        reply = self._read()
-        if reply is _MORE:
-            self._at = start
-        elif self._at == len(self._buffer):
+        reply = self._go_on() if self._begun else self._read()
+        if self._at == len(self._buffer):
             self._buffer, self._at = b'', 0
         elif self._at > 1 << 16:
             self._buffer, self._at = self._buffer[self._at :], 0
         return reply
 
     def _read(self) -> Any:
+        """The next reply or item of one, or `_MORE`."""
         buffer = self._buffer
         head = _HEAD.match(buffer, self._at)
         if head is None:
             return self._read_line()
         kind, number = head[1], int(head[2])
-        start = self._at = head.end()
+        start = head.end()
+        if kind == b'$' and number >= 0:
+            end = start + number
+            if len(buffer) < end + 2:
+                return _MORE
+            self._at = end + 2
+            return buffer[start:end]
+        self._at = start
         if kind == b':':
             return number
-        if number < 0:
-            return None
-        if kind == b'*':
-            return self._read_items(number)
-        end = start + number
-        if len(buffer) < end + 2:
-            return _MORE
-        self._at = end + 2
-        return buffer[start:end]
+        return self._read_items([], number) if number >= 0 else None
 
-    def _read_items(self, count: int) -> Any:
-        items = []
-        for _ in range(count):
+    def _read_items(self, items: list[Any], count: int) -> Any:
+        """Fills an array up. What is here of one is read once, however many pieces it comes in."""
+        while len(items) < count:
             item = self._read()
             if item is _MORE:
+                self._begun.append((items, count))
                 return _MORE
             items.append(item)
         return items
+
+    def _go_on(self) -> Any:
+        """The reply of which a part was read."""
+        begun, self._begun = self._begun, []
+        inner: Any = _MORE
+        for level, (items, count) in enumerate(begun):
+            if level:
+                items.append(inner)
+            inner = self._read_items(items, count)
+            if inner is _MORE:
+                self._begun += begun[level + 1 :]
+                return _MORE
+        return inner
 
     def _read_line(self) -> Any:
         """What is no number of something: a status, an error, or a line that is not here yet."""
