@@ -89,7 +89,7 @@ def test_events_are_chosen_by_agent_task_and_type(ground: Place) -> None:
     assert told(task=tasks[1]) == ['task.created', 'task.assigned']
     assert told(type=['task']) == ['task.created', 'task.assigned'] * 2
     assert told(type=['task.assigned', 'message.sent']) == ['task.assigned', 'task.assigned', 'message.sent']
-    assert told(type=['task.assign']) == told(agent='nobody') == told(task=new_id()) == []
+    assert told(type=['town']) == told(agent='nobody') == told(task=new_id()) == []
     assert told(agent='other', type=['task'], task=tasks[1]) == ['task.assigned']
 
 

@@ -437,6 +437,7 @@ def test_with_several_processes_there_are_no_sessions_and_news_all_the_same(plac
     begun = Http(hall, LEGACY[0]).post('initialize', {'protocolVersion': LEGACY[0], 'capabilities': {}})
     assert begun.status == 200
     assert 'mcp-session-id' not in begun.headers
+    assert begun.json['result']['capabilities']['resources'] == {}
     assert hall.get('/sse').status == 404
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://backlog']}}
     with Http(hall).stream('subscriptions/listen', wanted) as stream:

@@ -6,10 +6,16 @@ import os
 import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import get_args
 
 import pytest
 
-from tinytown.model import UUID_PATTERN, brief, new_id, rfc3339
+from tinytown.errors import Invalid
+from tinytown.events import EventType
+from tinytown.model import STEERING, UUID_PATTERN, brief, new_id, rfc3339
+from tinytown.operations import BY_NAME
+from tinytown.schema import validate
 
 MANY = 1000  # more than are made ready at once
 
@@ -71,3 +77,21 @@ def test_a_moment_is_told_in_utc_with_milliseconds(seconds: float, text: str) ->
 )
 def test_a_text_in_brief_is_its_first_line_that_says_something(text: str, line: str) -> None:
     assert brief(text) == line
+
+
+def test_the_types_of_events_are_those_that_the_scripts_write() -> None:
+    script = files('tinytown').joinpath('scripts.lua').read_text()
+    written = set(re.findall(r"event\('([a-z_]+\.[a-z_]+)'", script))
+    assert set(re.findall(r"event\('([a-z_]+\.)' \.\.", script)) == {'agent.', 'task.'}  # and a state of one
+    ended = ('Stopped', 'Error')
+    written |= {f'agent.{state.lower()}' for state in (*ended, 'Working', *(each['to'] for each in STEERING.values()))}
+    written |= {'task.completed', 'task.failed'}
+    named = set(get_args(EventType))
+    assert named == written | {each.partition('.')[0] for each in written}
+
+
+def test_a_type_of_event_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(Invalid) as caught:
+        validate(BY_NAME['events.list'].parameters, {'type': ['task.complete']})
+    [wrong] = caught.value.errors or []
+    assert re.match(r"'task\.complete' is none of agent, .*task\.completed", wrong['detail'])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Final, NotRequired, TypedDict
+from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
 from . import feed
 from .feed import Event
@@ -26,15 +26,20 @@ After = Annotated[
         'the id of an event, as 1764000000000-0, or $',
     ),
 ]
-EventType = Annotated[
-    str,
-    Field(
-        'A type of event, as task.completed, or its first part for all of them, as task',
-        r'[a-z]{1,40}(?:\.[a-z_]{1,40})?',
-        'as task.completed, or task',
-    ),
+# What scripts.lua writes, and the first part for all of them.
+EventType = Literal[
+    'agent', 'agent.draining', 'agent.error', 'agent.idle', 'agent.paused', 'agent.registered', 'agent.removed',
+    'agent.restarting', 'agent.started', 'agent.stopped', 'agent.working',
+    'backlog', 'backlog.removed',
+    'message', 'message.dead_lettered', 'message.dropped', 'message.retried', 'message.sent',
+    'task', 'task.assigned', 'task.cancelled', 'task.completed', 'task.created', 'task.dead_lettered',
+    'task.deleted', 'task.dropped', 'task.failed', 'task.requeued', 'task.retried', 'task.started',
+    'town', 'town.reset',
+]  # fmt: skip
+EventTypes = Annotated[
+    list[EventType],
+    Field('Only events of these types, as task.completed, or its first part for all of them, as task', max_items=32),
 ]
-EventTypes = Annotated[list[EventType], Field('Only events of these types', max_items=32)]
 
 
 class EventPage(TypedDict):

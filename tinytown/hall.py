@@ -172,13 +172,14 @@ class Hall:
         from .mcp_catalogue import Catalogue
 
         settings = self.town.config.townhall.mcp
-        return Mcp(Catalogue(lambda: self.town, self._feed, settings.tools, settings.read_only))
+        offered = Catalogue(lambda: self.town, self._feed, settings.tools, settings.read_only)
+        return Mcp(offered, keeps_sessions=len(self._listeners) == 1)
 
     @cached_property
     def _mcp_handlers(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
         from .mcp_http import McpHttp
 
-        served = McpHttp(self.mcp, self._access, keeps_sessions=len(self._listeners) == 1)
+        served = McpHttp(self.mcp, self._access)
         return {(method, path): handle for method, path, handle in served.routes()}
 
     def _answer_mcp(self, request: Request) -> Answer:

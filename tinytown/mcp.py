@@ -161,10 +161,11 @@ _MODERN_ONLY: Final = frozenset({'server/discover', 'subscriptions/listen'})
 
 
 class Mcp:
-    """The protocol over a catalogue."""
+    """The protocol over a catalogue. A legacy client can only subscribe where it `keeps_sessions`."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, keeps_sessions: bool = True) -> None:
         self.catalogue = catalogue
+        self.keeps_sessions = keeps_sessions
         shared: dict[str, Callable[[Ask], Step[Json | None]]] = dict.fromkeys(_LISTS, self._list)
         shared |= {'tools/call': self._call, 'resources/read': self._read, 'prompts/get': self._prompt}
         shared |= {'completion/complete': self._complete}
@@ -292,7 +293,7 @@ class Mcp:
             ask.session.revision = revision
         return {
             'protocolVersion': revision,
-            'capabilities': self.catalogue.capabilities,
+            'capabilities': self.catalogue.capabilities | ({} if self.keeps_sessions else {'resources': {}}),
             'serverInfo': self.catalogue.info,
             'instructions': self.catalogue.instructions,
         }

@@ -51,12 +51,12 @@ def frame(message: Any) -> bytes:
 
 
 class McpHttp:
-    """The protocol on HTTP routes. Without `keeps_sessions` (one process of several) no session is offered."""
+    """The protocol on HTTP routes. One of several processes offers no session: the next request may go to another."""
 
-    def __init__(self, mcp: Mcp, access: Access, keeps_sessions: bool) -> None:
+    def __init__(self, mcp: Mcp, access: Access) -> None:
         self._mcp = mcp
         self._access = access
-        self._sessions = Sessions() if keeps_sessions else None
+        self._sessions = Sessions() if mcp.keeps_sessions else None
 
     def routes(self) -> list[tuple[str, str, Callable[[Request], Answer]]]:
         """Method, path and handler of each route. Who calls must have been admitted (`Access.admit`)."""
