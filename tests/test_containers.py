@@ -21,6 +21,8 @@ from tinytown import config, redis_server
 from tinytown.processes import python, python_path
 
 from .certificates import SERVER, Authority
+from .proxy import accepts
+from .redises import until
 from .support import PATIENCE, REPOSITORY, Place, Service, environment, make_town, redis_pid
 
 DEPLOY = REPOSITORY / 'deploy'
@@ -102,6 +104,7 @@ def test_a_townhall_finds_the_writes_of_the_redis_in_the_compose_file_safe(direc
     path = directory / 'r.sock'
     with subprocess.Popen([redis_server.find_server(), *words, '--port', '0', '--unixsocket', str(path)]) as redis:
         try:
+            until(lambda: accepts(path))
             place = make_town(directory, redis={'url': f'unix://{path}'})
             hall = place.hall()
             assert hall.get('/ready').json['durability'] == 'always'
@@ -271,11 +274,9 @@ def test_an_agent_that_is_there_keeps_its_coding_cli_and_that_is_said(place: Pla
     place.do('agent.kill', agent='w')
     argv = [sys.executable, str(ENTRY), 'worker', 'w', '--cli']
     for cli, says in (('other', rb"--cli other: 'w' was spawned with demo and keeps it; .*tt prune"), ('demo', b'')):
-        known = len(place.history())
         with subprocess.Popen([*argv, cli], env=bare(place.root), stderr=subprocess.PIPE, cwd='/') as process:
-            while 'agent.started' not in [event['type'] for event in place.history()[known:]]:
-                place.store.call(place.store.next_event(place.history()[-1]['id'], 1000))
-                assert process.poll() is None
+            until(lambda: process.poll() is not None or f'(pid {process.pid}, ' in place.log('w'))
+            assert process.poll() is None
             process.terminate()
             said = process.communicate(timeout=PATIENCE)[1]
         assert re.search(says, said) if says else b'--cli' not in said

@@ -22,6 +22,7 @@ from tinytown.town import Town
 
 from .ground import check, enlist
 from .proxy import Fate, Proxy
+from .redises import LONG
 from .support import PATIENCE, Place, make_town
 
 # What a worker asks Redis while it does the piece: the question goes along with the first task.
@@ -90,12 +91,12 @@ class Stage:
         return judge
 
     def _is_done(self, tasks: list[str]) -> bool:
-        rests = bool(self.asked) and self.asked[-1][-1] == 'XREAD'
+        rests = bool(self.asked) and self.asked[-1][-1:] == ['XREAD']
         return rests and {self.place.do('task.get', task_id=task)['state'] for task in tasks} == {'completed'}
 
     def look_after(self, is_done: Callable[[], bool]) -> None:
         """The caretaker looks, a second of its time apart, until all is done."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LONG
         now, last = 0.0, '0-0'
         while True:
             now += 1
@@ -125,7 +126,7 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, P
         root / 'town',
         default_cli='noting',
         redis={'url': f'unix://{root}/proxy'},
-        agent={'restart': 'on-failure', 'retry_backoff_secs': [0]},
+        agent={'restart': 'on-failure', 'retry_backoff_secs': [0], 'lease_secs': 3600},  # by the test's own quick clock
         agent_clis={'noting': 'sh cli'},
     )
     (place.root / 'cli').write_text(CLI)

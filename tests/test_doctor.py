@@ -16,7 +16,8 @@ import pytest
 from tinytown.model import new_id
 from tinytown.processes import MARK
 
-from .support import Place, make_town
+from .support import PATIENCE, Place, make_town
+from .test_worker import await_exit
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def test_a_worker_that_died_is_found_and_what_it_held_is_freed(place: Place) -> 
     place.await_event('task.started', task_id=task)
     pid = place.do('agent.get', agent='a')['pid']
     os.kill(pid, signal.SIGKILL)
+    await_exit(pid)
     assert str(pid) in findings(place)['dead worker']['what']
     assert findings(place, '--fix')['dead worker']['mended'] is True
     assert place.do('task.get', task_id=task)['state'] == 'pending'
@@ -62,7 +64,7 @@ def test_a_process_whose_worker_is_no_more_is_found_and_ended(place: Place) -> N
         assert str(stray.pid) in findings(place)['stray processes']['what']
         assert stray.poll() is None
         assert findings(place, '--fix')['stray processes']['mended'] is True
-        assert stray.wait(10) == -signal.SIGTERM
+        assert stray.wait(PATIENCE) == -signal.SIGTERM
     assert findings(place) == {}
 
 

@@ -24,13 +24,15 @@ from tinytown.model import new_id
 from tinytown.processes import identify, name_host, this_boot, this_host
 from tinytown.render import render
 from tinytown.steward import Steward
-from tinytown.store import Command, scripts, text
+from tinytown.store import Command, Step, scripts, text
 from tinytown.town import Call, Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis
+from .redises import until
 from .support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli
 from .test_worker import await_exit, worker_pid
 
+LEASE = 15  # longer than it takes to prove a death, and heartbeats are as rare as they may be
 HELD = shell_cli('echo held; sleep 100')
 LEFT = 'Left as they are, on hosts that are silent (tt hosts): w.'
 WHERE = shell_cli('echo "$PWD $TINYTOWN_HOST"')
@@ -40,10 +42,13 @@ class Country:
     """Host `a`, whose Redis it is, and host `b`, each with a directory and a townhall of its own."""
 
     def __init__(self, directory: Path) -> None:
-        self.a = make_town(directory / 'a', host='a', max_agents=50, agent={'lease_secs': 6}, agent_clis={'held': HELD})
+        agent = {'lease_secs': LEASE}
+        self.a = make_town(directory / 'a', host='a', max_agents=50, agent=agent, agent_clis={'held': HELD})
         assert self.a.town
         self.b = self.host('b')
-        self.halls = {'a': self.a.hall(), 'b': self.b.hall()}
+        self.halls = {'a': self.a.hall()}
+        until(lambda: redis(self.a, 'HGET', self.a.store.prefix + b'caretaker', 'token'))  # it looks after the town
+        self.halls['b'] = self.b.hall()
 
     def host(self, name: str) -> Place:
         """The directory of a further host, joined; it knows a coding CLI that `a` does not."""
@@ -52,7 +57,7 @@ class Country:
             self.a.root.parent / name,
             host=name,
             redis={'url': url},
-            agent={'lease_secs': 6, 'restart': 'on-failure', 'retry_backoff_secs': [0]},
+            agent={'lease_secs': LEASE, 'restart': 'on-failure', 'retry_backoff_secs': [0]},
             agent_clis={'held': HELD, 'where': WHERE, 'broken': '/no/such/program'},
         )
         made.tt('init', '--join')
@@ -100,8 +105,17 @@ def b(country: Country) -> Iterator[Hall]:
 @pytest.fixture
 def played(ground: Place) -> hosts.Presence:
     """A townhall on host `far` that is heard of, and is the test."""
-    presence = hosts.Presence('far', new_id(), 'the place', '')
-    ground.store.call(presence.here())
+    return heard_of(ground, hosts.Presence('far', new_id(), 'the place', ''))
+
+
+def heard_of(place: Place, presence: hosts.Presence) -> hosts.Presence:
+    """A townhall that says it is there, and that is not silent while the test lasts."""
+    place.store.call(presence.here())
+    key = place.store.prefix + f'host:{presence.host}'.encode()
+    later = f'{(time.time() + 3600) * 1000:.0f}'
+    record = json.loads(redis(place, 'HGET', key, presence.token)) | {'heard': later}
+    redis(place, 'HSET', key, presence.token, json.dumps(record))
+    redis(place, 'ZADD', place.store.prefix + b'hosts', later, presence.host)
     return presence
 
 
@@ -229,9 +243,7 @@ def test_an_agent_that_is_forgotten_leaves_no_files_on_its_host(country: Country
     assert list(kept.glob(f'{agent}.*'))
     assert a.do('agent.prune')['agents'] == ['w']
     a.do('agent.spawn', name='next', host='b')  # orders are taken in their order
-    deadline = time.monotonic() + PATIENCE
-    while list(kept.glob(f'{agent}.*')):
-        assert time.monotonic() < deadline
+    until(lambda: not list(kept.glob(f'{agent}.*')))
 
 
 # -------------------------------------------------------------------------------------------------------------- stop
@@ -268,7 +280,10 @@ def test_an_agent_on_a_silent_host_is_stopped_when_that_is_back(country: Country
     end(back)
 
 
-def test_an_idle_agent_ends_by_itself_where_no_townhall_is_that_could_stop_it(a: Place, b: Hall) -> None:
+def test_an_idle_agent_ends_by_itself_where_no_townhall_is_that_could_stop_it(
+    a: Place, b: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, '_GOODBYE_SECS', PATIENCE)
     a.do('agent.spawn', name='w', host='b')
     pid = worker_pid(a)
     end(b)
@@ -431,8 +446,7 @@ def test_a_log_is_read_on_the_host_that_has_it(country: Country, a: Place) -> No
 
 
 def test_who_has_a_log_is_said_where_it_can_be_reached(ground: Place) -> None:
-    presence = hosts.Presence('far', new_id(), 'the place', 'http://192.0.2.7:8787')
-    ground.store.call(presence.here())
+    heard_of(ground, hosts.Presence('far', new_id(), 'the place', 'http://192.0.2.7:8787'))
     enlist(ground, 'w').hello(replace(ELSEWHERE, host='far'))
     wrong = problem(ground, 'agent.logs', agent='w')
     assert wrong.detail == "The log of 'w' is on host 'far'; ask its townhall:  tt --url http://192.0.2.7:8787"
@@ -499,16 +513,18 @@ def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place
     config = ground.town.config
     hurried = config.but(townhall=config.townhall.but(request_timeout_ms=1500))
 
-    def take() -> None:
-        entry = next(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 20_000))))[0]
-        ground.store.call(hosts.take(played, entry, ELSEWHERE.line))
-        ground.store.close()
+    def taken(spawning: Step[Any]) -> Step[Any]:
+        """Spawns, and has the townhall there take the order as soon as there is one."""
+        command = next(spawning)
+        while True:
+            reply = yield command
+            if orders := list(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 1)))):
+                ground.store.call(hosts.take(played, orders[0][0], ELSEWHERE.line))
+            command = spawning.send(reply)
 
-    taker = threading.Thread(target=take)
-    taker.start()
+    call = Call(Town(ground.root, hurried, ground.store), OPERATOR)
     with pytest.raises(TownError) as raised:
-        ground.store.run(agents.spawn(Call(Town(ground.root, hurried, ground.store), OPERATOR), name='w', host='far'))
-    taker.join()
+        ground.store.run(taken(agents.spawn(call, name='w', host='far')))
     assert (raised.value.status, raised.value.code) == (503, 'host-unsure')
     assert f"'w' ({enlisted(ground)[0]})" in raised.value.detail
 
@@ -559,8 +575,7 @@ def test_a_townhall_that_is_not_there_takes_no_order(ground: Place, played: host
 
 
 def test_a_host_s_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
-    other = hosts.Presence(this_host(), new_id(), 'another place', '')
-    ground.store.call(other.here())
+    other = heard_of(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
     waits: list[float] = []
     with pytest.raises(UsageError, match=r'another place.*TINYTOWN_HOST'):
         hosts.arrive(ground.town, '', waits.append)
@@ -571,8 +586,7 @@ def test_a_host_s_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
 
 def test_what_goes_by_the_name_of_another_place_frees_nothing(ground: Place) -> None:
     enlist(ground, 'w').becomes(replace(identify(os.getpid()), start='1'))
-    other = hosts.Presence(this_host(), new_id(), 'another place', '')
-    ground.store.call(other.here())
+    other = heard_of(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
     assert problem(ground, 'recovery.recover_agents').code == 'host-name-taken'
     assert 'TINYTOWN_HOST' in ground.tt('doctor', '--fix', check=False).stdout
     ground.store.call(other.gone())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_plain_http_to_the_tls_port_is_told_to_write_https(place: Place, tls: di
 def test_clients_that_are_silent_in_the_handshake_stop_nobody_and_are_sent_away(
     place: Place, tls: dict[str, str], authority: Authority
 ) -> None:
-    make_town(place.root, townhall__tls=tls, townhall__limits={'head_secs': 3})
+    make_town(place.root, townhall__tls=tls, townhall__limits={'head_secs': 8})
     hall, client = place.hall(), authority.client()
     silent = [hall.connect() for _ in range(20)]
     for sock in silent[10:]:
@@ -264,6 +265,32 @@ def test_a_revoked_certificate_ends_with_the_next_reload(
     assert ask(hall, authority.client(authority.sign('boss', CLIENT)))[0] == 200
 
 
+def test_a_certificate_that_is_revoked_while_its_client_shakes_hands_lets_nobody_in(
+    place: Place, secured: tuple[Hall, str], authority: Authority
+) -> None:
+    hall, _ = secured
+    pair = authority.sign('boss', CLIENT)
+    come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = authority.client(pair).wrap_bio(come, go, server_hostname='localhost')
+    with hall.connect() as sock:
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        sock.sendall(go.read())
+        while go.pending == 0:  # its last part, with the certificate, is not sent before the reload
+            come.write(sock.recv(65536))
+            with suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+        shutil.copy(authority.revoke(pair), place.root / 'crl.pem')
+        reload(hall, 'the configuration was taken up again')
+        client.write(b'GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+        sock.sendall(go.read())
+        come.write(read_all(sock))
+        said = b''
+        with suppress(ssl.SSLError):
+            said = client.read(65536)
+        assert said == b''
+
+
 def test_an_answer_under_way_is_given_before_a_client_must_show_its_certificate_again(
     secured: tuple[Hall, str], authority: Authority
 ) -> None:
@@ -271,8 +298,10 @@ def test_an_answer_under_way_is_given_before_a_client_must_show_its_certificate_
     client = authority.client(authority.sign('boss', CLIENT))
     assert ask(hall, client, 'POST', '/v1/agents', SPAWN)[0] == 201
     waiting = http.client.HTTPSConnection('localhost', hall.port, timeout=PATIENCE, context=client)
-    waiting.request('POST', '/v1/agents/a/wait', '{"timeout": 1}', {'Content-Type': 'application/json'})
+    assert exchange(waiting, 'GET', '/v1/status')[0] == 200
+    waiting.request('POST', '/v1/agents/a/wait', '{"timeout": 25}', {'Content-Type': 'application/json'})
     reload(hall, 'the configuration was taken up again')
+    assert ask(hall, client, 'POST', '/v1/agents/a/kill')[0] == 200
     answer = waiting.getresponse()
     assert answer.status == 200
     assert answer.getheader('connection') == 'close'
@@ -341,17 +370,15 @@ def test_while_the_issuer_hangs_others_are_served(place: Place, issuer: Issuer) 
     reload_with_no_keys(place, hall, issuer)
     issuer.gate.clear()
     waiting = hall.connect()
-    token = bearer(issuer)['Authorization']
+    token, asked = bearer(issuer)['Authorization'], len(issuer.calls)
     waiting.sendall(f'GET /v1/status HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n'.encode())
-    asked = len(issuer.calls)
     deadline = time.monotonic() + PATIENCE
     while len(issuer.calls) == asked:
         assert time.monotonic() < deadline
-    for _ in range(20):
-        began = time.monotonic()
+    for _ in range(5):  # well within the five seconds that the issuer is given
         assert hall.get('/health').status == 200
         assert hall.get('/v1/status').status == 401
-        assert time.monotonic() - began < 1
+    assert not select.select([waiting], [], [], 0)[0], 'it was not answered before them'
     issuer.gate.set()
     assert waiting.recv(12) == b'HTTP/1.1 200'
     waiting.close()

@@ -432,7 +432,7 @@ def test_a_long_log_is_sent_as_it_is_taken_and_whole(ground: Place, hall: Hall, 
 
 
 def test_a_follower_of_an_unknown_agent_is_refused(ground: Place, hall: Hall, listen: Listen) -> None:
-    assert ground
+    write_log(ground, 'a', '')
     assert listen(hall, '/v1/agents/nobody/logs').status == 404
     assert hall.get('/v1/agents/a/logs', Accept='text/event-stream', Last_Event_ID='x').status == 422
     assert hall.get('/v1/agents/a/logs?offset=x', Accept='text/event-stream').status == 422

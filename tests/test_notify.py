@@ -17,6 +17,7 @@ import pytest
 
 from tinytown import notify
 
+from .redises import until
 from .support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_pid, status_of
 
 
@@ -125,13 +126,13 @@ def test_townhall_says_that_it_is_ready_reloads_lives_and_stops(place: Place, ea
 
 
 def test_it_is_not_ready_and_not_alive_while_redis_hangs(place: Place, ear: Manager) -> None:
-    place.hall(NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='4000000')
+    hall = place.hall(NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='4000000')
     ear.hears_of('WATCHDOG')
     server = redis_pid(place)
     os.kill(server, signal.SIGSTOP)
+    until(lambda: Path(f'/proc/{server}/stat').read_text().rpartition(')')[2].split()[0] == 'T')
     try:
-        ear.forget()
-        ear.silent(1.2)  # one more may have been on its way
+        assert hall.get('/ready').status == 503  # by then no answer of Redis is on its way
         ear.forget()
         assert ear.silent(1.5)
     finally:

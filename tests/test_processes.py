@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tinytown import processes
 from tinytown.model import CONDUCTOR_ID, new_id
 from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, this_boot, this_machine, tree, verdict
 
+from .redises import until
 from .support import PATIENCE, environment
 
 SAYS = 'sh -c "echo \\$\\$; read w <&3; :"'  # says its pid, and lives for as long as the input of its starter
@@ -54,6 +56,15 @@ def said(child: subprocess.Popen[bytes]) -> str:
     assert child.stdout
     assert select.select([child.stdout], [], [], PATIENCE)[0], 'the script said nothing'
     return child.stdout.readline().decode().strip()
+
+
+def descriptors(pid: int) -> dict[str, str]:
+    """What a process has open, by number."""
+    found = {}
+    for file in Path(f'/proc/{pid}/fd').iterdir():
+        with suppress(FileNotFoundError):
+            found[file.name] = str(file.readlink())
+    return found
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
@@ -205,9 +216,11 @@ def test_a_detached_process_outlives_its_starter_and_holds_nothing_of_its(direct
     )
     detached = int(starter.stdout)
     try:
-        held = {file.name: str(file.readlink()) for file in Path(f'/proc/{detached}/fd').iterdir()}
+        gated = str(directory / 'gate')
+        until(lambda: gated in descriptors(detached).values())  # what a program opens at first is closed by then
+        held = descriptors(detached)
         assert {held.pop(n) for n in ('0', '1', '2')} == {'/dev/null', str(directory / 'log')}
-        assert set(held.values()) <= {str(directory / 'gate')}
+        assert set(held.values()) == {gated}
         assert os.getsid(detached) == detached
     finally:
         os.kill(detached, signal.SIGKILL)

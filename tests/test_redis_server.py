@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -18,7 +17,10 @@ from tinytown import config, redis_server
 from tinytown.errors import UsageError
 from tinytown.redis_server import find_server
 
+from .redises import until
 from .support import PATIENCE, Place, environment, make_town, redis_pid, start_redis
+from .test_processes import descriptors
+from .test_worker import await_exit
 
 OPEN = (
     'import sys; from pathlib import Path; from tinytown.town import open_town\n'
@@ -35,7 +37,7 @@ def open_elsewhere(root: Path) -> int:
         stdin=subprocess.PIPE,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=3 * PATIENCE,  # eight at once
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -58,14 +60,6 @@ def servers(place: Place) -> list[int]:
 def setting(place: Place, name: str) -> str:
     value: bytes = place.store.call(place.store.setting(name))[1]
     return value.decode()
-
-
-def await_exit(pid: int) -> None:
-    descriptor = os.pidfd_open(pid)
-    try:
-        assert select.select([descriptor], [], [], PATIENCE)[0], f'process {pid} still runs'
-    finally:
-        os.close(descriptor)
 
 
 def script(file: Path, text: str) -> Path:
@@ -96,7 +90,7 @@ def test_nobody_else_reaches_it(place: Place) -> None:
     pid = redis_pid(place)
     assert (place.root / '.tt').stat().st_mode & 0o777 == 0o700
     assert (place.root / '.tt' / 'redis.sock').stat().st_mode & 0o777 == 0o700
-    sockets = {file.readlink().name for file in Path(f'/proc/{pid}/fd').iterdir() if 'socket' in str(file.readlink())}
+    sockets = {name for name in descriptors(pid).values() if name.startswith('socket:')}
     lines = [line for name in ('tcp', 'tcp6') for line in Path(f'/proc/net/{name}').read_text().splitlines()]
     tcp = {f'socket:[{line.split()[9]}]' for line in lines}
     assert sockets
@@ -112,6 +106,7 @@ def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: st
         assert {name: setting(place, name) for name in wanted} == wanted
         given = [place.do('backlog.add', description=f'number {i}')['task_id'] for i in range(50)]
         first = redis_pid(place)
+        until(lambda: b'\naof_buffer_length:0\r' in place.store.call(place.store.info('persistence')))
         os.kill(first, signal.SIGKILL)
         await_exit(first)
         start_redis(place)
@@ -125,22 +120,18 @@ def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
     pid = redis_pid(place)
     began = time.monotonic()
     assert redis_server.stop(place.root) is True
-    assert time.monotonic() - began < 5, 'a zombie is not waited for'
+    assert time.monotonic() - began < redis_server.STOP_SECS, 'a zombie is not waited for'
     assert servers(place) == []
-    await_exit_or_gone(pid)
+    await_exit(pid)
     assert redis_server.stop(place.root) is False
     start_redis(place)
     assert len(servers(place)) == 1
 
 
-def await_exit_or_gone(pid: int) -> None:
-    if Path(f'/proc/{pid}').exists():
-        await_exit(pid)
-
-
 def test_a_server_that_hangs_gets_no_second_one_beside_it(place: Place) -> None:
     pid = redis_pid(place)
     os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
     try:
         start_redis(place)
         assert servers(place) == [pid]
@@ -175,7 +166,7 @@ def test_a_server_that_does_not_start_is_quoted_at_once(place: Place, monkeypatc
     began = time.monotonic()
     with pytest.raises(UsageError, match=r'did not start; .*redis\.log ends with: no such luck'):
         start_redis_of(place.root)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < redis_server.START_SECS
 
 
 def start_redis_of(root: Path) -> None:

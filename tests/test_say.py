@@ -291,7 +291,7 @@ def test_a_request_is_followed_by_its_id_from_the_answer_to_audit_and_log(
         assert (answer.status, number == given or not given) == (status, True)
         if status >= 400:
             assert answer.json['request_id'] == number
-        served.said(re.escape(f'"request_id": "{number}"'))
+        served.said(re.escape(f'"request_id": "{number}"') + r'.*\n')
         [line] = [line for line in lines_of(served) if line.get('request_id') == number]
         assert (line['part'], line['path'], line['status'], line['principal']) == ('access', path, status, 'local')
         audit = [json.loads(each) for each in (place.root / '.tt' / 'audit.jsonl').read_text().splitlines()]
@@ -308,7 +308,6 @@ def test_secrets_that_the_town_knows_are_not_in_its_log(place: Place) -> None:
 
 def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Place) -> None:
     served = place.hall()
-    deadline = time.monotonic() + PATIENCE
 
     def is_logged(number: str) -> bool:
         served.get('/v1/town', X_Request_ID=number)
@@ -318,6 +317,7 @@ def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Pl
     assert is_logged('first')
     for level, wanted in (('warning', False), ('debug', True)):
         place.tt('config', 'townhall.log.level', level)
+        deadline = time.monotonic() + PATIENCE
         while is_logged(os.urandom(8).hex()) != wanted:
             assert time.monotonic() < deadline, level
     assert served.said('').count('taken up again') == 1  # which is below warning

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tinytown import whereabouts
 from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
 from tinytown.redact import exposed, known
@@ -21,7 +22,7 @@ from tinytown.settings import Redis
 from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
 
 from .redises import HOST, Node, Nodes, until
-from .support import Place, make_town
+from .support import PATIENCE, Place, make_town
 
 KEY = 'tt:{test}:town'
 
@@ -238,12 +239,18 @@ def test_a_wait_for_events_survives_that_its_server_became_a_replica(
     waiter.start()
     until(lambda: node.info('blocked_clients') == '1')
     demote(node, other)
-    waiter.join(10)
+    waiter.join(PATIENCE)
     node.ask('REPLICAOF', 'NO', 'ONE')
     assert told == ['Nothing was changed: Redis became a replica']
 
 
 # ------------------------------------------------------------------------------------------- sentinels and a Cluster
+
+
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentinel is not passed over because it is slow."""
+    monkeypatch.setattr(whereabouts, '_ASK_SECS', PATIENCE)
 
 
 def watcher(directory: Path, stack: ExitStack, master: Node) -> Node:
@@ -253,6 +260,7 @@ def watcher(directory: Path, stack: ExitStack, master: Node) -> Node:
     return made
 
 
+@pytest.mark.usefixtures('_patient')
 def test_of_many_sentinels_those_that_do_not_know_the_master_are_passed_over(
     directory: Path, nodes: Nodes, stack: ExitStack
 ) -> None:
@@ -262,37 +270,39 @@ def test_of_many_sentinels_those_that_do_not_know_the_master_are_passed_over(
     ignorant.ask('SENTINEL', 'REMOVE', 'main')
     dead.kill()
     url = f'redis+sentinel://{dead.place},{ignorant.place},{knows.place}'
-    wire = locate(Redis(url=f'{url}/main'), KEY, directory).open()
+    wire = locate(Redis(url=f'{url}/main'), KEY, directory).open(PATIENCE)
     assert wire.sock.getpeername() == (HOST, master.port)
     with pytest.raises(Unavailable, match=rf'no master other .*{dead.port}.*refused.*{knows.port}.*is not known there'):
         locate(Redis(url=f'{url}/other'), KEY, directory).open()
 
 
+@pytest.mark.usefixtures('_patient')
 def test_a_sentinel_that_still_names_a_dead_master_does_not_end_connections_to_the_new_one(
     directory: Path, nodes: Nodes, stack: ExitStack
 ) -> None:
     former, master = nodes.add(), nodes.add()
     late, right = watcher(directory, stack, former), watcher(directory, stack, master)
     former.kill()
-    wire = locate(Redis(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open()
+    wire = locate(Redis(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open(PATIENCE)
     assert wire.sock.getpeername() == (HOST, master.port)
     assert select.select([wire.sock], [], [], 0.8)[0] == []
 
 
+@pytest.mark.usefixtures('_patient')
 def test_a_master_that_sentinels_name_must_say_itself_that_it_is_one(
     directory: Path, nodes: Nodes, stack: ExitStack
 ) -> None:
     former, master = nodes.add(), nodes.add()
     sentinel = watcher(directory, stack, former)
     address = locate(Redis(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
-    wire = address.open()
+    wire = address.open(PATIENCE)
     demote(former, master)
     with pytest.raises(Unavailable, match='is named as the master, and says that it is none'):
-        address.open()
+        address.open(PATIENCE)
     sentinel.ask('SENTINEL', 'REMOVE', 'main')
     sentinel.ask('SENTINEL', 'MONITOR', 'main', HOST, master.port, 1)
     until(wire.is_stale)  # it is cut, though its server would keep it
-    assert address.open().sock.getpeername() == (HOST, master.port)
+    assert address.open(PATIENCE).sock.getpeername() == (HOST, master.port)
 
 
 def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_it_when_it_moves(
@@ -303,7 +313,8 @@ def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_
     slot = Cluster([], Server(), KEY).slot
     first.ask('CLUSTER', 'ADDSLOTSRANGE', 0, 16383)
     first.ask('CLUSTER', 'MEET', HOST, second.port, second.bus)
-    until(lambda: all(b'cluster_known_nodes:2' in each.ask('CLUSTER', 'INFO') for each in (first, second)))
+    ids = [each.ask('CLUSTER', 'MYID') for each in (first, second)]
+    until(lambda: all(name in each.ask('CLUSTER', 'NODES') for each in (first, second) for name in ids))
     address = locate(Redis(url=f'redis+cluster://{second.place}'), KEY, directory)
     wire = until(address.open)
     assert wire.sock.getpeername() == (HOST, first.port)
@@ -317,7 +328,7 @@ def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_
     with pytest.raises(Unavailable, match='moving the town to another node'):
         place.do('backlog.add', description='x')
     keys = first.ask('CLUSTER', 'GETKEYSINSLOT', slot, 100)
-    first.ask('MIGRATE', HOST, second.port, '', 0, 1000, 'KEYS', *keys)
+    first.ask('MIGRATE', HOST, second.port, '', 0, 10_000, 'KEYS', *keys)
     for node in (second, first):
         node.ask('CLUSTER', 'SETSLOT', slot, 'NODE', home)
     assert hall.post('/v1/backlog', {'description': 'x'}).status == 201, 'it was sent on to where the town is'

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 from tinytown import reports
 from tinytown.errors import TownError
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.processes import identify, start_time, verdict
+from tinytown.processes import GRACE_SECS, identify, start_time, verdict
 
 from .redises import until
 from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis
@@ -35,6 +36,8 @@ CLIS = {
     'own': './own-cli --flag',
 }
 GATE = 'echo $$ >up; read word <down; echo "$word"'  # says its pid, and waits to be told to go on
+LEASE = 6
+BEAT = LEASE / 3  # seconds between two heartbeats
 
 
 class Gate:
@@ -68,7 +71,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = make_town(
         tmp_path_factory.mktemp('w'),
         max_agents=4,
-        agent={'lease_secs': 6, 'pass_env': ['PYTHONHOME'], 'role_scopes': {'lead': ['agent.manage']}},
+        agent={'lease_secs': LEASE, 'pass_env': ['PYTHONHOME'], 'role_scopes': {'lead': ['agent.manage']}},
         retention={'log_bytes': 65536},
         agent_clis=CLIS,
     )
@@ -144,6 +147,23 @@ def when(event: dict[str, Any]) -> float:
     return datetime.fromisoformat(event['at']).timestamp()
 
 
+def await_rest(place: Place) -> None:
+    """Waits until the town's only worker blocks on its inbox."""
+    until(lambda: b'\nblocked_clients:1\r' in place.store.call(place.store.info('clients')))
+
+
+def await_idle(place: Place, name: str = 'w') -> None:
+    """Waits until an agent's round is over: from here on its worker says nothing until it takes something new."""
+    until(lambda: agent(place, name)['state'] == 'Idle')
+
+
+def command_lines() -> Iterator[bytes]:
+    """The command line of each process that does not end while it is looked at."""
+    for directory in Path('/proc').glob('[0-9]*'):
+        with suppress(OSError):
+            yield (directory / 'cmdline').read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------------------- life
 
 
@@ -170,13 +190,19 @@ def test_a_task_is_taken_at_once_by_a_worker_that_does_not_poll(place: Place) ->
         return sum(map(int, re.findall(r'cmdstat_(?:evalsha|xread|eval):calls=(\d+)', said)))
 
     spawn(place)
-    before = calls()
+    await_rest(place)
+    began, before = time.monotonic(), calls()
     assert place.store.call(place.store.next_event(place.history()[-1]['id'], 3000)) is None  # three idle seconds
-    assert calls() - before <= 8, 'two heartbeats of three commands each, and what this test asked'
-    task_id = give(place, 'echo quick')
-    assert place.await_end(task_id)['result'] == 'quick'
-    taken, given = place.await_event('task.started'), place.await_event('task.assigned')
-    assert when(taken) - when(given) < 0.5
+    asked, beats = calls() - before, (time.monotonic() - began) // BEAT + 1
+    assert asked <= 3 * beats + 2, 'heartbeats of three commands each, and what this test asked'
+    waited = []
+    for _ in range(4):  # one of them may have met a busy machine
+        await_rest(place)
+        task_id = give(place, 'echo quick')
+        assert place.await_end(task_id)['result'] == 'quick'
+        given, taken = (place.await_event(f'task.{step}', task_id=task_id) for step in ('assigned', 'started'))
+        waited.append(when(taken) - when(given))
+    assert min(waited) < 0.5
 
 
 @pytest.mark.parametrize('cli', ['stdin', 'file'])
@@ -184,7 +210,7 @@ def test_a_prompt_is_read_by_its_cli_and_shown_to_nobody(place: Place, gate: Gat
     spawn(place, cli=cli)
     task_id = give(place, 'the secret of the-blue-door')
     gate.pid()
-    shown = [file.read_bytes() for file in Path('/proc').glob('[0-9]*/cmdline') if file.exists()]
+    shown = list(command_lines())
     gate.go()
     assert not [argv for argv in shown if b'the-blue-door' in argv]
     assert 'the secret of the-blue-door' in place.await_end(task_id)['result']
@@ -257,14 +283,19 @@ def test_a_towns_own_python_files_are_not_imported_by_its_workers(place: Place) 
 
 def test_a_log_is_rotated_once_it_is_full(place: Place) -> None:
     spawn(place)
-    place.await_end(give(place, 'yes line | head -c 300000; echo the last'))
     logs = place.root / '.tt' / 'logs'
+
+    def said() -> str:
+        await_idle(place)
+        return (logs / 'w.log.1').read_text() + place.log('w')  # a last line may just have begun a new one
+
+    place.await_end(give(place, 'yes line | head -c 300000; echo the last'))
+    assert 'the last' in said()
     assert 0 < (logs / 'w.log').stat().st_size <= 65536
     assert 0 < (logs / 'w.log.1').stat().st_size <= 65536
-    assert 'the last' in place.log('w')
     (logs / 'w.log').unlink()  # as a person may; the work goes on
     assert place.await_end(give(place, 'yes line | head -c 300000; echo more'))['state'] == 'completed'
-    assert 'more' in place.log('w')
+    assert 'more' in said()
 
 
 # --------------------------------------------------------------------------------------------------------- steering
@@ -283,7 +314,8 @@ def test_interrupt_resume_and_close_are_obeyed_between_rounds(place: Place, gate
     gate.go()
     assert place.await_end(second)['state'] == 'completed'
     stopped = place.await_event('agent.stopped')
-    assert when(stopped) - when(place.await_event('task.completed', task_id=second)) < 1
+    ended = place.await_event('task.completed', task_id=second)
+    assert when(stopped) - when(ended) < BEAT, 'no heartbeat is waited for'
     resumed = next(e['id'] for e in place.history() if e['type'] in ('agent.idle', 'agent.working'))
     assert place.await_event('task.started', task_id=second)['id'] > resumed
     assert task(place, third)['state'] == 'assigned'
@@ -299,17 +331,20 @@ def test_an_idle_agent_is_closed_at_once_and_waited_for(place: Place) -> None:
         finally:
             place.store.close()
 
+    await_rest(place)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(wait)
         place.do('agent.close', agent='w')
         assert waiting.result() == {'agent': 'w', 'state': 'Stopped', 'done': True}
     await_exit(pid)
-    assert when(place.await_event('agent.stopped')) - when(place.await_event('agent.draining')) < 1
+    assert when(place.await_event('agent.stopped')) - when(place.await_event('agent.draining')) < 0.75 * BEAT
 
 
-def test_max_rounds_stops_a_worker_and_leaves_the_rest_queued(place: Place) -> None:
+def test_max_rounds_stops_a_worker_and_leaves_the_rest_queued(place: Place, gate: Gate) -> None:
     spawn(place, max_rounds=2)
-    tasks = [give(place, 'true') for _ in range(3)]
+    tasks = [give(place, script) for script in (GATE, 'true', 'true')]
+    gate.pid()
+    gate.go()
     place.await_event('agent.stopped')
     assert [task(place, each)['state'] for each in tasks] == ['completed', 'completed', 'assigned']
 
@@ -352,7 +387,7 @@ def test_kill_leaves_no_process_and_returns_the_task(place: Place, gate: Gate, f
     began = time.monotonic()
     assert place.do('agent.kill', agent='w', force=force) == {'status': 'stopped', 'agent': 'w'}
     assert [pid for pid in (worker, *pids) if not is_gone(pid)] == []
-    assert (time.monotonic() - began < 4) is force, 'five seconds of grace, or none'
+    assert (time.monotonic() - began < GRACE_SECS) is force, 'seconds of grace, or none'
     found = task(place, task_id)
     assert (found['state'], found['attempt'], found['agent_id']) == ('pending', 1, None)
     assert (agent(place)['state'], agent(place)['pid']) == ('Stopped', None)

@@ -153,6 +153,9 @@ class Connection:
             return 0
         self._shakes_hands = False
         self.peer = replace(self.peer, subject=self.sock.subject())
+        if self._is_last and self.peer.subject:  # it was judged by settings that have changed meanwhile
+            self.close()
+            return 0
         return IN
 
     def _read(self) -> None:
@@ -472,8 +475,14 @@ class Connection:
             self.close()
 
     def renew(self) -> None:
-        """Has the client connect again, after the answer to what it has begun to say: it may not be let in any more."""
+        """Has a client with a certificate connect again, after the answer to what it has begun to say: it may not be
+        let in any more. Of one that still shakes hands it is not known yet whether it has one.
+        """
+        if not (self.peer.subject or self._shakes_hands):
+            return
         self._is_last = True
+        if self._shakes_hands:
+            return
         self.drain()
         if self._request is None and not self._buffer:
             self._closing = True

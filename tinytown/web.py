@@ -121,8 +121,7 @@ class Server(HTTPServer):
         self._timeout = settings.request_timeout_ms / 1000
         self._access_log = _access_log(settings)
         for connection in list(self.connections):
-            if connection.peer.subject:
-                connection.renew()
+            connection.renew()
 
     # --------------------------------------------------------------------------------------------------- the loop
 

@@ -82,12 +82,12 @@ class Worker:
         self.cli = clis.find(self.town.config, json.loads(record)['cli'])  # before anybody takes us for alive
         reports.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
+        signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
+        signal.signal(signal.SIGINT, self._on_signal)
         hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
         name, _, most, _, head = self.town.store.call(hello)
         self.name, self._most_rounds = text(name), int(most)
         self.role = json.loads(head + b'}')['role_id']
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
         self.note(f'worker {self.instance} of {self.name} is up (pid {me.pid}, cli {self.cli.name})')
 
     def run(self) -> int:
