@@ -74,7 +74,7 @@ def test_the_short_form_measures_and_writes_a_table_and_json(tmp_path: Path) -> 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

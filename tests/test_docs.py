@@ -39,7 +39,7 @@ from .support import REPOSITORY, Place, environment
 FENCE: Final = r'^(?:<!-- needs: ([\w-]+) -->\n)?(<!-- goes on -->\n)?```(\w*)\n(.*?)^```$'
 EMPTY: Final = '<!-- begins: in an empty directory -->'
 MARK: Final = '==== block'
-LONGEST: Final = 90  # seconds a page may take
+LONGEST: Final = 240  # seconds a page may take
 
 # What a block may need, and the file whose tests run what stands there.
 PROOF: Final = {
@@ -142,7 +142,10 @@ class Reader:
         return status, out.read_text(), err.read_text()
 
     def _port(self, match: re.Match[str]) -> str:
-        return self.ports.setdefault(match[0], str(free_port()))
+        while match[0] not in self.ports:
+            if (port := str(free_port())) not in self.ports.values():
+                self.ports[match[0]] = port
+        return self.ports[match[0]]
 
     def leave(self) -> None:
         """Stops every town that was made; the one in which the page began last, as others may use its Redis."""

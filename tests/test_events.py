@@ -21,7 +21,7 @@ from .ground import enlist, redis
 from .raw import HOST, read_answer
 from .streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
 from .support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
-from .test_redis_server import await_exit
+from .test_worker import await_exit
 
 ALL = '/v1/events?after=0-0'
 NOW = '/v1/events?after=$'
@@ -32,7 +32,7 @@ def open_hall(soil: Place) -> Iterator[Hall]:
     """A townhall of the module's town."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HOME', str(soil.root))
-        made = soil.hall(TINYTOWN_TOWNHALL_LIMITS_STREAMS='20', TINYTOWN_TOWNHALL_LIMITS_WRITE_SECS='1')
+        made = soil.hall(TINYTOWN_TOWNHALL_LIMITS_STREAMS='20', TINYTOWN_TOWNHALL_LIMITS_WRITE_SECS='2')
         yield made
         made.kill()
 
@@ -293,17 +293,22 @@ class Follower(threading.Thread):
         super().__init__(daemon=True)
         self._service, self._count, self._path = service, count, path
         self.heard: list[str] = []
-        self.gaps = self.visits = 0
+        self.gaps = 0
+        self.visits = threading.Semaphore(0)  # one for each stream that it was given
 
     def run(self) -> None:
-        last, deadline = '', time.monotonic() + 2 * PATIENCE
+        last, deadline = '', time.monotonic() + 4 * PATIENCE
         while len(self.heard) < self._count and time.monotonic() < deadline:
             try:
                 listener = Listener(self._service, self._path, last=last)
             except OSError:
                 time.sleep(0.05)  # nobody is there
                 continue
-            self.visits += 1
+            if listener.status != 200:
+                listener.close()
+                time.sleep(0.05)  # Redis is away
+                continue
+            self.visits.release()
             try:
                 while len(self.heard) < self._count:
                     event = listener.event()
@@ -333,15 +338,17 @@ def test_ten_thousand_events_are_heard_once_each_over_kills_of_townhall_and_of_r
     for part in range(10):
         happen(place, 1000)
         if part in (2, 5):
+            for reader in readers:
+                assert reader.visits.acquire(timeout=PATIENCE), 'it has not come back'
             hall.kill()
             hall = place.hall('--port', str(hall.port))
         if part == 7:
             restart_redis(place)
     everything = ids(place)
     for reader in readers:
-        reader.join(2 * PATIENCE)
+        reader.join(4 * PATIENCE)
         assert reader.heard == everything
-        assert (reader.visits >= 3, reader.gaps) == (True, 0)
+        assert (reader.visits.acquire(blocking=False), reader.gaps) == (True, 0)
     assert len(everything) == 10_000
 
 
@@ -387,7 +394,7 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_resumes_where_it_was(
 ) -> None:
     happen(ground, 4000, size=2000)
     listener = listen(hall, ALL)
-    await_streams(hall, 1)
+    assert listener.status == 200  # so it is counted
     await_streams(hall, 0)  # after write_secs
     before = [heard.id for heard in listener.rest()[0] if heard.data]
     assert 0 < len(before) < 4000
@@ -456,7 +463,7 @@ def test_a_hundred_idle_streams_do_not_slow_requests_down(place: Place, listen: 
         listeners = [listen(hall, NOW).ready() for _ in range(100)]
         for listener in listeners:
             stack.callback(listener.close)
-        assert slowest() < 10 * alone + 0.05
+        assert min(slowest() for _ in range(3)) < 10 * alone + 0.05
         happen(place, 1)
         assert {listener.event().id for listener in listeners} == {newest(place)}
 
@@ -496,7 +503,7 @@ def test_a_chain_of_waiting_pages_hears_every_event_once(ground: Place, hall: Ha
     writer = happen_often(ground, 40, 7)
     after, told = '0-0', list[str]()
     while len(told) < 290:
-        page = hall.get(f'/v1/events?after={after}&wait=5&limit=20').json
+        page = hall.get(f'/v1/events?after={after}&wait=15&limit=20').json
         told += [event['id'] for event in page['events']]
         after = page['next_after']
         assert 0 < len(page['events']) <= 20
@@ -507,11 +514,11 @@ def test_a_chain_of_waiting_pages_hears_every_event_once(ground: Place, hall: Ha
 def test_a_page_that_waits_in_vain_says_how_far_it_has_looked(ground: Place, hall: Hall) -> None:
     began = time.monotonic()
     with hall.connect() as sock:
-        sock.sendall(b'GET /v1/events?after=$&wait=1&type=agent HTTP/1.1\r\n' + HOST + b'\r\n')
+        sock.sendall(b'GET /v1/events?after=$&wait=3&type=agent HTTP/1.1\r\n' + HOST + b'\r\n')
         await_streams(hall, 1)
         happen(ground, 3)
         assert read_answer(sock).json == {'events': [], 'next_after': newest(ground)}
-    assert 1 <= time.monotonic() - began < 4
+    assert 3 <= time.monotonic() - began < 15
 
 
 def test_a_page_does_not_wait_where_there_is_something_to_tell(ground: Place, hall: Hall) -> None:
@@ -583,7 +590,7 @@ def test_a_townhall_that_stops_takes_leave_of_streams_and_answers_who_waits(plac
             listener.close()
         assert read_answer(sock).json == {'events': [], 'next_after': newest(place)}
     assert hall.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8
 
 
 def test_every_one_of_several_processes_streams_everything(place: Place, listen: Listen) -> None:

@@ -23,8 +23,10 @@ import pytest
 from tinytown import http1
 from tinytown.errors import BadRequest
 from tinytown.http1 import Request, Response
+from tinytown.model import new_id
 from tinytown.operations import TABLE
 
+from .ground import Puppet, enlist
 from .raw import GET, HOST, add, answers, await_descriptors, backlog, connections, descriptors, post, read_answer, timed
 from .support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, shell_cli, status_of
 
@@ -50,8 +52,8 @@ def hall(place: Place) -> Hall:
 
 @pytest.fixture(scope='module')
 def brief(place: Place) -> Hall:
-    """A townhall of the same town with the shortest deadlines and few connections."""
-    limits = {'HEAD_SECS': '1', 'BODY_SECS': '1', 'WRITE_SECS': '1', 'IDLE_SECS': '2', 'CONNECTIONS': '20'}
+    """A townhall of the same town with the shortest deadlines."""
+    limits = {'HEAD_SECS': '1', 'BODY_SECS': '1', 'WRITE_SECS': '1', 'IDLE_SECS': '2'}
     named = {f'TINYTOWN_TOWNHALL_LIMITS_{name}': value for name, value in limits.items()}
     return place.hall(TINYTOWN_TOWNHALL_REQUEST_TIMEOUT_MS='1000', **named)
 
@@ -493,7 +495,7 @@ def test_a_head_that_drips_is_answered_408(brief: Hall) -> None:
     raw, took = timed(drip, brief, b'GET /health HTTP/1.1\r\nX: ')
     [answer] = answers(raw)
     assert (answer.status, answer.json['code'], answer.headers['connection']) == (408, 'request-timeout', 'close')
-    assert 0.9 < took < 4
+    assert 0.9 < took < 8
 
 
 def test_a_body_that_drips_is_answered_408_and_not_executed(brief: Hall) -> None:
@@ -501,30 +503,31 @@ def test_a_body_that_drips_is_answered_408_and_not_executed(brief: Hall) -> None
         drip, brief, head(b'Content-Type: application/json', b'Content-Length: 999') + b'{"description":"'
     )
     assert status_of(raw) == 408
-    assert 0.9 < took < 4
+    assert 0.9 < took < 8
     assert not [text for text in backlog(brief) if text.startswith('aa')]
 
 
 def test_a_body_that_stalls_is_answered_408(brief: Hall) -> None:
     raw, took = timed(brief.talk, SMUGGLED[:-1], False)
     assert status_of(raw) == 408
-    assert 0.9 < took < 4
+    assert 0.9 < took < 8
     assert 'smuggled' not in backlog(brief)
 
 
 def test_a_connection_that_says_nothing_is_closed_without_a_word(brief: Hall) -> None:
     raw, took = timed(brief.talk, b'', False)
     assert raw == b''
-    assert 0.9 < took < 4
+    assert 0.9 < took < 8
 
 
 def test_a_connection_that_idles_after_an_answer_is_closed(brief: Hall) -> None:
     raw, took = timed(brief.talk, GET, False)
     assert [answer.status for answer in answers(raw)] == [200]
-    assert 1.9 < took < 5
+    assert 1.9 < took < 9
 
 
 def test_a_client_that_does_not_read_is_given_up(brief: Hall, page: bytes) -> None:
+    await_descriptors(brief, 1)
     before = descriptors(brief)
     with brief.connect() as sock:
         sock.sendall(page * 100)
@@ -546,26 +549,27 @@ def test_an_operation_past_its_time_is_answered_503_with_its_outcome_unknown(bri
     assert (answer.status, answer.json['code'], answer.headers['connection']) == (503, 'timeout', 'close')
     assert int(answer.headers['retry-after']) >= 1
     assert 'not known' in answer.json['detail']
-    assert 0.9 < took < 4
+    assert 0.9 < took < 5
     place.do('agent.kill', agent='stubborn', force=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
 
-def test_connections_over_the_limit_are_told_to_come_again(brief: Hall) -> None:
-    before = descriptors(brief)
-    with connections(brief, 20) as held:
+def test_connections_over_the_limit_are_told_to_come_again(place: Place) -> None:
+    small = place.hall(TINYTOWN_TOWNHALL_LIMITS_CONNECTIONS='20')
+    before = descriptors(small)
+    with connections(small, 20) as held:
         for sock in held:
             sock.sendall(GET)
             assert read_answer(sock).status == 200
         for _ in range(10):
-            [answer] = answers(brief.talk(GET, finish=False))
+            [answer] = answers(small.talk(GET, finish=False))
             assert (answer.status, answer.json['code']) == (503, 'too-many-connections')
             assert answer.headers['retry-after'] == '1'
         held[0].sendall(GET)
         assert read_answer(held[0]).status == 200  # who is in is served
-    await_descriptors(brief, before)
+    await_descriptors(small, before)
 
 
 def test_a_burst_of_400_connections_is_served(hall: Hall) -> None:
@@ -595,8 +599,10 @@ def test_idle_connections_cost_a_new_client_nothing_even_where_few_files_may_be_
         assert [read_answer(sock).status for sock in held] == [200] * 300
         answer, took = timed(lambda: crowded.get('/v1/status'))
         assert answer.status == 200
-        assert took < 1
-        assert len(os.listdir(f'/proc/{crowded.process.pid}/task')) == 3  # the loop, the caretaker, the steward
+        assert took < 5
+        deadline = time.monotonic() + PATIENCE
+        while len(os.listdir(f'/proc/{crowded.process.pid}/task')) != 3:  # the loop, the caretaker, the steward
+            assert time.monotonic() < deadline, 'it has a thread for each of them'
 
 
 def test_a_server_out_of_descriptors_serves_who_is_in_and_recovers(place: Place) -> None:
@@ -636,12 +642,19 @@ def test_clients_that_break_off_leave_nothing_behind(hall: Hall, page: bytes) ->
 # ------------------------------------------------------------------------------------------------ beginning and end
 
 
-def begin_wait(hall: Hall, place: Place, seconds: int) -> socket.socket:
-    """A connection on which a slow request is under way."""
-    if not [agent for agent in place.do('agent.list')['agents'] if agent['name'] == 'idler']:
-        place.do('agent.spawn', name='idler', cli='demo')
+@pytest.fixture
+def idler(place: Place) -> Iterator[Puppet]:
+    """An agent that lives until the test says otherwise."""
+    made = enlist(place, f'idler-{new_id()[:8]}')
+    yield made
+    if made.show()['state'] != 'Stopped':
+        made.depart()
+
+
+def begin_wait(hall: Hall, idler: Puppet, seconds: int = 20) -> socket.socket:
+    """A connection on which a slow request is under way: until the agent departs, or for so long."""
     sock = hall.connect()
-    sock.sendall(post(b'{"timeout":%d}' % seconds, path=b'/v1/agents/idler/wait'))
+    sock.sendall(post(b'{"timeout":%d}' % seconds, path=f'/v1/agents/{idler.name}/wait'.encode()))
     for _ in range(2):  # what was sent before them was read before the second one
         assert hall.get('/health').status == 200
     return sock
@@ -659,9 +672,11 @@ def await_refusal(hall: Hall) -> None:
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(place: Place, number: signal.Signals) -> None:
+def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(
+    place: Place, idler: Puppet, number: signal.Signals
+) -> None:
     ending = place.hall()
-    with ending.connect() as idle, ending.connect() as arrived, begin_wait(ending, place, 2) as slow:
+    with ending.connect() as idle, ending.connect() as arrived, begin_wait(ending, idler) as slow:
         idle.sendall(GET)
         assert read_answer(idle).status == 200
         arrived.sendall(GET)
@@ -670,8 +685,10 @@ def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(place: Pla
         assert read_all(idle) == b''
         [answer] = answers(read_all(arrived))
         assert answer.status == 200
+        idler.depart()
         [answer] = answers(read_all(slow))
         assert (answer.status, answer.headers['connection']) == (200, 'close')
+        assert answer.json['done'] is True
     assert ending.process.wait(PATIENCE) == 0
 
 
@@ -679,6 +696,7 @@ def test_requests_that_came_before_the_signal_are_answered(place: Place) -> None
     ending = place.hall()
     assert ending.get('/v1/status').status == 200
     ending.process.send_signal(signal.SIGSTOP)
+    assert os.waitid(os.P_PID, ending.process.pid, os.WSTOPPED)
     with connections(ending, 10) as socks:
         for sock in socks:
             sock.sendall(add('just in time'))
@@ -689,14 +707,14 @@ def test_requests_that_came_before_the_signal_are_answered(place: Place) -> None
     assert [task['description'] for task in place.do('backlog.list')['backlog']].count('just in time') == 10
 
 
-def test_a_second_signal_ends_it_at_once_and_says_that_the_outcome_is_unknown(place: Place) -> None:
-    ending = place.hall()
-    with begin_wait(ending, place, 20) as slow:
+def test_a_second_signal_ends_it_at_once_and_says_that_the_outcome_is_unknown(place: Place, idler: Puppet) -> None:
+    ending = place.hall(TINYTOWN_TOWNHALL_LIMITS_DRAIN_SECS='60')
+    with begin_wait(ending, idler) as slow:
         ending.process.terminate()
         await_refusal(ending)
         assert ending.process.poll() is None
         ending.process.terminate()
-        ending.process.wait(5)
+        ending.process.wait(10)
         said = read_all(slow)
         assert status_of(said) == 503
         assert b'not known' in said
@@ -769,10 +787,10 @@ def test_a_log_that_can_not_be_written_does_not_end_the_service(place: Place) ->
         assert process.wait(PATIENCE) == 0
 
 
-def test_a_machine_without_epoll_is_served_too(place: Place, page: bytes, tmp_path: Path) -> None:
+def test_a_machine_without_epoll_is_served_too(place: Place, idler: Puppet, page: bytes, tmp_path: Path) -> None:
     (tmp_path / 'sitecustomize.py').write_text('import select\ndel select.epoll\n')
     plain = place.hall(PYTHONPATH=f'{tmp_path}:{REPOSITORY}')
-    with begin_wait(plain, place, 1) as slow:
+    with begin_wait(plain, idler, 1) as slow:
         found = answers(plain.talk(page * 30 + GET + GET[:-2]))
         assert [answer.status for answer in found] == [200] * 31
         assert read_answer(slow).status == 200

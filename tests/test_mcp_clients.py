@@ -20,7 +20,7 @@ def test_the_official_sdk_works_with_the_demo_agent(place: Place, transport: str
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -15,24 +15,19 @@ from tinytown.mcp_messages import BATCHING, LEGACY, MODERN, PREFIX
 from tinytown.model import Json
 from tinytown.operations import TABLE
 
+from .ground import enlist
 from .mcp_client import CLIENT, META, Http, events, since
 from .support import Hall, Place, make_town
-from .test_mcp_stdio import add_agent
 
 
 @pytest.fixture(scope='module')
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for this module, with an agent `a` that has no process."""
+    """One town for this module, with an agent `a` whose process is elsewhere."""
     made = make_town(tmp_path_factory.mktemp('m'))
-    agent = add_agent(made, 'a')
+    agent = enlist(made, 'a')
     yield made
-    made.store.call(made.store.depart(agent, _instance(made, agent), 'Stopped', 'the tests are over', 'backlog'))
+    agent.depart()
     made.close()
-
-
-def _instance(place: Place, agent: str) -> str:
-    found: bytes = place.store.call(place.store.agent(agent))[4]
-    return found.decode()
 
 
 @pytest.fixture(scope='module')
@@ -176,7 +171,7 @@ def test_an_array_is_taken_in_the_one_revision_that_has_them(served: Hall, revis
     if status == 200:
         assert [each['id'] for each in reply.json] == [1, 2, 3, 4]
         assert reply.json[3]['error']['code'] == codes.INVALID_REQUEST
-        assert reply.json[1]['result']['structuredContent']['state'] == 'Starting'
+        assert reply.json[1]['result']['structuredContent']['state'] == 'Idle'
     only = served.post(
         '/mcp', [{'jsonrpc': '2.0', 'method': 'notifications/initialized'}], MCP_Protocol_Version=BATCHING
     )
@@ -226,7 +221,7 @@ def test_waiting_for_an_agent_tells_how_far_it_is(modern: Http) -> None:
     params = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 2}, '_meta': {'progressToken': 7}}
     with modern.stream('tools/call', params) as stream:
         *told, reply = stream.messages()
-    assert reply['result']['structuredContent'] == {'agent': 'a', 'state': 'Starting', 'done': False}
+    assert reply['result']['structuredContent'] == {'agent': 'a', 'state': 'Idle', 'done': False}
     assert reply['result']['resultType'] == 'complete'
     progress = [each['params'] for each in told]
     assert progress
@@ -249,7 +244,7 @@ def test_a_modern_request_whose_stream_is_closed_is_cancelled(town: Place) -> No
     began = time.monotonic()
     hall.process.terminate()
     assert hall.process.wait(20) == 0
-    assert since(began) < 8, 'it waited for a request that nobody waits for'
+    assert since(began) < 9, 'it waited for a request that nobody waits for'
 
 
 def test_a_subscription_is_ended_with_a_result_when_the_server_stops(town: Place) -> None:

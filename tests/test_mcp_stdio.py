@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tinytown.mcp_messages import BATCHING, LEGACY, MODERN, PREFIX
 from tinytown.model import new_id
 
 from .mcp_client import CLIENT, META, Stdio, since, stdio
-from .support import REPOSITORY, Place, environment, make_town
+from .support import PATIENCE, REPOSITORY, Place, environment, make_town
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_sigterm_ends_it(ground: Place) -> None:
     with stdio(ground.root) as client:
         client.greet()
         client.process.send_signal(signal.SIGTERM)
-        assert client.process.wait(10) == 0
+        assert client.process.wait(PATIENCE) == 0
 
 
 def test_while_a_client_waits_for_an_agent_others_are_answered_and_it_hears_of_progress(client: Stdio) -> None:
@@ -226,7 +227,7 @@ def test_a_wait_that_is_cancelled_is_not_answered(client: Stdio) -> None:
     client.send({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': number}})
     status, rest = client.finish()
     assert (status, rest) == (0, b'')
-    assert since(began) < 10
+    assert since(began) < 20
 
 
 def test_a_subscription_ends_when_it_is_cancelled(client: Stdio, ground: Place) -> None:
@@ -330,7 +331,11 @@ def test_no_descriptor_of_the_client_stays_with_a_worker(place: Place) -> None:
         pid = place.do('agent.get', agent='a')['pid']
         assert client.process.stdout
         ours = os.fstat(client.process.stdout.fileno()).st_ino
-        held = {file.stat().st_ino for file in Path(f'/proc/{pid}/fd').iterdir()}
+        held = set()
+        for file in Path(f'/proc/{pid}/fd').iterdir():
+            with suppress(FileNotFoundError):  # it was closed meanwhile
+                held.add(file.stat().st_ino)
+        assert held
         assert ours not in held
 
 
@@ -340,6 +345,6 @@ def test_it_ends_when_nobody_reads_what_it_says(ground: Place) -> None:
         assert client.process.stdout
         client.process.stdout.close()
         client.send(*[{'jsonrpc': '2.0', 'id': i, 'method': 'tools/list'} for i in range(2)])
-        assert client.process.wait(10) == 0
+        assert client.process.wait(PATIENCE) == 0
         assert client.process.stderr
         assert client.process.stderr.read() == b''

@@ -108,7 +108,7 @@ def test_fewer_agents_are_called_for_when_some_have_nothing_to_do_and_nothing_wa
 
 def test_no_agents_are_called_for_when_all_have_been_idle_for_the_time_that_is_set(ground: Place) -> None:
     idle(ground, 'a', 301)
-    later = idle(ground, 'b', 299)
+    later = idle(ground, 'b', 200)
     assert numbers(ground) == (0, 0, 2, 0, 'scale_down')
     ago(later, 'idle', 300)
     assert numbers(ground) == (0, 0, 2, 0, 'scale_to_zero')

@@ -30,7 +30,7 @@ from tinytown.whereabouts import Server, locate
 from tinytown.wire import _MORE, Address, Reader, RedisError, as_town_error, pack
 
 from .ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
-from .support import REPOSITORY, Hall, Place, make_town, redis_pid
+from .support import PATIENCE, REPOSITORY, Hall, Place, make_town, redis_pid
 
 LUA = (REPOSITORY / 'tinytown' / 'scripts.lua').read_text()
 
@@ -539,7 +539,12 @@ def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
     fuzz, attempts = Fuzz(ground, seed), dict[str, int]()
     for _ in range(4):
         fuzz.puppets.append(enlist(ground, fuzz.names[len(fuzz.puppets)]))
-    for step in range(1, 3001):
+    refused = {'stale-instance', 'stale-attempt', 'task-finished', 'task-not-pending', 'agent-not-found'}
+    refused |= {'no-dead-letter', 'task-not-running'}
+    wanted = {'task.dead_lettered', 'message.dead_lettered', 'task.retried', 'message.retried', 'task.dropped'}
+    wanted |= {'message.dropped', 'agent.error'}
+    happened = set[str]()
+    for step in range(1, 12_001):
         try:
             fuzz.turn()
             if step % 50 == 0:
@@ -547,14 +552,14 @@ def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
                 now = {key: int(task['attempt']) for key, task in state.items() if re.fullmatch('task:[^:]+', key)}
                 assert all(now[task] >= attempts[task] for task in now if task in attempts), 'an attempt went down'
                 attempts = now
+                happened |= {event['type'] for event in ground.history()}
+                if step >= 3000 and fuzz.refused >= refused and happened >= wanted:
+                    break
         except (AssertionError, TownError, RedisError) as e:
             e.add_note(f'after {step} operations; again with  FUZZ_SEED={seed}')
             raise
-    refused = {'stale-instance', 'stale-attempt', 'task-finished', 'task-not-pending', 'agent-not-found'}
-    assert fuzz.refused >= refused | {'no-dead-letter', 'task-not-running'}
-    given_up = {'task.dead_lettered', 'message.dead_lettered'}
-    happened = {event['type'] for event in ground.history()}
-    assert happened >= given_up | {'task.retried', 'message.retried', 'task.dropped', 'message.dropped', 'agent.error'}
+    assert fuzz.refused >= refused
+    assert happened >= wanted
     counts = ground.do('town.get_status', deep=True)['tasks']
     assert counts == {state: ground.do('task.list', state=state, limit=1)['count'] for state in STATES}
 
@@ -627,7 +632,7 @@ def test_a_large_reply_in_small_pieces_is_read_once() -> None:
         assert found == [[b'1-0', [b'f', b'x' * 100]]] * 20_000
         return time.process_time() - began
 
-    assert seconds(4096) < 5 * seconds(len(reply))
+    assert min(seconds(4096) for _ in range(3)) < 5 * max(seconds(len(reply)) for _ in range(3))
 
 
 def test_an_error_reply_tells_its_kind_alone_or_inside_an_array() -> None:
@@ -700,13 +705,13 @@ def stopped(place: Place) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_redis_that_does_not_answer_is_unavailable_within_two_seconds_and_usable_afterwards(ground: Place) -> None:
+def test_a_redis_that_does_not_answer_is_unavailable_after_one_timeout_and_usable_afterwards(ground: Place) -> None:
     with stopped(ground):
         for _ in range(2):  # on a connection that is there, and on a new one
             began = time.monotonic()
             with pytest.raises(Unavailable) as caught:
                 ground.do('town.get_status')
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 4
             assert (caught.value.retry_after, caught.value.code) == (1, 'redis-unavailable')
             assert 'not known' in caught.value.detail
     assert ground.do('town.get_status')['agent_count'] == 0
@@ -716,7 +721,7 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
     task = place.do('backlog.add', description='survives')['task_id']
     gone = os.pidfd_open(redis_pid(place))
     signal.pidfd_send_signal(gone, signal.SIGKILL)
-    assert select.select([gone], [], [], 10)[0]
+    assert select.select([gone], [], [], PATIENCE)[0]
     os.close(gone)
     for _ in range(2):
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -45,6 +46,7 @@ class Running:
         )
         assert self.process.stdout
         self._out = self.process.stdout
+        self._decoder = codecs.getincrementaldecoder('utf-8')()
         self.said = ''
 
     def until(self, pattern: str) -> re.Match[str]:
@@ -54,9 +56,9 @@ class Running:
             left = deadline - time.monotonic()
             assert left > 0, f'no {pattern} in {self.said!r}'
             assert select.select([self._out], [], [], left)[0], f'no {pattern} in {self.said!r}'
-            part = os.read(self._out.fileno(), 65536).decode()
+            part = os.read(self._out.fileno(), 65536)
             assert part, f'it ended: {self.said!r} {self.process.stderr.read()!r}'  # type: ignore[union-attr]
-            self.said += part
+            self.said += self._decoder.decode(part)
         return found
 
     def lines(self, count: int) -> None:
@@ -71,7 +73,7 @@ class Running:
         """Ends it by a signal: its exit status, and what it said on stderr."""
         self.process.send_signal(by)
         out, err = self.process.communicate(timeout=PATIENCE)
-        self.said += out.decode()
+        self.said += self._decoder.decode(out)
         return self.process.returncode, err.decode()
 
 
@@ -286,6 +288,7 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is for it
         )
         self.raw = ''
+        self._decoder = codecs.getincrementaldecoder('utf-8')()
 
     def resize(self, columns: int, lines: int) -> None:
         fcntl.ioctl(self._its, termios.TIOCSWINSZ, struct.pack('HHHH', lines, columns, 0, 0))
@@ -306,7 +309,7 @@ class Terminal:
 
     def _read(self, seconds: float) -> None:
         if select.select([self._ours], [], [], seconds)[0]:
-            self.raw += os.read(self._ours, 65536).decode()
+            self.raw += self._decoder.decode(os.read(self._ours, 65536))
 
     def press(self, keys: bytes) -> None:
         os.write(self._ours, keys)
