@@ -635,7 +635,7 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(1 << 31), help='default: a new one')
     arguments = parser.parse_args()
     print(f'chaos         seed {arguments.seed}, {arguments.seconds:g} s of sabotage', flush=True)
-    root = Path(tempfile.mkdtemp(prefix='chaos-'))
+    root = Path(tempfile.mkdtemp(prefix='chaos-')).resolve()
     wrong = campaign(root, arguments.seed, arguments.seconds)
     if not wrong:
         shutil.rmtree(root)

@@ -22,11 +22,12 @@ from tinytown.whereabouts import Login, Server, Tls
 from .support import PATIENCE
 
 HOST = '127.0.0.1'
+LONG = 3 * PATIENCE  # for what servers agree on among themselves, which look at each other every ten seconds
 
 
-def until(what: Callable[[], Any]) -> Any:
+def until(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """What a function gives as soon as that is true; it may raise TownError until then."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         fault: object = 'no'
         try:
@@ -39,10 +40,10 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 def _ports() -> tuple[int, int]:
-    """A free port, and the one 10,000 above it, that its cluster bus would have."""
+    """A free port, and the one 10,000 above it, that its cluster bus would have. The kernel gives neither to others."""
     while True:
         with socket.socket() as first, socket.socket() as second:
-            port = 20000 + int.from_bytes(os.urandom(2)) % 12000
+            port = 10000 + int.from_bytes(os.urandom(4)) % 10000
             try:
                 first.bind((HOST, port))
                 second.bind((HOST, port + 10000))
@@ -75,16 +76,20 @@ class Node:
             command = [program, str(self.directory / 'conf'), *self._mode]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
-            until(lambda: self.ask('PING') == b'PONG')
+            until(lambda: self._is_there() and self.ask('PING') == b'PONG')
         except BaseException:
             self.kill()
             raise
 
+    def _is_there(self) -> bool:
+        assert self.process.poll() is None, (self.directory / 'log').read_text()
+        return True
+
     def ask(self, *parts: bytes | str | int) -> Any:
         """A reply on a connection of its own."""
-        wire = self.server.open()
+        wire = self.server.open(PATIENCE)
         try:
-            return wire.ask(*parts, timeout=10)
+            return wire.ask(*parts, timeout=PATIENCE)
         finally:
             wire.close()
 
@@ -98,6 +103,11 @@ class Node:
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)
         self.process.wait()
+
+    def stop(self) -> None:
+        """Has it stand still, by SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
 
 class Nodes:
@@ -150,7 +160,7 @@ class Sentinels(Nodes):
     def begin(self) -> None:
         master = self.add()
         self.data = [master, *(self.add(f'replicaof {HOST} {master.port}') for _ in range(2))]
-        until(lambda: master.info('connected_slaves') == '2' and all(map(self._is_synced, self.data[1:])))
+        until(lambda: master.info('connected_slaves') == '2' and all(map(self._is_synced, self.data[1:])), LONG)
         lines = [
             f'sentinel monitor main {HOST} {master.port} 2',
             'sentinel down-after-milliseconds main 1000',
@@ -161,8 +171,8 @@ class Sentinels(Nodes):
         for _ in range(3):
             self.all.append(Node(self.directory, lines, spoken_to, ('--sentinel',)))
         self.sentinels = self.all[3:]
-        until(lambda: all(self._known(each, b'num-other-sentinels') == b'2' for each in self.sentinels))
-        until(lambda: all(self._known(each, b'num-slaves') == b'2' for each in self.sentinels))
+        until(lambda: all(self._known(each, b'num-other-sentinels') == b'2' for each in self.sentinels), LONG)
+        until(lambda: all(self._linked(each) == [b'ok'] * 2 for each in self.sentinels), LONG)
 
     @staticmethod
     def _is_synced(node: Node) -> bool:
@@ -173,6 +183,12 @@ class Sentinels(Nodes):
         found = sentinel.ask('SENTINEL', 'MASTER', 'main')
         value: bytes = dict(zip(found[::2], found[1::2], strict=True))[name]
         return value
+
+    @staticmethod
+    def _linked(sentinel: Node) -> list[bytes]:
+        """How each replica says that its link to the master is. One that said nothing yet is not made the master."""
+        found = sentinel.ask('SENTINEL', 'REPLICAS', 'main')
+        return [dict(zip(each[::2], each[1::2], strict=True))[b'master-link-status'] for each in found]
 
     @property
     def url(self) -> str:
@@ -202,12 +218,21 @@ class Cluster(Nodes):
             node.ask('CLUSTER', 'ADDSLOTSRANGE', bounds[i], bounds[i + 1] - 1)
         self.home = self.masters[next(i for i in range(3) if self._slot < bounds[i + 1])]
         self.replica = self.add()
+        until(self._have_met, LONG)
+        until(lambda: self.replica.ask('CLUSTER', 'REPLICATE', self.id_of(self.home)) == b'OK', LONG)
+        until(lambda: self.replica.info('master_link_status') == 'up', LONG)
+        until(lambda: all('state:ok' in text(each.ask('CLUSTER', 'INFO')) for each in self.all), LONG)
+
+    def _have_met(self) -> bool:
+        """Whether each knows every other by its id. Else they meet again: a meeting may fail after a second."""
+        ids = {self.id_of(each) for each in self.all}
+        known = [{line.split()[0] for line in text(each.ask('CLUSTER', 'NODES')).splitlines()} for each in self.all]
+        if all(ids <= each for each in known):
+            return True
         for node in self.all[1:]:
             self.all[0].ask('CLUSTER', 'MEET', HOST, node.port, node.bus)
-        until(lambda: all(text(each.ask('CLUSTER', 'INFO')).count('known_nodes:4') for each in self.all))
-        self.replica.ask('CLUSTER', 'REPLICATE', self.id_of(self.home))
-        until(lambda: self.replica.info('master_link_status') == 'up')
-        until(lambda: all('state:ok' in text(each.ask('CLUSTER', 'INFO')) for each in self.all))
+        select.select([], [], [], 0.2)
+        return False
 
     @staticmethod
     def id_of(node: Node) -> str:

@@ -22,10 +22,10 @@ def chromium() -> Iterator[Browser]:
     """The browser of this machine, without a window."""
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     assert found, 'no Chromium is installed, and make test-system is about one: apt-get install chromium'
-    expect.set_options(timeout=PATIENCE * 1000)
+    expect.set_options(timeout=2 * PATIENCE * 1000)  # a page that lost its townhall tries again within 18 s
     with sync_playwright() as playwright:
         arguments = ['--disable-dev-shm-usage', *(['--no-sandbox'] if os.geteuid() == 0 else [])]
-        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        browser = playwright.chromium.launch(executable_path=found, args=arguments, timeout=6 * PATIENCE * 1000)
         yield browser
         browser.close()
 
@@ -36,7 +36,7 @@ class Visit:
     def __init__(self, browser: Browser, hall: Hall, **options: Any) -> None:
         options = {'viewport': {'width': 1400, 'height': 1000}} | options
         self.context = browser.new_context(base_url=f'http://127.0.0.1:{hall.port}', **options)
-        self.context.set_default_timeout(PATIENCE * 1000)
+        self.context.set_default_timeout(2 * PATIENCE * 1000)
         self.context.add_init_script(_WATCH)
         self.faults: list[str] = []
         self.requests: list[str] = []

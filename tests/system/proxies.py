@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -37,7 +38,7 @@ http {
         client_max_body_size 0;
         client_header_timeout 2s;
         client_body_timeout 2s;
-        keepalive_timeout 10s;
+        keepalive_timeout 60s;
         location / {
             proxy_pass http://halls;
             proxy_http_version 1.1;
@@ -57,6 +58,7 @@ defaults
     timeout connect 5s
     timeout client 30s
     timeout http-request 2s
+    timeout http-keep-alive 60s
     timeout server 30s
     timeout queue 30s
     retries 0
@@ -136,7 +138,12 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that is free, and none of those that the kernel gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(30000, 32768)
+        with socket.socket() as sock:
+            try:
+                sock.bind(('127.0.0.1', port))
+            except OSError:
+                continue
+            return port

@@ -140,13 +140,13 @@ def test_townhall_as_process_1_collects_orphans_and_ends_by_sigterm(volume: Path
         assert spawned.returncode == 0, spawned.stderr
         inside(first, 'sh', '-c', 'kill -9 $(pgrep -f tinytown.worker)')
         assert inside(first, *TT, 'wait', 'a', '--timeout', '10').returncode == 0
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while zombies(first):
             assert time.monotonic() < deadline, zombies(first)
         began = time.monotonic()
         os.kill(first, signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10, 'no one is waited for (townhall.limits.drain_secs)'
 
 
 def test_sigterm_is_heard_while_townhall_still_waits_for_its_redis(volume: Path) -> None:
@@ -184,9 +184,10 @@ def town(volume: Path, tmp_path: Path) -> Iterator[Place]:
 def test_a_worker_that_was_killed_with_its_container_works_on_in_the_next_one(
     volume: Path, town: Place, following: str
 ) -> None:
-    with container('worker-1', volume, 'worker', 'w', '--cli', 'demo', **GIVEN) as (_, first):
+    with container('worker-1', volume, 'worker', 'w', '--cli', 'demo', **GIVEN) as (process, first):
         town.await_event('agent.started', agent_name='w')
         os.kill(first, signal.SIGKILL)
+        process.wait(PATIENCE)  # until nothing of it is left
     with container('worker-1', volume.parent / following, 'worker', 'w', **GIVEN) as (process, first):
         town.await_event('agent.restarting', agent_name='w')
         task = town.do('task.assign', agent='w', task='haiku')['task_id']
@@ -202,7 +203,7 @@ def test_a_second_container_of_the_same_name_leaves_the_worker_of_the_first_alon
 ) -> None:
     with container('dup', volume, 'worker', 'w', '--cli', 'demo', **GIVEN) as (_, first):
         town.await_event('agent.started', agent_name='w')
-        task = town.do('task.assign', agent='w', task='sleep 8')['task_id']
+        task = town.do('task.assign', agent='w', task='sleep 15')['task_id']
         town.await_event('task.started', task_id=task)
         with container('dup', volume.parent / second, 'worker', 'w', **GIVEN) as (process, _):
             assert process.wait(PATIENCE) == 1

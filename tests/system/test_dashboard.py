@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +11,10 @@ from playwright.sync_api import Browser, Page, expect
 from tinytown.model import MANAGE, READ, WRITE
 from tinytown.store import Command
 
-from ..ground import enlist
+from ..ground import enlist, pipeline
 from ..support import Hall, Place, make_town, shell_cli
 from ..test_access import Keyed
-from . import tools
+from . import proxies, tools
 from .browser import Visit, chromium
 
 HOSTILE = '<img src=x onerror="window.hacked = 1"><b>bold</b> \u202etxet'
@@ -30,7 +29,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope='module')
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A town whose agents are played by the tests."""
-    place = make_town(tmp_path_factory.mktemp('d'), max_agents=1000)
+    place = make_town(tmp_path_factory.mktemp('d'), max_agents=1000, agent={'lease_secs': 3600})
     yield place
     place.store.call(Command(None, ('FLUSHALL',)))  # its agents have no processes that could be stopped
     place.close()
@@ -45,8 +44,8 @@ def theatre(stage: Place) -> Hall:
 def scene(stage: Place, theatre: Hall) -> Place:
     """That town, empty, with its townhall running."""
     assert theatre.process.poll() is None
-    stage.store.call(Command(None, ('FLUSHALL',)))
-    stage.store.call(stage.store.open((stage.root / '.tt' / 'town-id').read_text().strip()))
+    opening = stage.store.open((stage.root / '.tt' / 'town-id').read_text().strip())
+    pipeline(stage, [Command(None, ('FLUSHALL',)), opening])  # so that townhall sees none but a town
     return stage
 
 
@@ -161,6 +160,7 @@ def test_dead_letters_are_tried_again_or_dropped(browser: Browser, scene: Place,
         rows.filter(has_text='poison').first.get_by_role('button', name='Retry').click()
         expect(visit.count('backlog')).to_have_text('1')
         expect(visit.count('dead')).to_have_text('1')
+        expect(rows).to_have_count(1)
         rows.first.get_by_role('button', name='Drop').click()
         visit.press('Drop', '#ask-sure')
         expect(visit.count('dead')).to_have_text('0')
@@ -260,7 +260,8 @@ def test_what_agents_and_people_write_stays_text(browser: Browser, hall: Hall) -
         assert page.locator('main :is(i, s), #rail :is(i, s), main td b').count() == 0
 
 
-def test_a_lost_connection_is_told_and_what_was_missed_is_seen(browser: Browser, place: Place, hall: Hall) -> None:
+def test_a_lost_connection_is_told_and_what_was_missed_is_seen(browser: Browser, place: Place) -> None:
+    hall = place.hall('--port', str(proxies.free_port()))  # where it can be opened again
     with Visit(browser, hall) as visit:
         visit.is_live()
         hall.kill()
@@ -321,7 +322,12 @@ def test_axe_finds_nothing_to_complain_of(
     _peopled(scene)
     axe = (tools.npm('axe-core', '4.14.1') / 'axe.min.js').read_text()
     with Visit(
-        browser, theatre, viewport={'width': width, 'height': 900}, color_scheme=scheme, bypass_csp=True
+        browser,
+        theatre,
+        viewport={'width': width, 'height': 900},
+        color_scheme=scheme,
+        reduced_motion='reduce',  # colours on their way from one to another are none of the page's
+        bypass_csp=True,
     ) as visit:
         visit.is_live()
         visit.page.evaluate(axe)
@@ -415,6 +421,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Browser, scene: Place
         page.keyboard.type('typed n and s')
         press('Control+Enter')
         expect(visit.count('assigned')).to_have_text('1')
+        expect(page.locator('#ask-task')).not_to_be_visible()
         press('Escape')
         expect(visit.agent('backend').get_by_role('button')).to_be_focused()
         press('?')
@@ -432,6 +439,6 @@ def test_spawning_is_hidden_from_who_may_not(browser: Browser, tmp_path_factory:
             visit.press('Spawn')
             visit.fill('ask-spawn', 'Spawn', name='backend')
             expect(visit.page.locator('#limits')).to_contain_text(MANAGE)
-            assert re.search(MANAGE, visit.page.locator('#ask-spawn [role=alert]').inner_text())
+            expect(visit.page.locator('#ask-spawn [role=alert]')).to_contain_text(MANAGE)
     finally:
         place.close()

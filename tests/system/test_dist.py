@@ -29,7 +29,7 @@ GLIBC = os.confstr('CS_GNU_LIBC_VERSION').removeprefix('glibc ').replace('.', '_
 
 def build(repository: Path, out: Path, *flags: str, **env: str) -> Path:
     command = [sys.executable, str(repository / 'deploy' / 'dist.py'), '--out', str(out), *flags]
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -82,7 +82,7 @@ class Bare:
             input=said,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=3 * PATIENCE,  # it may unpack itself, six at once
             check=False,
         )
 

@@ -6,7 +6,6 @@ import http.client
 import json
 import shutil
 import subprocess
-import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from tinytown.settings import Auth
 
 from ..support import PATIENCE, Place, environment, make_town
 from ..tokens import Signer
+from . import proxies
 
 PACKAGE = 'oidc-provider@9'
 TO_JWK: dict[str, Any] = {'RS256': RSAAlgorithm.to_jwk, 'ES256': ECAlgorithm.to_jwk, 'EdDSA': OKPAlgorithm.to_jwk}
@@ -112,26 +112,26 @@ def test_its_tokens_give_the_scopes_that_were_asked_for(packages: Path, signer: 
 
 
 def test_its_keys_may_change_and_it_may_be_away(packages: Path) -> None:
-    passed = 0.0
+    now = 1000.0
     old, new = Signer.rsa('old'), Signer.ec('new')
-    with providing(packages, old) as provider:
-        verifier = Verifier(auth(provider), ticks=lambda: time.monotonic() + passed)
+    with providing(packages, old, port=proxies.free_port()) as provider:
+        verifier = Verifier(auth(provider), ticks=lambda: now)
         token = provider.token()
         assert verifier.verify(token)
-    passed = oidc.KEY_AGE_SECS + oidc.RETRY_SECS
+    now += oidc.KEY_AGE_SECS + oidc.RETRY_SECS
     assert verifier.verify(token)
     assert verifier.trouble
     with providing(packages, new, old, port=provider.port) as provider:
         changed = provider.token()
         with pytest.raises(Unavailable):
             verifier.known(changed)
-        passed += oidc.RETRY_SECS
+        now += oidc.RETRY_SECS
         assert verifier.known(token) is None
         assert verifier.verify(changed)
         assert verifier.known(token)
         assert verifier.trouble == ''
     with providing(packages, new, port=provider.port) as provider:
-        passed += oidc.KEY_AGE_SECS
+        now += oidc.KEY_AGE_SECS
         assert verifier.verify(changed)
         with pytest.raises(Unauthorized, match='does not publish'):
             verifier.known(token)

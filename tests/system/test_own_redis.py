@@ -32,8 +32,8 @@ from tinytown.worker import install_tt
 
 from ..certificates import CLIENT, Authority
 from ..ground import check
-from ..redises import HOST, Cluster, Node, Nodes, Sentinels, until
-from ..support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, shell_cli
+from ..redises import HOST, LONG, Cluster, Node, Nodes, Sentinels, until
+from ..support import REPOSITORY, Hall, Place, environment, make_town, shell_cli
 
 RUNS = shell_cli('cat >/dev/null; echo "$TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT" >>runs')
 DOCS = (REPOSITORY / 'docs' / 'redis.md').read_text()
@@ -77,9 +77,9 @@ def works(place: Place) -> Hall:
 def follow(place: Place, needs: str, instead: dict[str, object]) -> str:
     """Does what the docs say, with other words in some places. What it printed."""
     script = '\n'.join(re.findall(rf'<!-- needs: {needs} -->\n```sh\n(.*?)^```', DOCS, re.M | re.S))
-    for word, other in instead.items():
-        assert word in script
-        script = script.replace(word, str(other))
+    words = re.compile('|'.join(re.escape(word) for word in sorted(instead, key=len, reverse=True)))
+    assert set(words.findall(script)) == set(instead)
+    script = words.sub(lambda found: str(instead[found[0]]), script)
     (place.root / '.tt').mkdir(mode=0o700, exist_ok=True)
     path = f'{install_tt(place.root)}:{os.environ["PATH"]}'
     done = subprocess.run(
@@ -120,7 +120,12 @@ def test_a_town_lives_in_a_redis_behind_tls_that_wants_a_certificate(
     node = nodes.add()
     place = settle(stack, directory, url=f'rediss://localhost:{node.port}', **papers.settings)
     hall = works(place)
-    sends = [threading.Thread(target=hall.post, args=('/v1/backlog', {'description': '€' * 65_536})) for _ in range(20)]
+
+    def send(number: int) -> None:
+        body = {'description': '€' * 65_536}
+        until(lambda: hall.post('/v1/backlog', body, Idempotency_Key=f'send-{number}').status == 201)
+
+    sends = [threading.Thread(target=send, args=(i,)) for i in range(20)]
     for each in sends:
         each.start()
     for each in sends:
@@ -279,7 +284,11 @@ class Load:
         self._threads = [threading.Thread(target=self._call, args=(i, *call)) for i, call in enumerate(calls)]
         for each in self._threads:
             each.start()
-        self.await_answers(50, time.monotonic())
+        try:
+            self.await_answers(50, time.monotonic())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -300,7 +309,7 @@ class Load:
 
     def await_answers(self, count: int, since: float) -> None:
         """Until there were that many acknowledgements after a moment."""
-        deadline = time.monotonic() + 2 * PATIENCE
+        deadline = time.monotonic() + LONG
         while sum(at > since for at in list(self.acknowledged.values())) < count:
             assert time.monotonic() < deadline, self.answers
             self._over.wait(0.01)
@@ -331,7 +340,7 @@ def finish(place: Place, load: Load) -> tuple[list[str], Counter[str]]:
     there = present(place)
     for task in load.hall.get('/v1/tasks?limit=500&state=assigned').json['tasks']:
         place.await_end(task['task_id'])
-    until(lambda: not load.hall.get('/v1/tasks?state=running').json['count'])
+    until(lambda: load.hall.get('/v1/agents/able').json['state'] == 'Idle', LONG)
     check(place)
     runs = Counter((place.root / 'runs').read_text().splitlines())
     return [task for task in load.acknowledged if task not in there], runs
@@ -363,33 +372,36 @@ def test_a_town_goes_on_with_the_new_master_when_the_old_one_is_killed(
         since = time.monotonic()
         if lag:
             for node in group.data[1:]:
-                node.process.send_signal(signal.SIGSTOP)
+                node.stop()
             old.ask('CLIENT', 'KILL', 'TYPE', 'replica')  # nothing more is in their sockets
         threading.Event().wait(lag)
         killed = time.monotonic()
         old.kill()
         for node in group.data[1:]:
             node.process.send_signal(signal.SIGCONT)
-        load.await_answers(100, killed + 1)
+        until(lambda: group.named() != old.port, LONG)
+        named = time.monotonic()
+        load.await_answers(100, named + 1)
         assert group.master() is not old
         if not lag:
             old.start()
-            until(lambda: old.ask('ROLE')[0] == b'slave')
+            until(lambda: old.ask('ROLE')[0] == b'slave', LONG)
             load.await_answers(100, time.monotonic())
     lost, runs = finish(place, load)
     gap = load.gap(killed)
     tell(f'sentinel, kill -9, min-replicas {replicas}, replicas stopped for {lag} s', load, gap, lost, runs)
-    assert 0.9 < gap < 10, 'a master is not given up before it was silent for a second'
+    assert gap > 0.3, 'a master is given up when it was silent for a second, and others agree'
+    assert gap < named - killed + 8, 'the new one is not found, though the sentinels name it'
     at = [load.acknowledged[task] for task in lost]
     if replicas:
-        assert all(since - 0.5 < each < since + 0.5 for each in at), 'a master without replicas acknowledges nothing'
+        assert all(since - 0.5 < each < since + 2 for each in at), 'a master without replicas acknowledges nothing'
     else:
-        assert all(since - 0.5 < each <= killed + 0.5 for each in at)
+        assert all(since - 0.5 < each <= killed + 2 for each in at)
         assert lost or not lag, 'this is the loss that the docs tell of'
     assert place.tt('status').returncode == 0
 
 
-@pytest.mark.parametrize('pause', [0, 5000])
+@pytest.mark.parametrize('pause', [0, 10_000])  # ms; where all is slow a failover may take 5 s
 def test_a_demoted_master_is_left_long_before_it_learns_of_that_itself(
     directory: Path, stack: ExitStack, pause: int
 ) -> None:
@@ -400,13 +412,14 @@ def test_a_demoted_master_is_left_long_before_it_learns_of_that_itself(
         if pause:
             old.ask('CLIENT', 'PAUSE', pause, 'WRITE')
         group.sentinels[0].ask('SENTINEL', 'FAILOVER', 'main')
-        until(lambda: group.named() != old.port)
-        load.await_answers(100, time.monotonic() + 2)
+        until(lambda: group.named() != old.port, LONG)
+        named = time.monotonic()
+        load.await_answers(100, named + 2)
     lost, runs = finish(place, load)
     tell(f'SENTINEL FAILOVER, paused {pause} ms', load, load.gap(), lost, runs)
     at = [load.acknowledged[task] - asked for task in lost]
     print(f'lost were those of {max(at) - min(at):.2f} s' if at else '')
-    assert all(-0.5 < each < 4 for each in at), 'it believes for 8 s that it is the master'
+    assert all(-0.5 < each < named - asked + 4 for each in at), 'it believes for 8 s that it is the master'
     assert not (at and pause)
 
 
@@ -416,7 +429,7 @@ def test_what_the_docs_say_of_sentinels_works_as_written(directory: Path, stack:
     old = group.master()
     ports = {str(26379 + i): each.port for i, each in enumerate(group.sentinels)}
     follow(place, 'sentinel', {**ports, '6379': old.port})
-    until(lambda: group.named() != old.port)
+    until(lambda: group.named() != old.port, LONG)
     assert place.do('town.get_status')['redis_url'] == group.url
 
 
@@ -427,8 +440,17 @@ def cluster(directory: Path, stack: ExitStack) -> Cluster:
 
 
 def hand_over(master: Node, replica: Node) -> None:
-    replica.ask('CLUSTER', 'FAILOVER')
-    until(lambda: master.info('master_link_status') == 'up')
+    """Has a replica take over; once more, where the vote on it was not over in the five seconds that it has."""
+    asked = 0.0
+
+    def is_done() -> bool:
+        nonlocal asked
+        if time.monotonic() > asked + 7 and master.info('role') == 'master':
+            replica.ask('CLUSTER', 'FAILOVER')
+            asked = time.monotonic()
+        return master.info('master_link_status') == 'up'
+
+    until(is_done, LONG)
 
 
 def test_a_cluster_s_master_hands_over_to_its_replica_and_nothing_is_lost(
@@ -446,7 +468,7 @@ def test_a_cluster_s_master_hands_over_to_its_replica_and_nothing_is_lost(
     tell('CLUSTER FAILOVER, twice', load, load.gap(), lost, runs)
     assert lost == []
     assert set(runs.values()) == {1}
-    assert load.gap() < 3
+    assert load.gap() < 8
 
 
 def test_what_the_docs_say_of_a_cluster_works_as_written(directory: Path, cluster: Cluster, stack: ExitStack) -> None:
@@ -456,7 +478,7 @@ def test_what_the_docs_say_of_a_cluster_works_as_written(directory: Path, cluste
         place, 'cluster', {str(7000 + i): node.port for i, node in enumerate(nodes)} | {'{town}': '{test}'}
     )
     assert f'{SLOT}\n' in printed
-    until(lambda: cluster.home.info('role') == 'slave')
+    until(lambda: cluster.home.info('role') == 'slave', LONG)
     assert place.do('town.get_status')['redis_url'] == cluster.url
 
 
@@ -467,12 +489,15 @@ def test_a_town_goes_on_with_the_replica_when_its_master_of_a_cluster_is_killed(
     with Load(works(place)) as load:
         killed = time.monotonic()
         cluster.home.kill()
-        load.await_answers(100, killed + 1)
+        until(lambda: cluster.replica.info('role') == 'master', LONG)
+        promoted = time.monotonic()
+        load.await_answers(100, promoted + 1)
     lost, runs = finish(place, load)
     gap = load.gap(killed)
     tell('cluster, kill -9', load, gap, lost, runs)
-    assert 0.9 < gap < 10, 'a master is not given up before it was silent for a second'
-    assert all(killed - 0.5 < load.acknowledged[task] <= killed + 0.5 for task in lost)
+    assert gap > 0.9, 'a master is not given up before it was silent for a second'
+    assert gap < promoted - killed + 8, 'the new one is not found, though it is the master'
+    assert all(killed - 0.5 < load.acknowledged[task] <= killed + 2 for task in lost)
 
 
 def migrate(cluster: Cluster, source: Node, target: Node, batch: int = 100) -> float:
@@ -481,7 +506,7 @@ def migrate(cluster: Cluster, source: Node, target: Node, batch: int = 100) -> f
     target.ask('CLUSTER', 'SETSLOT', SLOT, 'IMPORTING', cluster.id_of(source))
     source.ask('CLUSTER', 'SETSLOT', SLOT, 'MIGRATING', cluster.id_of(target))
     while keys := source.ask('CLUSTER', 'GETKEYSINSLOT', SLOT, batch):
-        source.ask('MIGRATE', HOST, target.port, '', 0, 5000, 'KEYS', *keys)
+        source.ask('MIGRATE', HOST, target.port, '', 0, 20_000, 'KEYS', *keys)
     for node in (target, source):
         node.ask('CLUSTER', 'SETSLOT', SLOT, 'NODE', cluster.id_of(target))
     return time.monotonic() - began

@@ -219,7 +219,7 @@ def test_an_agent_is_started_given_work_and_killed_from_another_host(town: Count
         await_exit(pid)
     tell = {'spawned': starts, 'picked up': waits, 'killed': kills}
     print('\n', {what: f'{statistics.median(took) * 1000:.0f} ms' for what, took in tell.items()})
-    assert statistics.median(waits) < 0.1
+    assert statistics.median(waits) < 0.4, 'a worker that asked each second would take half of one'
 
 
 def test_a_host_that_is_cut_off_loses_its_task_and_what_it_says_of_it_later_changes_nothing(town: Country) -> None:
