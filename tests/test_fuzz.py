@@ -14,6 +14,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,8 @@ from .support import Hall, Place, Reply
 
 COUNT: Final = int(os.environ.get('FUZZ') or 300)
 SEED: Final = int(os.environ.get('FUZZ_SEED') or 1)
-AT_ONCE: Final = 150  # connections
+AT_ONCE: Final = 150  # connections of a batch
+BATCHES: Final = 4  # at once: most of their time they wait for deadlines
 DEADLINE: Final = 4  # seconds, in which a client sends all that it will even where all is slow
 IN_TIME: Final = 30.0  # seconds for all of these, of which deadlines take DEADLINE and lingering 2
 
@@ -347,14 +349,16 @@ def test_no_request_that_h11_refuses_is_served_and_every_other_is_answered_as_me
     print(f'FUZZ_SEED={SEED} FUZZ={COUNT}')
     added: Counter[str] = Counter()
     wrong, outcomes = [], Counter[Any]()
-    for first in range(0, COUNT, AT_ONCE):
-        cases = {i: make(SEED, i) for i in range(first, min(first + AT_ONCE, COUNT))}
-        for number, raw in play(hall, list(cases.values())).items():
-            try:
-                added.update(judge(cases[number], raw))
-            except AssertionError as e:
-                wrong.append(f'{e}{told(cases[number], raw)}')
-            outcomes.update(re.findall(rb'^HTTP/1.1 (\d+)', raw, re.M))
+    cases = [make(SEED, number) for number in range(COUNT)]
+    batches = [cases[first : first + AT_ONCE] for first in range(0, COUNT, AT_ONCE)]
+    with ThreadPoolExecutor(BATCHES) as pool:
+        played = list(pool.map(lambda batch: play(hall, batch), batches))
+    for number, raw in ((number, raw) for got in played for number, raw in got.items()):
+        try:
+            added.update(judge(cases[number], raw))
+        except AssertionError as e:
+            wrong.append(f'{e}{told(cases[number], raw)}')
+        outcomes.update(re.findall(rb'^HTTP/1.1 (\d+)', raw, re.M))
     print(sorted(outcomes.items()))
     assert not wrong, f'{len(wrong)} are wrong, the first of them:\n' + '\n'.join(wrong[:5])
     assert outcomes[b'201'] > COUNT / 15, 'too few were good to prove anything'
