@@ -35,7 +35,7 @@ from .stream import Stream
 from .town import Call, Town
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
-_BEARER: Final = re.compile(r'bearer +([!-~]+)', re.I)
+_BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')
 
 
 class Verifier(Protocol):

@@ -233,7 +233,7 @@ def _read_head(head: bytes) -> _Head:
 # Clients that stay repeat themselves, byte for byte, but for what they prove who they are with, which is not kept.
 # A line of that which is no field is not taken out, and refused with the rest.
 _SECRET: Final = re.compile(
-    rb'\r\n(authorization|x-api-key|mcp-session-id|cookie):([\t\x20-\x7e\x80-\xff]*)(?=\r\n|\Z)', re.I
+    rb'\r\n((?i:authorization|x-api-key|mcp-session-id|cookie)):([\t\x20-\x7e\x80-\xff]*)(?=\r\n|\Z)'
 )
 _MOST_KNOWN: Final = 1024
 _known_head: Final = lru_cache(maxsize=128)(_read_head)
