@@ -49,9 +49,8 @@ class Keyed:
         return {'id': made.id, 'hash': made.hash, 'scopes': [scope]}
 
     def write(self, text: str) -> None:
-        """In one step, as an editor does it; when this returns, it is seen by whoever looks."""
+        """In one step, as an editor does it."""
         config.write_atomically(self.file, text)
-        outlast_a_look()
 
     def bearer(self, scope: str) -> dict[str, str]:
         return {'Authorization': f'Bearer {self.keys[scope].key}'}
@@ -76,11 +75,6 @@ def make(directory: Path) -> Iterator[Callable[..., Keyed]]:
     yield build
     for each in made:
         each.place.close()
-
-
-def outlast_a_look() -> None:
-    """Waits for as long as a townhall's last look at its files holds good."""
-    time.sleep(access._LOOK_SECS)
 
 
 def audit_of(place: Place) -> list[dict[str, Any]]:
@@ -253,11 +247,9 @@ def test_an_edit_in_place_of_the_same_length_is_seen_at_once(make: Callable[...,
     for _ in range(3):
         assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
         keyed.file.write_bytes(changed)
-        outlast_a_look()
         assert hall.get('/v1/status', **keyed.bearer(READ)).status == 401
         assert hall.get('/v1/status', X_API_Key=other.key).status == 200
         keyed.file.write_bytes(text)
-        outlast_a_look()
 
 
 def test_a_file_is_read_again_while_its_times_may_not_tell_it_from_its_next_version() -> None:

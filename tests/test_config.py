@@ -155,6 +155,32 @@ def test_a_file_that_anyone_may_change_is_refused(directory: Path) -> None:
         load(directory, environ={'HOME': str(directory)})
 
 
+@pytest.mark.parametrize('names', [('cert_file', 'cert_path'), ('cert_path', 'cert_file')])
+def test_a_setting_that_is_given_by_both_of_its_names_is_refused_with_the_second_one(names: tuple[str, str]) -> None:
+    text = '[townhall.tls]\n' + ''.join(f'{name} = "x"\n' for name in names)
+    with pytest.raises(UsageError, match=r'cert_path is given twice, once as townhall\.tls\.cert_file; remove one'):
+        parse(text.encode(), FILE)
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('"townhall.rest_port" = 3', '"townhall.rest_port" is no setting.* townhall.rest_port'),
+        ('[townhall]\n"tls.enabled" = true', 'townhall."tls.enabled" is no setting.* townhall.tls.enabled'),
+    ],
+)
+def test_a_dot_in_quotes_makes_no_table(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(text.encode(), FILE)
+
+
+def test_a_table_is_no_text(directory: Path) -> None:
+    env = {'TINYTOWN_AGENT_ROLE_SCOPES': 'lead=admin'}
+    said = r'^TINYTOWN_AGENT_ROLE_SCOPES: agent.role_scopes is a table; write \[agent.role_scopes\] and its lines in'
+    with pytest.raises(UsageError, match=said):
+        load(town(directory, 'name = "a"'), environ=env)
+
+
 def test_a_town_without_a_name_is_refused(directory: Path) -> None:
     with pytest.raises(UsageError, match='name is missing; add  name = "my-town"'):
         load(town(directory, ''), environ={})
@@ -329,7 +355,7 @@ def test_config_keeps_the_password_of_redis_to_the_file_and_the_file_to_its_owne
         (('max_agent', '1'), 2, 'did you mean max_agents?'),
         (('name', 'Not Good'), 2, 'it must match'),
         (('townhall', '1'), 2, 'townhall is not a setting; did you mean townhall.'),
-        (('agent_clis', 'x'), 2, 'give a table of name'),
+        (('agent_clis', 'x'), 2, 'agent_clis is a table; write [agent_clis] and its lines in tinytown.toml'),
         (('agent_clis.z', ''), 2, 'give a table of name'),
         (('agent_clis.z', "a 'b"), 2, 'give a table of name'),
         (('agent_clis.a b', 'x'), 2, 'give a table of name'),

@@ -433,6 +433,8 @@ def test_with_several_processes_there_are_no_sessions_and_news_all_the_same(plac
     assert begun.status == 200
     assert 'mcp-session-id' not in begun.headers
     assert begun.json['result']['capabilities']['resources'] == {}
+    asked = Http(hall, LEGACY[0]).post('resources/subscribe', {'uri': 'tinytown://backlog'})
+    assert 'this server of several processes has none' in asked.json['error']['message']
     assert hall.get('/sse').status == 404
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://backlog']}}
     with Http(hall).stream('subscriptions/listen', wanted) as stream:

@@ -157,6 +157,16 @@ def test_what_is_rare_is_found_however_far_it_is(ground: Place, way: list[str]) 
     ]
 
 
+def test_types_of_events_may_be_given_one_by_one_or_together(ground: Place, way: list[str]) -> None:
+    happen(ground, 1)
+    enlist(ground, 'a')
+    told = [
+        [event['type'] for event in ground.tt_json('events', *way, *types)['events']]
+        for types in (('--type', 'task', '--type', 'agent.started'), ('--type', 'task,agent.started'))
+    ]
+    assert told == [['task.created', 'agent.started']] * 2
+
+
 def test_history_shows_the_latest_events(ground: Place, way: list[str]) -> None:
     happen(ground, 5)
     enlist(ground, 'a')

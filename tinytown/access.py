@@ -309,7 +309,6 @@ def _word(name: str) -> str:
 # --------------------------------------------------------------------------------------------- the keys as they are now
 
 _Version = tuple[int, int, int, int] | None
-_LOOK_SECS: Final = 0.001  # how long a look at the files holds good; no command that changes them ends sooner
 _SETTLED: Final = 50_000_000  # ns after which a file's times tell it from the next version of it
 
 
@@ -327,7 +326,6 @@ class Watched:
         self._shared_file = str(home / '.tt' / 'config.toml') if home else ''
         self._seen: tuple[_Version, _Version] | None = None
         self._told = ''
-        self._looked = 0.0
 
     @property
     def are_old(self) -> bool:
@@ -336,12 +334,9 @@ class Watched:
         return self._told != ''
 
     def current(self) -> Keyring:
-        """The keys. Costs a look at the times of two files, once a millisecond."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECS:
-            return self._ring
-        self._looked = now
-        seen = _version(self._town_file), _version(self._shared_file)
+        """The keys. Costs a look at the times of two files."""
+        had_none = self._seen is not None and self._seen[1] is None
+        seen = _version(self._town_file), _version(self._shared_file, had_none)
         if seen != self._seen:
             self._read_again()
             self._seen = seen if all(map(_is_settled, seen)) else None
@@ -357,7 +352,9 @@ class Watched:
                 say('townhall', f'the keys are not taken up, the old ones stay in force: {e}', 'warning')
 
 
-def _version(file: str) -> _Version:
+def _version(file: str, was_missing: bool = False) -> _Version:
+    if was_missing and not os.access(file, os.F_OK):
+        return None  # for less than half of what the error below costs
     try:
         found = os.stat(file)  # noqa: PTH116  at every request: a Path doubles what it costs
     except OSError:

@@ -151,7 +151,16 @@ def _add_argument(command: Parser, op: Op, parameter: Parameter) -> None:
         command.add_argument(spelling, dest=parameter.name, action='store_true', default=None, help=text)
     else:
         name = spelling.removeprefix('--').upper().replace('-', '_')
-        command.add_argument(spelling, dest=parameter.name, metavar=name, help=text)
+        action = _Join if schema['type'] == 'array' else 'store'
+        command.add_argument(spelling, dest=parameter.name, metavar=name, help=text, action=action)
+
+
+class _Join(argparse.Action):
+    """A list, whose items may stand in one text with commas between them, or in several."""
+
+    def __call__(self, _parser: Any, given: argparse.Namespace, text: Any, _flag: str | None = None) -> None:
+        before = getattr(given, self.dest)
+        setattr(given, self.dest, f'{before},{text}' if before else text)
 
 
 def _is_choice(parameter: Parameter) -> bool:

@@ -107,6 +107,8 @@ class Setting:
     def read(self, text: str, source: str) -> Any:
         """The value that a text (of a flag or the environment) stands for."""
         value: Any = text
+        if get_origin(self.kind) is dict:
+            raise UsageError(f'{source}: {self.path} is a table; write [{self.path}] and its lines in {FILE}')
         if self.kind is int and re.fullmatch(r'-?\d{1,18}', text.strip()):
             value = int(text)
         elif self.kind is bool:
@@ -143,7 +145,7 @@ def settings() -> dict[str, Setting]:
 
 
 def _walk(section: type[Section], prefix: str) -> Iterator[Setting]:
-    for name, kind in section.__annotations__.items():
+    for name, kind in section.kinds.items():
         if name in section.tables:
             yield from _walk(section.tables[name], f'{prefix}{name}.')
         elif name in section.specs:
@@ -274,9 +276,14 @@ def parse(data: bytes, source: str) -> dict[str, Any]:
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items():
+        if '.' in key:
+            raise UsageError(
+                f'{source}: {prefix}"{key}" is no setting; take the quotes away if it is to be {prefix}{key}'
+            )
         path = ALIASES.get(prefix + key, prefix + key)
         if path in found:
-            raise UsageError(f'{source}: {path} is given twice, once as {prefix + key}; remove one')
+            other = next(alias for alias, meant in ALIASES.items() if meant == path)
+            raise UsageError(f'{source}: {path} is given twice, once as {other}; remove one')
         if path in sections():
             if not isinstance(value, dict):
                 raise UsageError(f'{source}: {path} = {value!r}: it is a table; write [{path}] and its settings below')

@@ -356,7 +356,12 @@ class Mcp:
     def _subscribe(self, ask: Ask) -> Step[Json]:
         session, uri = ask.session, text_of(ask.params, 'uri')
         if session is None:
-            raise Fault(INVALID_REQUEST, 'a subscription needs a session: send the Mcp-Session-Id of initialize')
+            mend = (
+                'send the Mcp-Session-Id of initialize'
+                if self.keeps_sessions
+                else 'this server of several processes has none'
+            )
+            raise Fault(INVALID_REQUEST, f'a subscription needs a session: {mend}')
         wanted = self.catalogue.honoured(ask.by, {'resourceSubscriptions': [uri]})
         if not wanted:
             raise Fault(NO_RESOURCE, f'there is no resource {uri[:200]!r} to subscribe to', {'uri': uri})

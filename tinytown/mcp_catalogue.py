@@ -117,8 +117,9 @@ def _selected(names: Iterable[str]) -> frozenset[str]:
     chosen = set()
     for name in names:
         if offered_as(name) not in known:
-            near = _nearest(offered_as(name), known, 1) or ['see tools/list']
-            raise UsageError(f'townhall.mcp.tools: there is no tool {name!r}; did you mean {near[0]}?')
+            near = _nearest(offered_as(name), known, 1)
+            mend = f'did you mean {near[0]}?' if near else 'docs/mcp.md lists them'
+            raise UsageError(f'townhall.mcp.tools: there is no tool {name!r}; {mend}')
         chosen.add(known[offered_as(name)])
     return frozenset(chosen or _NAMES)
 

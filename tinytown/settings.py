@@ -43,20 +43,22 @@ class Section:
     """A table of settings, which does not change: each has its default unless it is given.
 
     This is no dataclass, because what that writes and compiles for each table was a tenth of the time that `tt` and a
-    worker take to start. `specs` are the settings of a table, `tables` those below it.
+    worker take to start. `specs` are the settings of a table, `tables` those below it, `kinds` the types of both.
     """
 
+    kinds: ClassVar[dict[str, Any]]
     specs: ClassVar[dict[str, Spec]]
     tables: ClassVar[dict[str, type['Section']]]
 
     def __init_subclass__(cls) -> None:
-        own = {name: cls.__dict__[name] for name in cls.__annotations__}
+        cls.kinds = dict(cls.__annotations__)
+        own = {name: cls.__dict__[name] for name in cls.kinds}
         cls.specs = {name: value for name, value in own.items() if isinstance(value, Spec)}
         cls.tables = {name: value for name, value in own.items() if isinstance(value, type)}
 
     def __init__(self, **given: Any) -> None:
         for name in given:
-            if name not in self.__annotations__:
+            if name not in self.kinds:
                 raise TypeError(f'{type(self).__name__} has no {name}')
         made = {name: spec.make() for name, spec in self.specs.items() if name not in given}
         made |= {name: table() for name, table in self.tables.items() if name not in given}
