@@ -155,13 +155,6 @@ def test_a_file_that_anyone_may_change_is_refused(directory: Path) -> None:
         load(directory, environ={'HOME': str(directory)})
 
 
-@pytest.mark.parametrize('names', [('cert_file', 'cert_path'), ('cert_path', 'cert_file')])
-def test_a_setting_that_is_given_by_both_of_its_names_is_refused_with_the_second_one(names: tuple[str, str]) -> None:
-    text = '[townhall.tls]\n' + ''.join(f'{name} = "x"\n' for name in names)
-    with pytest.raises(UsageError, match=r'cert_path is given twice, once as townhall\.tls\.cert_file; remove one'):
-        parse(text.encode(), FILE)
-
-
 @pytest.mark.parametrize(
     ('text', 'said'),
     [

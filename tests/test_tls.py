@@ -76,8 +76,12 @@ def test_both_spellings_of_a_path_are_taken_but_not_together(directory: Path) ->
     text = 'townhall.tls.cert_file = "c"\ntownhall.tls.key_file = "k"\ntownhall.mtls.ca_file = "a"'
     found = settings(directory, text)
     assert (found.tls.cert_path, found.tls.key_path, found.mtls.ca_path) == ('c', 'k', 'a')
-    with pytest.raises(UsageError, match=r'townhall\.tls\.cert_path is given twice, once as townhall\.tls\.cert_path;'):
-        settings(directory, text + '\ntownhall.tls.cert_path = "c"')
+    again = 'townhall.tls.cert_path = "c"'
+    for both in (f'{text}\n{again}', f'{again}\n{text}'):
+        with pytest.raises(
+            UsageError, match=r'tls\.cert_path is given twice, once as townhall\.tls\.cert_file; remove one'
+        ):
+            settings(directory, both)
 
 
 def test_a_map_of_subjects_holds_scopes(directory: Path) -> None:
