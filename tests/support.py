@@ -132,12 +132,16 @@ class Place:
     def log(self, agent: str) -> str:
         return (self.root / '.tt' / 'logs' / f'{agent}.log').read_text()
 
+    def let_go(self) -> None:
+        """Closes our own connection to its Redis, if there is one."""
+        if hasattr(self, '_town'):
+            self._town.store.close()
+
     def close(self) -> None:
         """Ends all processes of the town."""
         for hall in self.halls:
             hall.kill()
-        if hasattr(self, '_town'):
-            self._town.store.close()
+        self.let_go()
         done = self.tt('stop', '--redis', check=False)
         assert done.returncode == 0, done.stderr or done.stdout
 
