@@ -8,35 +8,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tinytown import redis_server
-from tinytown.errors import TownError
 from tinytown.store import text
 from tinytown.whereabouts import Login, Server, Tls
 
-from .support import PATIENCE
+from .support import LONG, PATIENCE, until
 
 HOST = '127.0.0.1'
-LONG = 3 * PATIENCE  # for what servers agree on among themselves, which look at each other every ten seconds
-
-
-def until(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """What a function gives as soon as that is true; it may raise TownError until then."""
-    deadline = time.monotonic() + patience
-    while True:
-        fault: object = 'no'
-        try:
-            if found := what():
-                return found
-        except TownError as e:
-            fault = e
-        assert time.monotonic() < deadline, fault
-        select.select([], [], [], 0.01)
 
 
 def _ports() -> tuple[int, int]:

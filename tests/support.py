@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -12,12 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinytown import config, redis_server
+from tinytown.errors import TownError
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.operations import BY_NAME, call, encode
 from tinytown.store import Store, text
@@ -26,6 +28,7 @@ from tinytown.town import Town, open_town
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 20.0  # seconds after which something that should have happened has not
+LONG = 3 * PATIENCE  # for what takes some ten seconds by design, as servers that agree among themselves
 OPERATOR = Principal('operator', ALL_SCOPES)
 
 
@@ -228,6 +231,32 @@ class Hall(Service):
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def until(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """What a function gives as soon as that is true; it may raise TownError until then."""
+    deadline = time.monotonic() + patience
+    while True:
+        fault: object = 'no'
+        try:
+            if found := what():
+                return found
+        except TownError as e:
+            fault = e
+        assert time.monotonic() < deadline, fault
+        select.select([], [], [], 0.01)
+
+
+def free_port(among: range = range(30000, 32768)) -> int:
+    """A port that is free, and none of those that the kernel gives to whoever asks for any, nor those of `redises`."""
+    for port in random.SystemRandom().sample(among, 200):
+        with socket.socket() as sock:
+            try:
+                sock.bind(('127.0.0.1', port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError('no port is free')
 
 
 def read_all(sock: socket.socket) -> bytes:

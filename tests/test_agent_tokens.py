@@ -17,8 +17,7 @@ from tinytown.errors import TownError, Unauthorized
 from tinytown.model import CONDUCTOR_ID
 from tinytown.town import Call
 
-from .redises import LONG, until
-from .support import OPERATOR, Place, make_town, shell_cli
+from .support import LONG, OPERATOR, Place, make_town, shell_cli, until
 
 HOLD = shell_cli('cat >/dev/null; tt send conductor holding --info; exec sleep 60')
 

@@ -22,8 +22,7 @@ from tinytown.processes import python, python_path
 
 from .certificates import SERVER, Authority
 from .proxy import accepts
-from .redises import until
-from .support import PATIENCE, REPOSITORY, Place, Service, environment, make_town, redis_pid
+from .support import PATIENCE, REPOSITORY, Place, Service, environment, make_town, redis_pid, until
 
 DEPLOY = REPOSITORY / 'deploy'
 ENTRY = DEPLOY / 'entrypoint.py'

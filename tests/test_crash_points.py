@@ -22,8 +22,7 @@ from tinytown.town import Town
 
 from .ground import check, enlist
 from .proxy import Fate, Proxy
-from .redises import LONG
-from .support import PATIENCE, Place, make_town
+from .support import LONG, PATIENCE, Place, make_town
 
 # What a worker asks Redis while it does the piece: the question goes along with the first task.
 _ROUND = ['pickup', 'beat', 'finish', 'round_done']

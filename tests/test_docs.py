@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -34,7 +32,7 @@ from tinytown.model import ALL_SCOPES
 from tinytown.operations import BY_NAME, TABLE
 
 from . import docs
-from .support import REPOSITORY, Place, environment
+from .support import REPOSITORY, Place, environment, free_port
 
 FENCE: Final = r'^(?:<!-- needs: ([\w-]+) -->\n)?(<!-- goes on -->\n)?```(\w*)\n(.*?)^```$'
 EMPTY: Final = '<!-- begins: in an empty directory -->'
@@ -143,7 +141,7 @@ class Reader:
 
     def _port(self, match: re.Match[str]) -> str:
         while match[0] not in self.ports:
-            if (port := str(free_port())) not in self.ports.values():
+            if (port := str(free_port(range(20000, 32000)))) not in self.ports.values():
                 self.ports[match[0]] = port
         return self.ports[match[0]]
 
@@ -159,18 +157,6 @@ class Reader:
 def _program(file: Path, line: str) -> None:
     file.write_text(f'#!/bin/sh\n{line}\n')
     file.chmod(0o755)
-
-
-def free_port() -> int:
-    """A port that is free, from a range from which the system gives none by itself."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 200):
-        with socket.socket() as sock:
-            try:
-                sock.bind(('127.0.0.1', port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError('no port is free')
 
 
 @pytest.fixture

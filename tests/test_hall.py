@@ -11,9 +11,8 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 
 from tinytown import config, tomledit
 
-from .support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of
+from .support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of, until
 
 
 def children(pid: int) -> list[int]:
@@ -245,15 +244,6 @@ def test_a_townhall_that_is_told_to_reload_while_it_starts_goes_on(place: Place)
         process.terminate()
         process.communicate()
     assert process.returncode == 0
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Waits until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    idle = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline
-        idle.wait(0.01)
 
 
 def test_waits_leave_threads_for_changes(place: Place) -> None:

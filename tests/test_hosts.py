@@ -28,8 +28,7 @@ from tinytown.store import Command, Step, scripts, text
 from tinytown.town import Call, Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis
-from .redises import until
-from .support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli
+from .support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli, until
 from .test_worker import await_exit, worker_pid
 
 LEASE = 15  # longer than it takes to prove a death, and heartbeats are as rare as they may be

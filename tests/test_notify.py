@@ -17,8 +17,7 @@ import pytest
 
 from tinytown import notify
 
-from .redises import until
-from .support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_pid, status_of
+from .support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_pid, status_of, until
 
 
 class Manager:

@@ -18,8 +18,7 @@ from tinytown import processes
 from tinytown.model import CONDUCTOR_ID, new_id
 from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, this_boot, this_machine, tree, verdict
 
-from .redises import until
-from .support import PATIENCE, environment
+from .support import PATIENCE, environment, until
 
 SAYS = 'sh -c "echo \\$\\$; read w <&3; :"'  # says its pid, and lives for as long as the input of its starter
 Start = Callable[..., 'subprocess.Popen[bytes]']

@@ -17,8 +17,7 @@ from tinytown import config, redis_server
 from tinytown.errors import UsageError
 from tinytown.redis_server import find_server
 
-from .redises import until
-from .support import PATIENCE, Place, environment, make_town, redis_pid, start_redis
+from .support import PATIENCE, Place, environment, make_town, redis_pid, start_redis, until
 from .test_processes import descriptors
 from .test_worker import await_exit
 

@@ -21,8 +21,8 @@ from tinytown.redact import exposed, known
 from tinytown.settings import Redis
 from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
 
-from .redises import HOST, Node, Nodes, until
-from .support import PATIENCE, Place, make_town
+from .redises import HOST, Node, Nodes
+from .support import PATIENCE, Place, make_town, until
 
 KEY = 'tt:{test}:town'
 

@@ -24,8 +24,7 @@ from tinytown.errors import TownError
 from tinytown.model import CONDUCTOR_ID, new_id
 from tinytown.processes import GRACE_SECS, identify, start_time, verdict
 
-from .redises import until
-from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis
+from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis, until
 
 CLIS = {
     'runs': shell_cli('sed -n "s/^RUN //p" >script.$$; exec sh script.$$ </dev/null'),  # a task's text is a script

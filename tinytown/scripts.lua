@@ -449,18 +449,18 @@ return {1, id, name, A[6] and order(A[5], 'restart', id, A[3], 'within', A[6]) o
 -- @script hello oom
 -- The worker process for which an agent was registered or restarted takes it over; any other instance is fenced.
 -- A task that an earlier one was running is queued again in the same inbox, its attempt counted.
--- A: agent id, instance, host, boot id, pid, process start. Returns {1, name, cli, max rounds, rounds, head}.
+-- A: agent id, instance, host, boot id, pid, process start. Returns {1, max rounds}.
 local id, instance, host, boot, pid, start = unpack(A)
 local key = P .. 'agent:' .. id
 if redis.call('EXISTS', key) == 0 then return refuse('agent-not-found', id) end
-local v = redis.call('HMGET', key, 'name', 'cli', 'max_rounds', 'rounds', 'j', 'state', 'instance')
-if not LIVE[v[6]] or v[7] ~= instance then return refuse('stale-instance', v[1], instance) end
+local v = redis.call('HMGET', key, 'name', 'max_rounds', 'state', 'instance')
+if not LIVE[v[3]] or v[4] ~= instance then return refuse('stale-instance', v[1], instance) end
 keep_running(id, v[1], 'a new worker process took over')
-local state = v[6] == 'Paused' and 'Paused' or v[6] == 'Draining' and 'Draining' or 'Idle'
+local state = v[3] == 'Paused' and 'Paused' or v[3] == 'Draining' and 'Draining' or 'Idle'
 set_agent(id, 'host', host, 'boot', boot, 'pid', pid, 'start', start, 'beat', NOW, 'task', '',
   'idle', NOW, 'state', state)
 event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
-return {1, v[1], v[2], v[3], v[4], v[5]}
+return {1, v[2]}
 
 -- @script pickup oom
 -- What an agent does next. A: agent id, instance, most messages, most deliveries of one, where its log ends ('': not said).

@@ -78,16 +78,17 @@ class Worker:
         """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
         for file, report in reports.waiting(self.town.root, self.id):
             self._deliver(file, report)
-        _, _, record, *_ = self.town.store.call(self.town.store.agent(self.id))
-        self.cli = clis.find(self.town.config, json.loads(record)['cli'])  # before anybody takes us for alive
+        _, _, found, *_ = self.town.store.call(self.town.store.agent(self.id))
+        record = json.loads(found)
+        self.name, self.role = record['name'], record['role_id']
+        self.cli = clis.find(self.town.config, record['cli'])  # before anybody takes us for alive
         reports.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
         signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
         signal.signal(signal.SIGINT, self._on_signal)
         hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
-        name, _, most, _, head = self.town.store.call(hello)
-        self.name, self._most_rounds = text(name), int(most)
-        self.role = json.loads(head + b'}')['role_id']
+        [most] = self.town.store.call(hello)
+        self._most_rounds = int(most)
         self.note(f'worker {self.instance} of {self.name} is up (pid {me.pid}, cli {self.cli.name})')
 
     def run(self) -> int:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import pwd
-import random
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from ..support import PATIENCE, Hall, Service
+from ..support import PATIENCE, Hall, Service, free_port
 
 NGINX = Template("""
 daemon off;
@@ -135,15 +133,3 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f'{os.environ.get("PATH", "")}:/usr/sbin:/usr/local/sbin')
     assert found, f'{name} is not installed, and make test-system is about it: apt-get install {name}'
     return found
-
-
-def free_port() -> int:
-    """A port that is free, and none of those that the kernel gives to whoever asks for any."""
-    while True:
-        port = random.SystemRandom().randrange(30000, 32768)
-        with socket.socket() as sock:
-            try:
-                sock.bind(('127.0.0.1', port))
-            except OSError:
-                continue
-            return port

@@ -12,9 +12,9 @@ from tinytown.model import MANAGE, READ, WRITE
 from tinytown.store import Command
 
 from ..ground import enlist, pipeline
-from ..support import Hall, Place, make_town, shell_cli
+from ..support import Hall, Place, free_port, make_town, shell_cli
 from ..test_access import Keyed
-from . import proxies, tools
+from . import tools
 from .browser import Visit, chromium
 
 HOSTILE = '<img src=x onerror="window.hacked = 1"><b>bold</b> \u202etxet'
@@ -261,7 +261,7 @@ def test_what_agents_and_people_write_stays_text(browser: Browser, hall: Hall) -
 
 
 def test_a_lost_connection_is_told_and_what_was_missed_is_seen(browser: Browser, place: Place) -> None:
-    hall = place.hall('--port', str(proxies.free_port()))  # where it can be opened again
+    hall = place.hall('--port', str(free_port()))  # where it can be opened again
     with Visit(browser, hall) as visit:
         visit.is_live()
         hall.kill()

@@ -16,7 +16,7 @@ from typing import Final
 import pytest
 
 from ..certificates import SERVER, Authority, Pair
-from ..support import PATIENCE, REPOSITORY, Hall, Place
+from ..support import PATIENCE, REPOSITORY, Hall, Place, free_port
 from . import proxies
 
 NAME: Final = 'town.example'
@@ -47,7 +47,7 @@ class Shown:
         [block] = re.findall(rf'^```{language}\n(.*?)^```', text, re.M | re.S)
         both = pair.cert.with_suffix('.both.pem')
         both.write_bytes(pair.cert.read_bytes() + pair.key.read_bytes())
-        self.port = proxies.free_port()
+        self.port = free_port()
         here = {
             '127.0.0.1:8787': f'127.0.0.1:{hall.port}',
             f'/etc/ssl/{NAME}.both.pem': str(both),

@@ -22,9 +22,8 @@ from tinytown.model import Principal
 from tinytown.oidc import Verifier
 from tinytown.settings import Auth
 
-from ..support import PATIENCE, Place, environment, make_town
+from ..support import PATIENCE, Place, environment, free_port, make_town
 from ..tokens import Signer
-from . import proxies
 
 PACKAGE = 'oidc-provider@9'
 TO_JWK: dict[str, Any] = {'RS256': RSAAlgorithm.to_jwk, 'ES256': ECAlgorithm.to_jwk, 'EdDSA': OKPAlgorithm.to_jwk}
@@ -114,7 +113,7 @@ def test_its_tokens_give_the_scopes_that_were_asked_for(packages: Path, signer: 
 def test_its_keys_may_change_and_it_may_be_away(packages: Path) -> None:
     now = 1000.0
     old, new = Signer.rsa('old'), Signer.ec('new')
-    with providing(packages, old, port=proxies.free_port()) as provider:
+    with providing(packages, old, port=free_port()) as provider:
         verifier = Verifier(auth(provider), ticks=lambda: now)
         token = provider.token()
         assert verifier.verify(token)

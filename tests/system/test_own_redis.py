@@ -32,8 +32,8 @@ from tinytown.worker import install_tt
 
 from ..certificates import CLIENT, Authority
 from ..ground import check
-from ..redises import HOST, LONG, Cluster, Node, Nodes, Sentinels, until
-from ..support import REPOSITORY, Hall, Place, environment, make_town, shell_cli
+from ..redises import HOST, Cluster, Node, Nodes, Sentinels
+from ..support import LONG, REPOSITORY, Hall, Place, environment, make_town, shell_cli, until
 
 RUNS = shell_cli('cat >/dev/null; echo "$TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT" >>runs')
 DOCS = (REPOSITORY / 'docs' / 'redis.md').read_text()
