@@ -42,7 +42,7 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._owns_redis:
-            redis_server.stop(self.root)
+            redis_server.stop_redis(self.root)
         self.place.store.close()
         shutil.rmtree(self.root, ignore_errors=True)
 

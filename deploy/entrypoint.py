@@ -30,7 +30,7 @@ from tinytown.model import ALL_SCOPES, Principal
 from tinytown.processes import python
 from tinytown.say import begin, last_words, say
 from tinytown.town import Call, open_town
-from tinytown.townhall import parser
+from tinytown.townhall import townhall_parser
 from tinytown.usage import explain
 
 
@@ -75,7 +75,7 @@ def ready_town(root: Path, *join: str) -> None:
 
 def ready_key(root: Path, words: list[str]) -> None:
     """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
-    flags = {'townhall.bind': parser().parse_args(words).bind}
+    flags = {'townhall.bind': townhall_parser().parse_args(words).bind}
     config = configuration.load(root, flags)
     redact.ready_log(root, config)
     is_chosen = config.townhall.auth.mode != 'none' or 'TINYTOWN_TOWNHALL_AUTH_MODE' in os.environ

@@ -34,7 +34,7 @@ from typing import Any, Final, NamedTuple
 
 from tinytown import redis_server
 from tinytown.errors import TownError
-from tinytown.processes import MARK
+from tinytown.processes import INSTANCE_VARIABLE
 from tinytown.store import Command, text
 
 from .proxy import Fate, Proxy, accepts
@@ -117,7 +117,7 @@ def processes(root: Path, marks: set[str]) -> Iterator[Process]:
         except OSError:
             continue
         environ = dict(pair.split('=', 1) for pair in pairs if '=' in pair)
-        if fields[0] not in 'ZX' and (inside or environ.get(MARK) in marks):
+        if fields[0] not in 'ZX' and (inside or environ.get(INSTANCE_VARIABLE) in marks):
             yield Process(int(entry.name), int(fields[1]), words, environ)
 
 
@@ -343,7 +343,7 @@ class Saboteur:
 
     def _one(self, fits: Callable[[Process], object]) -> Process | None:
         all_of_them = list(processes(self._town.root, set()))
-        self._ledger.marks |= {process.environ.get(MARK, '') for process in all_of_them} - {''}
+        self._ledger.marks |= {process.environ.get(INSTANCE_VARIABLE, '') for process in all_of_them} - {''}
         workers = {process.pid for process in all_of_them if process.agent}
         found = sorted(
             # what a worker has forked looks like one until it is the coding CLI

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
 from tinytown import cli, config, errors, hall, mcp_catalogue, mcp_content, openapi, probes, service, townhall
-from tinytown.census import Census
-from tinytown.metrics import HTTP_BOUNDS, Meter, render
+from tinytown.census import Stats
+from tinytown.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
-from tinytown.operations import TABLE, Op
+from tinytown.operations import OPERATIONS, Op
 from tinytown.schema import Parameter
 from tinytown.tomledit import to_toml
 
@@ -111,14 +111,14 @@ def commands() -> str:
 
 def townhall_options() -> str:
     """The command line of `townhall`."""
-    parser = townhall.parser()
+    parser = townhall.townhall_parser()
     modes = ' | '.join(townhall.MODES)
     return '\n'.join([f'`townhall [{modes}]`', '', *_options(parser, SHARED - {'town', 'verbose'})])
 
 
 def service_commands() -> str:
     """The commands of `townhall service`. All take --town."""
-    parser = service.parser()
+    parser = service.service_parser()
     [group] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     lines = []
     for word, command in group.choices.items():
@@ -182,7 +182,7 @@ def operations() -> str:
     """The README's table of operations."""
     rows = (
         [f'`{op.name}`', f'{_methods(op)} `{op.path}`', f'`{op.cli}`', f'`{op.scope}`', first_sentence(op.summary)]
-        for op in TABLE
+        for op in OPERATIONS
     )
     return table('operation|REST|`tt`|scope|what it does', rows)
 
@@ -194,7 +194,8 @@ def _methods(op: Op) -> str:
 def routes() -> str:
     """Every route of the table with what it takes and may answer."""
     rows = (
-        [f'{_methods(op)} `{op.path}`', _arguments(op), str(op.status), f'`{op.scope}`', _statuses(op)] for op in TABLE
+        [f'{_methods(op)} `{op.path}`', _arguments(op), str(op.status), f'`{op.scope}`', _statuses(op)]
+        for op in OPERATIONS
     )
     return table('route|takes|success|scope|errors', rows)
 
@@ -213,7 +214,7 @@ def _statuses(op: Op) -> str:
 def arguments() -> str:
     """Every argument by its name, with the meanings that it has."""
     meanings: dict[str, dict[str, list[str]]] = {}
-    for op in TABLE:
+    for op in OPERATIONS:
         for each in op.parameters.values():
             meanings.setdefault(each.name, {}).setdefault(_meaning(each), []).append(op.name)
     rows = []
@@ -300,7 +301,7 @@ def metrics() -> str:
     """Every metric, from what a townhall says when it is scraped."""
     meter = Meter()
     meter.observe('town.get', 'GET', 200, 0.001)
-    said = render(meter, Census('', 0, 0, 0, 0, 0, 0, 0, {}, {}), 0.0)
+    said = render_metrics(meter, Stats('', 0, 0, 0, 0, 0, 0, 0, {}, {}), 0.0)
     rows = []
     for name, what, kind in re.findall(r'^# HELP (\w+) (.+)\n# TYPE \w+ (\w+)$', said, re.M):
         labels = sorted({label for line in re.findall(rf'^{name}\w*{{(.*)}}', said, re.M) for label in _labels(line)})

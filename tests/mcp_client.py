@@ -16,12 +16,12 @@ from typing import Any
 from mcp_types import methods
 from mcp_types.jsonrpc import jsonrpc_message_adapter
 
-from tinytown.mcp_messages import LEGACY, MODERN, PREFIX
+from tinytown.mcp_messages import LEGACY, META_PREFIX, MODERN
 from tinytown.model import Json
 
 from .support import PATIENCE, REPOSITORY, Hall, Reply, environment
 
-META: Json = {f'{PREFIX}protocolVersion': MODERN, f'{PREFIX}clientCapabilities': {}}
+META: Json = {f'{META_PREFIX}protocolVersion': MODERN, f'{META_PREFIX}clientCapabilities': {}}
 CLIENT: Json = {'name': 'tests', 'version': '1'}
 
 
@@ -80,7 +80,7 @@ class Stdio:
 
     def _of(self, message: Json) -> str:
         meta = message.get('params', {}).get('_meta', {})
-        return MODERN if f'{PREFIX}subscriptionId' in meta else self.revision
+        return MODERN if f'{META_PREFIX}subscriptionId' in meta else self.revision
 
     def start(self, method: str, params: Json | None = None, modern: bool = False) -> int:
         """Asks, and does not wait. The id."""

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from tinytown.mcp import LEVELS, Ask, Manner, Mcp, Stop, Tell
-from tinytown.mcp_messages import INTERNAL, INVALID_PARAMS, MISSING_CAPABILITY, NO_RESOURCE, PREFIX, Fault
+from tinytown.mcp import LEVELS, Ask, Cancel, Manner, McpServer, Notify
+from tinytown.mcp_messages import INTERNAL, INVALID_PARAMS, META_PREFIX, MISSING_CAPABILITY, NO_RESOURCE, Fault
 from tinytown.model import Json, Principal
 from tinytown.store import Step
 
@@ -152,7 +152,7 @@ def tool_with_progress(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
 
 def _log(ask: Ask, *lines: str) -> None:
     """Log messages; a modern client must have asked for them."""
-    if not ask.is_modern or ask.meta.get(f'{PREFIX}logLevel') in LEVELS:
+    if not ask.is_modern or ask.meta.get(f'{META_PREFIX}logLevel') in LEVELS:
         for line in lines:
             ask.tell('notifications/message', {'level': 'info', 'data': line})
 
@@ -285,7 +285,7 @@ OK: Final = form('Please confirm', ok={'type': 'boolean'})
 
 @tool()
 def missing_capability(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
-    if 'sampling' not in ask.meta.get(f'{PREFIX}clientCapabilities', {}):
+    if 'sampling' not in ask.meta.get(f'{META_PREFIX}clientCapabilities', {}):
         raise Fault(MISSING_CAPABILITY, 'this tool needs sampling', {'requiredCapabilities': {'sampling': {}}})
     return text('The client can sample')
 
@@ -344,7 +344,7 @@ _COLOUR: Final = form('Step 2: What is your favorite color?', color={'type': 'st
 
 @tool()
 def input_required_result_capabilities(_fixture: Fixture, ask: Ask, _arguments: Json) -> Json:
-    can = ask.meta.get(f'{PREFIX}clientCapabilities', {})
+    can = ask.meta.get(f'{META_PREFIX}clientCapabilities', {})
     requests = {'user_name': WHO} if 'elicitation' in can else {}
     requests |= {'greeting': sampling('Generate a greeting', 50)} if 'sampling' in can else {}
     return need(ask, '', **requests) or text('Nothing could be asked')
@@ -395,7 +395,7 @@ class Fixture:
             'completions': {},
             'logging': {},
         }
-        self._watchers: list[tuple[Json, Tell]] = []
+        self._watchers: list[tuple[Json, Notify]] = []
         self._demands: dict[str, _Demand] = {}
 
     def tools(self, _by: Principal) -> list[Json]:
@@ -463,7 +463,7 @@ class Fixture:
         yield from ()
         return ''
 
-    def watch(self, _position: str, wanted: Json, tell: Tell) -> Stop:
+    def watch(self, _position: str, wanted: Json, tell: Notify) -> Cancel:
         watcher = (wanted, tell)
         self._watchers.append(watcher)
         return lambda: self._watchers.remove(watcher)
@@ -500,7 +500,7 @@ class _Demand:
         self.result: Json | None = None
 
 
-class FixtureMcp(Mcp):
+class FixtureMcp(McpServer):
     """The protocol, which also hears responses."""
 
     def read(self, message: Any, *rest: Any, **named: Any) -> Ask | None:
@@ -513,10 +513,10 @@ class FixtureMcp(Mcp):
 def main(root: str, port: str = '0') -> int:
     """Serves the catalogue as `townhall mcp-http` serves a town. The exit status."""
     from tinytown import config
-    from tinytown.hall import Hall
+    from tinytown.hall import TownhallProcess
 
     flags = {'townhall.mcp_port': int(port)}
-    hall = Hall(Path(root), config.load(Path(root), flags), flags, 'mcp-http')
+    hall = TownhallProcess(Path(root), config.load(Path(root), flags), flags, 'mcp-http')
     hall.mcp = FixtureMcp(Fixture())
     return hall.run()
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from tinytown import config, redis_server
 from tinytown.errors import TownError
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.operations import BY_NAME, call, encode
+from tinytown.operations import BY_NAME, call, encode_answer
 from tinytown.store import Store, text
 from tinytown.tomledit import to_toml
 from tinytown.town import Town, open_town
@@ -74,7 +74,7 @@ class Place:
     def do(self, operation: str, by: Principal = OPERATOR, key: str = '', **arguments: Any) -> Any:
         """The answer of an operation, through the door. `from` is given as `from_`."""
         named = {name.rstrip('_'): value for name, value in arguments.items()}
-        return json.loads(encode(self.store.run(call(self.town, by, BY_NAME[operation], named, key))))
+        return json.loads(encode_answer(self.store.run(call(self.town, by, BY_NAME[operation], named, key))))
 
     def tt(self, *words: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
         """Runs `tt` in the town's directory."""

@@ -24,7 +24,7 @@ from tinytown.auth import ApiKey, checksum, generate_key
 from tinytown.errors import Unauthorized, UsageError
 from tinytown.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
-from tinytown.operations import TABLE, Op
+from tinytown.operations import OPERATIONS, Op
 from tinytown.settings import Config
 
 from .support import PATIENCE, Hall, Place, environment, make_town, read_all
@@ -92,7 +92,7 @@ def route(op: Op, method: str) -> tuple[str, str, Any]:
     return method, re.sub(r'\{\w+\}', ID, path), {} if method == 'POST' else None
 
 
-CASES = [(op, method) for op in TABLE for method in (op.method, op.also) if method]
+CASES = [(op, method) for op in OPERATIONS for method in (op.method, op.also) if method]
 
 
 @pytest.mark.parametrize(('op', 'method'), CASES, ids=[f'{method} {op.name}' for op, method in CASES])
@@ -117,7 +117,7 @@ def test_every_operation_takes_its_scope_and_no_other(guarded: tuple[Keyed, Hall
 
 
 def test_every_operation_has_a_scope_and_every_scope_is_asked_for() -> None:
-    assert {op.scope for op in TABLE} == set(ALL_SCOPES)
+    assert {op.scope for op in OPERATIONS} == set(ALL_SCOPES)
 
 
 @pytest.mark.parametrize('path', ['/health', '/healthz', '/ready', '/readyz', '/metrics'])

@@ -137,7 +137,7 @@ FORGED: dict[str, Callable[[str], str]] = {
     'another agent': lambda token: token[:4] + '0' * 8 + token[12:],
     'another instance': lambda token: token[:41] + '0' * 8 + token[49:],
     'of a key of mine': lambda token: token[:78] + hmac.digest(b'mine', token[:77].encode(), 'sha256').hex()[:43],
-    'prefix alone': lambda _: agent_tokens.PREFIX,
+    'prefix alone': lambda _: agent_tokens.TOKEN_PREFIX,
     'upper case': str.upper,
 }  # fmt: skip
 
@@ -152,7 +152,7 @@ def test_a_forged_token_is_refused_in_every_mode(town: Place, mode: str) -> None
     for name, forge in FORGED.items():
         forged = forge(real)
         assert forged != real
-        if forged.startswith(agent_tokens.PREFIX) or mode == 'api_key':
+        if forged.startswith(agent_tokens.TOKEN_PREFIX) or mode == 'api_key':
             assert hall.get('/v1/status', X_API_Key=forged).status == 401, name
             assert hall.get('/v1/status', Authorization=f'Bearer {forged}').status == 401, name
 
@@ -188,9 +188,9 @@ def test_the_key_of_a_town_is_made_once_and_is_its_owners(directory: Path) -> No
     assert file.stat().st_mode & 0o777 == 0o600
     agent_tokens.issue(directory, CONDUCTOR_ID, CONDUCTOR_ID)
     shown = agent_tokens.file_of(directory, CONDUCTOR_ID).read_text().strip()
-    assert agent_tokens.read(key, shown) == (CONDUCTOR_ID, CONDUCTOR_ID)
+    assert agent_tokens.read_token(key, shown) == (CONDUCTOR_ID, CONDUCTOR_ID)
     with pytest.raises(Unauthorized):
-        agent_tokens.read(key + b'0', shown)
+        agent_tokens.read_token(key + b'0', shown)
 
 
 def test_a_token_of_the_conductor_would_be_refused_though_its_mac_were_right(town: Place) -> None:

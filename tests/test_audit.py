@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tinytown import config, keytable, redis_server
-from tinytown.audit import Audit, Visit
+from tinytown.audit import Audit, AuditSubject
 from tinytown.auth import generate_key
 from tinytown.errors import Conflict, Unavailable, UsageError
 from tinytown.model import ALL_SCOPES, Principal
@@ -30,8 +30,8 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def visit(**arguments: Any) -> Visit:
-    return Visit('r1', '10.0.0.1', BY, 'task.complete', arguments)
+def visit(**arguments: Any) -> AuditSubject:
+    return AuditSubject('r1', '10.0.0.1', BY, 'task.complete', arguments)
 
 
 # --------------------------------------------------------------------------------------------------- from the outside
@@ -315,7 +315,7 @@ def test_a_pipe_takes_changes_and_refusals(directory: Path) -> None:
 
 def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_put_aside(directory: Path) -> None:
     file, each, count = directory / 'audit.jsonl', 400, 4
-    Audit(file, 1 << 20).begin(Visit('10000-100', '', BY, 'x', {}))
+    Audit(file, 1 << 20).begin(AuditSubject('10000-100', '', BY, 'x', {}))
     most = each * count * file.stat().st_size * 2 // 3  # so that two files hold them all
     file.unlink()
     audit = Audit(file, most)
@@ -324,7 +324,7 @@ def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_put_aside(
     def work() -> None:
         os.read(ours, 1)
         for i in range(each):
-            audit.begin(Visit(f'{os.getpid()}-{i}', '', BY, 'x', {}))
+            audit.begin(AuditSubject(f'{os.getpid()}-{i}', '', BY, 'x', {}))
 
     os.write(theirs, b'.' * count)
     forked(count, work)

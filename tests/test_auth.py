@@ -18,13 +18,13 @@ from tinytown.cli import main
 from tinytown.errors import TooManyRequests, Unavailable, UsageError
 from tinytown.model import READ, WRITE
 from tinytown.ratelimit import Buckets
-from tinytown.settings import Auth
+from tinytown.settings import AuthSettings
 
 HASH = '$argon2id$v=19$m=8192,t=1,p=1$c29tZXNhbHRzb21l$' + 'A' * 43
 FULL = {'id': '0123abcd', 'hash': HASH, 'scopes': ['town.read']}
 
 
-def settings(text: str) -> Auth:
+def settings(text: str) -> AuthSettings:
     return config.from_values(config.parse(text.encode(), 'the file') | {'name': 'x'}, Path()).townhall.auth
 
 
@@ -57,9 +57,9 @@ def test_a_new_key_fits_its_hash_and_no_other_key_does() -> None:
 )  # fmt: skip
 def test_a_hash_outside_the_bounds_stops_the_start_and_its_key_is_named(text: str) -> None:
     with pytest.raises(UsageError, match=r"^townhall.auth.keys: key '0123abcd': the hash .*make one:  tt generate"):
-        Keyring(Auth(keys=[FULL | {'hash': text}]))
+        Keyring(AuthSettings(keys=[FULL | {'hash': text}]))
     with pytest.raises(UsageError, match=r'^townhall.auth.api_key_hash: '):
-        Keyring(Auth(api_key_hash=text))
+        Keyring(AuthSettings(api_key_hash=text))
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_an_expiry_may_be_a_time_or_its_text() -> None:
 def test_an_id_and_a_checksum_find_the_hash_and_any_other_text_may_be_the_plain_key() -> None:
     one, two = generate_key(), generate_key()
     keys = [{'id': made.id, 'hash': made.hash, 'scopes': ['town.read']} for made in (one, two)]
-    ring = Keyring(Auth(keys=keys))
+    ring = Keyring(AuthSettings(keys=keys))
     found = ring.claimed(two.key)
     assert found
     assert (found.id, found.principal.name, found.principal.scopes) == (two.id, f'key:{two.id}', frozenset({READ}))
     mistyped = two.key[:20] + ('a' if two.key[20] != 'a' else 'b') + two.key[21:]
     for text in ('', 'x', mistyped, two.key[:-1], two.key + 'a', generate_key().key, two.key.upper()):
         assert ring.claimed(text) is None
-    with_plain = Keyring(Auth(keys=keys, api_key_hash=HASH, api_key_scopes=['town.write']))
+    with_plain = Keyring(AuthSettings(keys=keys, api_key_hash=HASH, api_key_scopes=['town.write']))
     for text in ('x', two.key[:-1], generate_key().key):
         found = with_plain.claimed(text)
         assert found
@@ -131,7 +131,7 @@ def test_the_plain_key_may_do_everything_unless_its_scopes_say_otherwise() -> No
 @pytest.fixture
 def ring() -> tuple[str, auth.Entry]:
     made = generate_key()
-    found = Keyring(Auth(keys=[{'id': made.id, 'hash': made.hash, 'scopes': ['admin']}])).claimed(made.key)
+    found = Keyring(AuthSettings(keys=[{'id': made.id, 'hash': made.hash, 'scopes': ['admin']}])).claimed(made.key)
     assert found
     return made.key, found
 
@@ -189,7 +189,7 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
     threads = [threading.Thread(target=show, args=(i,)) for i in range(24)]
     for each in threads:
         each.start()
-    for _ in range(24 - auth.MOST_AT_ONCE - auth.MOST_WAITING):
+    for _ in range(24 - auth.MAX_HASHING - auth.MAX_WAITING_HASHES):
         assert refused.acquire(timeout=20)
     assert started.acquire(timeout=20)
     with pytest.raises(Unavailable):
@@ -197,7 +197,7 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
     may_go.set()
     for each in threads:
         each.join()
-    assert max(most) <= auth.MOST_AT_ONCE
+    assert max(most) <= auth.MAX_HASHING
     checks.admit(found, 'b')
 
 

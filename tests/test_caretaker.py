@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tinytown.caretaker import GAP_SECS, TAKE_OVER_SECS, Caretaker
+from tinytown.caretaker import GAP_SECS, TAKE_OVER_SECS, Supervisor
 from tinytown.errors import Conflict, TownError, Unavailable
 from tinytown.model import new_id
 from tinytown.processes import Identity, identify, this_boot, this_host
@@ -46,7 +46,7 @@ class Watch:
         self._start = start or Puppet.hello
         config = place.town.config
         town = Town(place.root, config.but(agent=config.agent.but(**agent)), place.store)
-        self.caretaker = Caretaker(town, lambda: self.now, self.start)
+        self.caretaker = Supervisor(town, lambda: self.now, self.start)
         self.caretaker.tick(self.now)
 
     def start(self, _town: Town, agent_id: str, name: str, instance: str) -> None:
@@ -629,7 +629,7 @@ def test_a_caretaker_that_ends_is_followed_at_once_and_no_fault_ends_it(
             ticked.set()
         return time.monotonic()
 
-    first = Caretaker(ground.town, clock)
+    first = Supervisor(ground.town, clock)
     first.start()
     assert ticked.wait(PATIENCE)
     first.close()

@@ -20,7 +20,7 @@ import pytest
 from tinytown.auth import checksum
 from tinytown.cli import main
 from tinytown.model import CONDUCTOR_ID
-from tinytown.operations import BY_NAME, TABLE, Op
+from tinytown.operations import BY_NAME, OPERATIONS, Op
 from tinytown.processes import start_time
 
 from .ground import enlist
@@ -83,12 +83,12 @@ def test_help_lists_every_command_on_one_line_with_what_it_does(tt: Tt) -> None:
     done = tt('--help')
     assert done.status == 0
     own = ['init', 'start', 'stop', 'config', 'worker', 'generate-api-key', 'ping']
-    for words in [*own, 'auth gen-key', 'task current', *(op.cli for op in TABLE)]:
+    for words in [*own, 'auth gen-key', 'task current', *(op.cli for op in OPERATIONS)]:
         assert len(re.findall(rf'^  {words}  +[A-Z].{{8,}}$', done.out, re.M)) == 1, words
     assert max(map(len, done.out.splitlines())) <= 82
 
 
-@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.cli)
+@pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.cli)
 def test_the_help_of_a_command_names_all_its_arguments(tt: Tt, op: Op) -> None:
     done = tt(*op.cli.split(), '--help')
     assert done.status == 0
@@ -109,7 +109,7 @@ class Town:
         self.tt, self.way, self.used = tt, way, set[str]()
 
     def op(self, line: str) -> Op:
-        found = max((op for op in TABLE if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
+        found = max((op for op in OPERATIONS if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
         self.used.add(found.name)
         return found
 
@@ -203,7 +203,7 @@ def test_answers_are_those_of_rest(place: Place, hall: Hall, tt: Tt) -> None:
             tt('--town', str(place.root), *line.split(), '--json'),
             tt('--url', url(hall), '--json', *line.split()),
         ]
-        op = max((op for op in TABLE if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
+        op = max((op for op in OPERATIONS if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
         path = op.path.format(agent='a', task_id=task) + ('?limit=1&state=completed' if '--limit' in line else '')
         answers = [hall.get(path).json, *(done.json for done in found)]
         for answer in answers:

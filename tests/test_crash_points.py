@@ -15,7 +15,7 @@ import pytest
 
 from tinytown import redis_server
 from tinytown.agents import start_worker
-from tinytown.caretaker import Caretaker
+from tinytown.caretaker import Supervisor
 from tinytown.processes import identify, marked
 from tinytown.store import Command, scripts, text
 from tinytown.town import Town
@@ -53,7 +53,7 @@ class Stage:
         self.asked: list[list[str]] = []  # the commands of each worker; '!' marks those that met the fate
         self.struck = 0  # how often the fate came
         self.instances: list[str] = []
-        self.caretaker = Caretaker(place.town, lambda: 0.0, self._start)
+        self.caretaker = Supervisor(place.town, lambda: 0.0, self._start)
         self._pids: list[int] = []
 
     def _start(self, town: Town, agent_id: str, name: str, instance: str) -> None:

@@ -15,7 +15,7 @@ from tinytown import dashboard
 from .support import Hall, Place
 from .test_access import Keyed
 
-PAGE = dashboard.read()[0].decode()
+PAGE = dashboard.dashboard_page()[0].decode()
 TEXT_ON = ('paper', 'raised', 'tint')
 
 

@@ -29,7 +29,7 @@ import pytest
 
 from tinytown import cli, config, mcp_content
 from tinytown.model import ALL_SCOPES
-from tinytown.operations import BY_NAME, TABLE
+from tinytown.operations import BY_NAME, OPERATIONS
 
 from . import docs
 from .support import REPOSITORY, Place, environment, free_port
@@ -279,7 +279,7 @@ def test_settings_commands_and_routes_that_a_page_speaks_of_are_there(page: Path
     words = cli.build_parser().description or ''
     for command in re.findall(r'`tt ([a-z-]+)', text):
         assert re.search(rf'^  {command}\b', words, re.M), f'{name(page)}: there is no  tt {command}'
-    patterns = [re.sub(r'\\\{\w+\\\}', '[^/]+', re.escape(op.path)) for op in TABLE]
+    patterns = [re.sub(r'\\\{\w+\\\}', '[^/]+', re.escape(op.path)) for op in OPERATIONS]
     for path in re.findall(r'`(?:GET |POST |DELETE )?(/v1/[^`?\s]*)`', text):
         assert any(re.fullmatch(pattern, path) for pattern in patterns), f'{name(page)}: there is no {path}'
 

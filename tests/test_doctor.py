@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tinytown.model import new_id
-from tinytown.processes import MARK
+from tinytown.processes import INSTANCE_VARIABLE
 
 from .support import PATIENCE, Place, make_town
 from .test_worker import await_exit
@@ -57,7 +57,7 @@ def test_a_worker_that_died_is_found_and_what_it_held_is_freed(place: Place) -> 
 
 
 def test_a_process_whose_worker_is_no_more_is_found_and_ended(place: Place) -> None:
-    env = os.environ | {'TINYTOWN_TOWN': str(place.root), 'TINYTOWN_AGENT_ID': new_id(), MARK: new_id()}
+    env = os.environ | {'TINYTOWN_TOWN': str(place.root), 'TINYTOWN_AGENT_ID': new_id(), INSTANCE_VARIABLE: new_id()}
     with subprocess.Popen(
         [sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE, env=env
     ) as stray:

@@ -12,7 +12,7 @@ from queue import Queue
 import pytest
 
 from tinytown import feed
-from tinytown.feed import Event, Feed
+from tinytown.feed import Event, EventFeed
 from tinytown.store import Command
 
 from .support import PATIENCE, Place, redis_pid, start_redis
@@ -22,7 +22,7 @@ from .test_worker import await_exit
 class Listener:
     """A subscriber."""
 
-    def __init__(self, feed: Feed, position: str) -> None:
+    def __init__(self, feed: EventFeed, position: str) -> None:
         self.heard: Queue[Event] = Queue()
         stop = feed.subscribe(position, self.deliver)
         assert stop
@@ -40,8 +40,8 @@ class Listener:
 
 
 @pytest.fixture
-def source(ground: Place) -> Iterator[Feed]:
-    made = Feed(ground.store)
+def source(ground: Place) -> Iterator[EventFeed]:
+    made = EventFeed(ground.store)
     yield made
     for subscriber in list(made._subscribers):
         made._leave(subscriber)
@@ -102,7 +102,9 @@ def test_a_page_tells_that_the_stream_began_anew_with_lower_ids(ground: Place) -
     assert position == here(ground)
 
 
-def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(ground: Place, source: Feed) -> None:
+def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(
+    ground: Place, source: EventFeed
+) -> None:
     first = Listener(source, here(ground))
     a = add(ground, *'abc')
     assert [first.next().fields['task_id'] for _ in a] == a
@@ -115,7 +117,7 @@ def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(g
 
 
 def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_of_a_gap(
-    ground: Place, source: Feed, monkeypatch: pytest.MonkeyPatch
+    ground: Place, source: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, 'MOST_KEPT', 3)
     start = here(ground)
@@ -131,7 +133,7 @@ def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_o
     stop()
 
 
-def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: Feed) -> None:
+def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: EventFeed) -> None:
     add(ground, 'a')
     listener = Listener(source, here(ground))
     add(ground, 'b')
@@ -145,7 +147,7 @@ def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: Feed) -> Non
     assert listener.types(1) == ['task.created']
 
 
-def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: Place, source: Feed) -> None:
+def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: Place, source: EventFeed) -> None:
     before = set(threading.enumerate())
     first, second = Listener(source, here(ground)), Listener(source, here(ground))
     [reader] = set(threading.enumerate()) - before
@@ -163,7 +165,7 @@ def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: 
 
 
 def test_it_outlives_a_redis_that_is_killed(place: Place) -> None:
-    source = Feed(place.store)
+    source = EventFeed(place.store)
     listener = Listener(source, here(place))
     add(place, 'a')
     assert listener.types(1) == ['task.created']
@@ -178,7 +180,7 @@ def test_it_outlives_a_redis_that_is_killed(place: Place) -> None:
 
 def test_events_are_delivered_where_the_owner_wants_them(ground: Place) -> None:
     queue: Queue[object] = Queue()
-    source = Feed(ground.store, queue.put)
+    source = EventFeed(ground.store, queue.put)
     listener = Listener(source, here(ground))
     add(ground, 'a')
     deliver = queue.get(timeout=PATIENCE)

@@ -24,7 +24,7 @@ from urllib.parse import unquote_to_bytes
 import h11
 import pytest
 
-from tinytown.operations import TABLE
+from tinytown.operations import OPERATIONS
 
 from .mutations import Case, make
 from .raw import texts
@@ -121,7 +121,7 @@ def read_one(data: bytes, has_host: bool = True) -> tuple[Seen | None, bytes]:
 ONCE: Final = (b'host', b'content-length', b'content-type', b'transfer-encoding', b'expect', b'origin', b'x-request-id')
 PLAIN: Final = ('/health', '/healthz', '/ready', '/readyz', '/metrics')
 ROUTES: Final = [
-    *((re.sub(r'\{\w+\}', '[^/]+', op.path), {op.method, op.also}) for op in TABLE),
+    *((re.sub(r'\{\w+\}', '[^/]+', op.path), {op.method, op.also}) for op in OPERATIONS),
     *((path, {'GET'}) for path in PLAIN),
 ]
 
@@ -213,7 +213,7 @@ def lengths(request: Seen) -> list[bytes]:
 def template(request: Seen) -> str:
     """The route of a request, with its placeholders."""
     path = request.path.decode('utf-8', 'replace')
-    found = [op.path for op in TABLE if re.fullmatch(re.sub(r'\{\w+\}', '[^/]+', op.path), path)]
+    found = [op.path for op in OPERATIONS if re.fullmatch(re.sub(r'\{\w+\}', '[^/]+', op.path), path)]
     return ''.join(found)
 
 

@@ -22,8 +22,8 @@ from tinytown.errors import TownError, UsageError
 from tinytown.local import running_townhalls
 from tinytown.model import new_id
 from tinytown.processes import identify, name_host, this_boot, this_host
-from tinytown.render import render
-from tinytown.steward import Steward
+from tinytown.render import format_answer
+from tinytown.steward import HostOrders
 from tinytown.store import Command, Step, scripts, text
 from tinytown.town import Call, Town
 
@@ -171,7 +171,7 @@ def test_the_hosts_of_a_town_are_listed_with_their_townhalls_and_agents(country:
 
 def test_agents_are_shown_with_their_host_where_it_is_not_this_one(country: Country, a: Place) -> None:
     a.do('agent.spawn', name='w')
-    assert 'HOST' not in render('agent.list', a.do('agent.list'), False)
+    assert 'HOST' not in format_answer('agent.list', a.do('agent.list'), False)
     a.do('agent.spawn', name='far', host='b')
     assert 'HOST' in a.tt('status').stdout
     assert '- (on b)' in a.tt('top').stdout
@@ -466,7 +466,7 @@ class Watch:
     def __init__(self, place: Place, presence: hosts.Presence) -> None:
         self.place = place
         self.started: list[str] = []
-        self.steward = Steward(place.town, presence, self.start)
+        self.steward = HostOrders(place.town, presence, self.start)
 
     def start(self, _town: Town, agent_id: str, name: str, instance: str) -> None:
         self.started.append(name)
@@ -518,7 +518,7 @@ def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place
         while True:
             reply = yield command
             if orders := list(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 1)))):
-                ground.store.call(hosts.take(played, orders[0][0], ELSEWHERE.line))
+                ground.store.call(hosts.take_order(played, orders[0][0], ELSEWHERE.line))
             command = spawning.send(reply)
 
     call = Call(Town(ground.root, hurried, ground.store), OPERATOR)

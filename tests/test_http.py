@@ -24,7 +24,7 @@ from tinytown import http1
 from tinytown.errors import BadRequest
 from tinytown.http1 import Request, Response
 from tinytown.model import new_id
-from tinytown.operations import TABLE
+from tinytown.operations import OPERATIONS
 
 from .ground import Puppet, enlist
 from .raw import GET, HOST, add, answers, await_descriptors, backlog, connections, descriptors, post, read_answer, timed
@@ -205,7 +205,7 @@ def test_a_head_that_is_just_small_enough_is_taken(hall: Hall) -> None:
         assert status_of(hall.talk(request)) == 200
 
 
-ROUTES = [(op.method, op.path) for op in TABLE] + [('GET', path) for path in ('/health', '/ready', '/metrics')]
+ROUTES = [(op.method, op.path) for op in OPERATIONS] + [('GET', path) for path in ('/health', '/ready', '/metrics')]
 WRONG_ON_EVERY_ROUTE = {
     (400, b'Transfer-Encoding: chunked\r\nContent-Length: 0'),
     (411, b'Transfer-Encoding: chunked'),
@@ -343,7 +343,7 @@ def test_an_answer_header_can_not_break_out_of_its_line() -> None:
         ('', 'a'),
     ):
         with pytest.raises(ValueError):
-            http1.render(Response(headers=((name, value),)), request, False)
+            http1.render_response(Response(headers=((name, value),)), request, False)
 
 
 # ------------------------------------------------------------------------------------------------- what is answered

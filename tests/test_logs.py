@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tinytown.errors import Conflict, Invalid, NotFound
-from tinytown.job import Log
-from tinytown.logs import MOST, Reader
-from tinytown.redact import MARK, Redactor, Secrets, known
-from tinytown.settings import AgentSettings, Config, Redis
+from tinytown.job import RunLog
+from tinytown.logs import MAX_PAGE_BYTES, LogReader
+from tinytown.redact import REDACTED, Redactor, Secrets, known_secrets
+from tinytown.settings import AgentSettings, Config, RedisSettings
 from tinytown.timeline import Change, runs, with_durations
 
 from .ground import enlist, redis
@@ -29,11 +29,11 @@ KEY = 'sk-ant-0123456789'
 NOTHING = Secrets()
 
 
-def reader(file: Path, *secrets: str) -> Reader:
-    return Reader('a', file, Secrets(secrets))
+def reader(file: Path, *secrets: str) -> LogReader:
+    return LogReader('a', file, Secrets(secrets))
 
 
-def everything(log: Reader, most: int, offset: int = 0) -> str:
+def everything(log: LogReader, most: int, offset: int = 0) -> str:
     """All of a log from an offset, page by page."""
     parts = []
     while True:
@@ -56,7 +56,7 @@ def file(tmp_path: Path) -> Path:
 def test_secrets_are_hidden_wherever_they_stand() -> None:
     secrets = Secrets([KEY, 'short', f'{KEY}-longer', 'xyzwabcd', 'abcdefgh', ' padded!!\n', ''])
     assert secrets.hide(f'a {KEY}b'.encode()) == b'a [redacted]b'
-    assert secrets.hide(f'{KEY}{KEY}'.encode()) == MARK
+    assert secrets.hide(f'{KEY}{KEY}'.encode()) == REDACTED
     assert secrets.hide(f'{KEY}-longer.'.encode()) == b'[redacted].'
     assert secrets.hide(b'-xyzwabcdefgh-') == b'-[redacted]-'  # one ends where the other has begun
     assert secrets.hide(b'short padded!!') == b'short [redacted]'
@@ -80,7 +80,7 @@ def test_a_secret_is_hidden_however_it_is_cut_into_pieces(seed: int) -> None:
 
 
 def collapsed(data: bytes) -> bytes:
-    return re.sub(rb'(\[redacted\])+', MARK, data)
+    return re.sub(rb'(\[redacted\])+', REDACTED, data)
 
 
 def test_what_can_be_no_secret_is_not_held_back() -> None:
@@ -97,7 +97,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
     config = Config(
         name='t',
         agent=AgentSettings(pass_env=['MY_TOKEN', 'JAVA_HOME']),
-        redis=Redis(url='redis://user:pass%2F[word@host/0?password=in-the-query'),
+        redis=RedisSettings(url='redis://user:pass%2F[word@host/0?password=in-the-query'),
     )
     environ = {
         'ANTHROPIC_API_KEY': KEY,
@@ -107,7 +107,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
         'HOME': '/srv/somebody',
         'OTHER': 'not-passed-on',
     }
-    secrets = known(tmp_path, config, environ)
+    secrets = known_secrets(tmp_path, config, environ)
     hidden = [
         KEY,
         'my-own-token',
@@ -119,7 +119,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
         '0123456789abcdef',
     ]
     for value in hidden:
-        assert secrets.hide(value.encode()) == MARK
+        assert secrets.hide(value.encode()) == REDACTED
     for value in ('/usr/lib/jvm/java-17', '/srv/somebody', 'not-passed-on'):
         assert secrets.hide(value.encode()) == value.encode()
 
@@ -223,20 +223,20 @@ def test_a_log_that_is_not_there_is_empty(file: Path) -> None:
 
 
 def test_offsets_go_on_over_files_that_are_put_aside(file: Path) -> None:
-    log = Log(file, 100, NOTHING)
+    log = RunLog(file, 100, NOTHING)
     said = [f'this is line {i:03}' for i in range(40)]  # 17 bytes each with its end
     for i, line in enumerate(said):
         assert log.offset == i * 17
         log.line(line)
     found = reader(file)
     kept = 5 + 40 % 5  # five to a file, and the one before
-    page = found.page(0, MOST)
+    page = found.page(0, MAX_PAGE_BYTES)
     assert page['gap'] is True
     assert page['text'].splitlines() == said[page['offset'] // 17 :]
     assert (page['offset'] % 17, len(page['text'].splitlines()) >= kept) == (0, True)
     assert found.page(37 * 17, 17)['text'] == 'this is line 037\n'
     assert found.tail(8)['text'].splitlines() == said[-8:]
-    again = Log(file, 100, NOTHING)  # as another process of the agent has it
+    again = RunLog(file, 100, NOTHING)  # as another process of the agent has it
     assert again.offset == 40 * 17
     again.line('more')
     assert everything(found, 5, 39 * 17) == 'this is line 039\nmore\n'
@@ -244,7 +244,7 @@ def test_offsets_go_on_over_files_that_are_put_aside(file: Path) -> None:
 
 @pytest.mark.parametrize('left', ['nothing', 'only the old', 'only the new', 'no record'])
 def test_a_log_goes_on_whatever_was_deleted_of_it(file: Path, left: str) -> None:
-    log = Log(file, 50, NOTHING)
+    log = RunLog(file, 50, NOTHING)
     for i in range(9):
         log.line(f'line {i}')
     for path in (file, file.with_name('a.log.1'), file.with_name('a.log.at')):
@@ -259,7 +259,7 @@ def test_a_log_goes_on_whatever_was_deleted_of_it(file: Path, left: str) -> None
 
 
 def test_a_log_is_read_while_it_is_put_aside_over_and_over(file: Path) -> None:
-    log = Log(file, 2000, NOTHING)
+    log = RunLog(file, 2000, NOTHING)
     over = threading.Event()
 
     def write() -> None:
@@ -323,7 +323,7 @@ def test_a_page_of_a_log_is_bounded(ground: Place) -> None:
     enlist(ground, 'a')
     write_log(ground, 'a', 'x' * 99 + '\n' + 'y\n' * (1 << 20))
     assert len(ground.do('agent.logs', agent='a', offset=0)['text']) == 65536
-    assert len(ground.do('agent.logs', agent='a', offset=0, limit=MOST)['text']) == MOST
+    assert len(ground.do('agent.logs', agent='a', offset=0, limit=MAX_PAGE_BYTES)['text']) == MAX_PAGE_BYTES
     assert len(ground.do('agent.logs', agent='a')['text']) == 200
     assert len(ground.do('agent.logs', agent='a', tail=10_000)['text']) == 20_000
 
@@ -346,7 +346,7 @@ def test_the_log_of_an_agent_on_another_machine_is_asked_for_there(ground: Place
     [
         {'offset': -1},
         {'offset': 0, 'tail': 1},
-        {'limit': MOST + 1},
+        {'limit': MAX_PAGE_BYTES + 1},
         {'limit': 0},
         {'tail': 0},
         {'tail': 10_001},
@@ -382,7 +382,7 @@ FOLLOW = '/v1/agents/a/logs?offset=0'
 
 def test_a_log_is_followed_as_it_grows_is_put_aside_and_is_emptied(ground: Place, hall: Hall, listen: Listen) -> None:
     file = write_log(ground, 'a', f'before {KEY}\n')
-    log = Log(file, 60, NOTHING)
+    log = RunLog(file, 60, NOTHING)
     listener = listen(hall, FOLLOW)
     first = listener.event()
     assert (first.type, first.id, first.data['text']) == ('log', '25', 'before [redacted]\n')
@@ -408,7 +408,7 @@ def test_a_log_is_followed_as_it_grows_is_put_aside_and_is_emptied(ground: Place
 
 def test_who_comes_back_after_its_part_of_the_log_is_gone_is_told(ground: Place, hall: Hall, listen: Listen) -> None:
     file = write_log(ground, 'a', '')
-    log = Log(file, 60, NOTHING)
+    log = RunLog(file, 60, NOTHING)
     for i in range(30):
         log.line(f'line {i}')
     listener = listen(hall, FOLLOW, last='7')

@@ -9,13 +9,13 @@ import pytest
 
 from tinytown import mcp_messages as codes
 from tinytown.mcp import Session
-from tinytown.mcp_messages import LEGACY, MODERN, PREFIX, Fault
+from tinytown.mcp_messages import LEGACY, META_PREFIX, MODERN, Fault
 from tinytown.model import ALL_SCOPES, Json, Principal
 
 from .mcp_fixture import Fixture, FixtureMcp
 
 BY = Principal('tester', ALL_SCOPES)
-META = {f'{PREFIX}protocolVersion': MODERN, f'{PREFIX}clientCapabilities': {}}
+META = {f'{META_PREFIX}protocolVersion': MODERN, f'{META_PREFIX}clientCapabilities': {}}
 
 
 class Client:
@@ -134,7 +134,7 @@ def test_a_modern_request_without_its_metadata_is_refused(client: Client, missin
 
 @pytest.mark.parametrize('version', ['2025-11-25', '2027-01-01', ''])
 def test_a_modern_request_of_another_revision_is_told_which_there_are(client: Client, version: str) -> None:
-    reply = client.ask('tools/list', {'_meta': META | {f'{PREFIX}protocolVersion': version}})
+    reply = client.ask('tools/list', {'_meta': META | {f'{META_PREFIX}protocolVersion': version}})
     assert code_of(reply) == codes.UNSUPPORTED_VERSION
     assert reply['error']['data'] == {'supported': [MODERN], 'requested': version}
 
@@ -164,7 +164,7 @@ def test_the_generations_differ_in_the_envelope_alone(client: Client, method: st
     legacy = client.ask(method, params)['result']
     modern = client.ask(method, params, modern=True)['result']
     assert modern.pop('resultType') == 'complete'
-    assert modern.pop('_meta')[f'{PREFIX}serverInfo'] == client.fixture.info
+    assert modern.pop('_meta')[f'{META_PREFIX}serverInfo'] == client.fixture.info
     cacheable = method.endswith('/list') or method == 'resources/read'
     assert ('ttlMs' in modern, 'cacheScope' in modern) == (cacheable, cacheable)
     if cacheable:
@@ -247,13 +247,13 @@ def test_a_subscription_is_acknowledged_first_and_told_only_what_was_asked_for(c
     client.fixture.changed('tools')
     ask.cancel()
     client.fixture.changed('tools')
-    tag = {'_meta': {f'{PREFIX}subscriptionId': 'sub'}}
+    tag = {'_meta': {f'{META_PREFIX}subscriptionId': 'sub'}}
     acknowledged = {'notifications': {'toolsListChanged': True}} | tag
     assert [(each['method'], each['params']) for each in client.told] == [
         ('notifications/subscriptions/acknowledged', acknowledged),
         ('notifications/tools/list_changed', tag),
     ]
-    assert client.mcp.farewell(ask)['result']['_meta'][f'{PREFIX}subscriptionId'] == 'sub'
+    assert client.mcp.farewell(ask)['result']['_meta'][f'{META_PREFIX}subscriptionId'] == 'sub'
 
 
 @pytest.mark.parametrize('uris', ['test://a', [7], ['test://a'] * 101])
@@ -282,6 +282,6 @@ def test_what_is_no_json_is_a_parse_error(data: bytes) -> None:
 
 
 def test_a_message_is_one_line_whatever_stands_in_it() -> None:
-    data = codes.encode({'text': 'a\nb\u2028\ud800é'})
+    data = codes.encode_message({'text': 'a\nb\u2028\ud800é'})
     assert b'\n' not in data
     assert json.loads(data)['text'].startswith('a\nb')

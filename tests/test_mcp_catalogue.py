@@ -11,12 +11,12 @@ import jsonschema
 import pytest
 
 from tinytown import mcp_catalogue, mcp_content
-from tinytown.feed import Event, Feed
-from tinytown.mcp import Ask, Mcp
-from tinytown.mcp_catalogue import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalogue
+from tinytown.feed import Event, EventFeed
+from tinytown.mcp import Ask, McpServer
+from tinytown.mcp_catalogue import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalog
 from tinytown.mcp_messages import LEGACY
 from tinytown.model import ALL_SCOPES, MANAGE, READ, WRITE, Json, Principal, Scope
-from tinytown.operations import BY_NAME, TABLE
+from tinytown.operations import BY_NAME, OPERATIONS
 
 from .support import OPERATOR, REPOSITORY, Place
 
@@ -30,8 +30,8 @@ class Client:
     def __init__(self, place: Place, by: Principal = OPERATOR) -> None:
         self.place = place
         self.by = by
-        self.catalogue = Catalogue(lambda: place.town, Feed(place.store), (), False)
-        self.mcp = Mcp(self.catalogue)
+        self.catalogue = Catalog(lambda: place.town, EventFeed(place.store), (), False)
+        self.mcp = McpServer(self.catalogue)
 
     def read(self, method: str, params: Json) -> Ask:
         message = {'jsonrpc': '2.0', 'id': 1, 'method': method, 'params': params}
@@ -78,7 +78,7 @@ def test_tools_list_is_as_it_was() -> None:
 
 
 def test_every_operation_is_a_tool_and_every_tool_of_the_contract_is_there() -> None:
-    assert {op.name.replace('.', '_') for op in TABLE} <= set(TOOLS)
+    assert {op.name.replace('.', '_') for op in OPERATIONS} <= set(TOOLS)
     contract = """
         town.get_status agent.list agent.inbox agent.spawn agent.kill agent.restart agent.prune
         agent.interrupt agent.resume agent.close agent.wait agent.list_open agent.get_result
@@ -108,7 +108,7 @@ def test_a_tool_is_fit_for_every_client(name: str) -> None:
 
 
 def test_what_is_said_of_operations_is_said_of_operations_that_there_are() -> None:
-    changes = {op.name for op in TABLE if op.changes}
+    changes = {op.name for op in OPERATIONS if op.changes}
     assert changes >= ADDITIVE
     assert changes >= REPEATABLE
     assert changes >= OPEN_WORLD
@@ -121,7 +121,7 @@ def test_what_is_listed_is_what_the_caller_may_use(ground: Place, scopes: tuple[
     by = Principal('someone', frozenset(scopes))
     client = Client(ground, by)
     listed = {tool['name'] for tool in client.ask('tools/list')['result']['tools']}
-    for op in TABLE:
+    for op in OPERATIONS:
         assert (op.name.replace('.', '_') in listed) == by.may(op.scope)
     for method, key in (('resources/list', 'resources'), ('prompts/list', 'prompts')):
         assert bool(client.ask(method)['result'][key]) == by.may(READ)
@@ -326,6 +326,6 @@ def test_what_an_event_changes_is_what_subscribers_of_it_are_told() -> None:
 
 
 def test_a_town_without_a_feed_promises_no_news(ground: Place) -> None:
-    quiet = Catalogue(lambda: ground.town, None, (), False)
+    quiet = Catalog(lambda: ground.town, None, (), False)
     assert quiet.capabilities['resources'] == {}
     assert quiet.honoured(OPERATOR, {'resourceSubscriptions': ['tinytown://agents']}) == {}

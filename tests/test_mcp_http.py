@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tinytown import mcp_messages as codes
-from tinytown.mcp_messages import BATCHING, LEGACY, MODERN, PREFIX
+from tinytown.mcp_messages import BATCHING, LEGACY, META_PREFIX, MODERN
 from tinytown.model import Json
-from tinytown.operations import TABLE
+from tinytown.operations import OPERATIONS
 
 from .ground import enlist
 from .mcp_client import CLIENT, META, Http, events, since
@@ -100,7 +100,7 @@ def test_the_headers_of_a_modern_request_are_judged(
         ('tools/call', {'name': 'agent_get', 'arguments': {'agent': 'nobody'}}, 200, None),
         ('resources/read', {'uri': 'tinytown://agents/nobody'}, 400, codes.INVALID_PARAMS),
         ('tools/list', {'cursor': 'x'}, 400, codes.INVALID_PARAMS),
-        ('tools/list', {'_meta': {f'{PREFIX}clientCapabilities': None}}, 400, codes.INVALID_PARAMS),
+        ('tools/list', {'_meta': {f'{META_PREFIX}clientCapabilities': None}}, 400, codes.INVALID_PARAMS),
     ],
 )
 def test_a_modern_error_has_its_status(modern: Http, method: str, params: Json, status: int, code: int | None) -> None:
@@ -109,7 +109,7 @@ def test_a_modern_error_has_its_status(modern: Http, method: str, params: Json, 
 
 
 def test_an_unknown_revision_is_told_which_there_are(modern: Http) -> None:
-    params = {'_meta': META | {f'{PREFIX}protocolVersion': '2099-01-01'}}
+    params = {'_meta': META | {f'{META_PREFIX}protocolVersion': '2099-01-01'}}
     reply = modern.post('server/discover', params, mcp_protocol_version='2099-01-01')
     assert (reply.status, reply.json['error']['code']) == (400, codes.UNSUPPORTED_VERSION)
     assert reply.json['error']['data']['supported'] == [MODERN]
@@ -203,7 +203,7 @@ def test_an_agent_is_spawned_given_work_and_watched(place: Place) -> None:
     assert not client.call('agent_spawn', name='backend')['isError']
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://agents/backend', 'file:///x']}}
     with client.stream('subscriptions/listen', wanted, id='s') as stream:
-        tag = {f'{PREFIX}subscriptionId': 's'}
+        tag = {f'{META_PREFIX}subscriptionId': 's'}
         granted = {'resourceSubscriptions': ['tinytown://agents/backend']}
         assert stream.message()['params'] == {'notifications': granted, '_meta': tag}
         task = client.call('task_assign', agent='backend', task='write a haiku')['structuredContent']['task_id']
@@ -254,7 +254,7 @@ def test_a_subscription_is_ended_with_a_result_when_the_server_stops(town: Place
         hall.process.terminate()
         [last] = stream.messages()
     assert (last['id'], last['result']['resultType']) == ('x', 'complete')
-    assert last['result']['_meta'][f'{PREFIX}subscriptionId'] == 'x'
+    assert last['result']['_meta'][f'{META_PREFIX}subscriptionId'] == 'x'
 
 
 def test_a_subscription_that_asks_for_nonsense_is_answered_with_an_error(modern: Http) -> None:
@@ -367,7 +367,7 @@ def test_a_call_without_scope_is_403_names_the_scope_and_is_on_record(directory:
         for scope, key in keys.items():
             client = Http(hall, Authorization=f'Bearer {key}')
             listed = {tool['name'] for tool in client.post('tools/list').json['result']['tools']}
-            for op in TABLE:
+            for op in OPERATIONS:
                 name = op.name.replace('.', '_')
                 allowed = scope in (op.scope, 'admin')
                 assert (name in listed) == allowed
@@ -382,7 +382,7 @@ def test_a_call_without_scope_is_403_names_the_scope_and_is_on_record(directory:
                     assert reply.json['result']['isError']
         audit = (place.root / '.tt' / 'audit.denied.jsonl').read_text()
         assert audit.count('insufficient-scope') == sum(
-            scope not in (op.scope, 'admin') for scope in keys for op in TABLE
+            scope not in (op.scope, 'admin') for scope in keys for op in OPERATIONS
         )
     finally:
         place.close()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tinytown import mcp_messages as codes
-from tinytown.mcp_messages import BATCHING, LEGACY, MODERN, PREFIX
+from tinytown.mcp_messages import BATCHING, LEGACY, META_PREFIX, MODERN
 from tinytown.model import new_id
 
 from .mcp_client import CLIENT, META, Stdio, since, stdio
@@ -48,7 +48,7 @@ def test_an_agent_is_spawned_given_work_and_watched(place: Place, modern: bool) 
             assert client.ask('resources/subscribe', {'uri': 'tinytown://agents'})['result'] == {}
         assigned = client.call('task_assign', modern, agent='backend', task='write a haiku')['structuredContent']
         told = client.await_told('notifications/resources/updated', uri='tinytown://agents')
-        assert (f'{PREFIX}subscriptionId' in told['params'].get('_meta', {})) == modern
+        assert (f'{META_PREFIX}subscriptionId' in told['params'].get('_meta', {})) == modern
         place.await_end(assigned['task_id'])
         read = client.ask('resources/read', {'uri': f'tinytown://tasks/{assigned["task_id"]}'}, modern)['result']
         [content] = read['contents']

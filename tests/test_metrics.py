@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tinytown import auth
-from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render
+from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
-from tinytown.operations import TABLE
+from tinytown.operations import OPERATIONS
 from tinytown.probes import ROUTES
 from tinytown.store import Command
 
@@ -264,7 +264,7 @@ def test_a_request_falls_into_the_bucket_of_its_duration() -> None:
     meter = Meter()
     for seconds in (0.0001, 0.0005, 0.0006, 29.0, 31.0):
         meter.observe('task.get', 'GET', 200, seconds)
-    found = parse(render(meter, None, 0.0, 'x'))
+    found = parse(render_metrics(meter, None, 0.0, 'x'))
     labels = 'operation="task.get",method="GET",status="2xx"'
     buckets = found.buckets('tinytown_http_request_duration_seconds', labels)
     assert list(buckets) == [f'{bound:g}' for bound in HTTP_BOUNDS] + ['+Inf']
@@ -296,11 +296,11 @@ def test_what_clients_send_makes_no_new_series(ground: Place) -> None:
 
 def test_everything_that_is_served_has_a_series_of_its_own() -> None:
     meter = Meter()
-    for op in TABLE:
+    for op in OPERATIONS:
         meter.observe(op.name, op.method, 200, 0.0)
     for name in (*ROUTES.values(), *PLAIN):
         meter.observe(name, 'GET', 200, 0.0)
-    assert not [key for key in parse(render(meter, None, 0.0, 'x')) if 'other' in key]
+    assert not [key for key in parse(render_metrics(meter, None, 0.0, 'x')) if 'other' in key]
 
 
 def test_requests_are_counted_right_with_several_processes_and_when_one_is_replaced(place: Place) -> None:

@@ -74,7 +74,7 @@ def ear(directory: Path) -> Iterator[Manager]:
 
 def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(manager: Manager) -> None:
     environ = {'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': str(os.getpid()), 'A': 'b'}
-    told = notify.take(environ)
+    told = notify.notifier(environ)
     assert environ == {'A': 'b'}
     assert (bool(told), told.watchdog_secs) == (True, 3.0)
     told.reloading()  # says nothing before it is ready
@@ -96,7 +96,7 @@ def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(m
     ],
 )
 def test_a_watchdog_counts_if_it_is_ours(environ: dict[str, str], watchdog: float) -> None:
-    told = notify.take(environ)
+    told = notify.notifier(environ)
     assert (bool(told), told.watchdog_secs) == (False, watchdog)
     told.ready('nobody hears it')
 

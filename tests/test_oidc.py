@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import serialization
 from tinytown import oidc
 from tinytown.errors import Forbidden, TownError, Unauthorized, Unavailable, UsageError
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.oidc import Verifier
-from tinytown.settings import Auth
+from tinytown.oidc import OidcVerifier
+from tinytown.settings import AuthSettings
 
 from .support import PATIENCE, environment
 from .tokens import Issuer, Signer, base64url, issuing
@@ -52,9 +52,9 @@ def shared() -> Iterator[Issuer]:
 
 
 @pytest.fixture(scope='module')
-def verifier(shared: Issuer) -> Verifier:
+def verifier(shared: Issuer) -> OidcVerifier:
     """A verifier with the keys of `shared`, which it never has cause to ask for again."""
-    made = Verifier(auth(shared), ticks=lambda: 0.0)
+    made = OidcVerifier(auth(shared), ticks=lambda: 0.0)
     assert made.check() == ''
     return made
 
@@ -66,11 +66,11 @@ def issuer() -> Iterator[Issuer]:
         yield issuer
 
 
-def auth(issuer: Issuer, **more: Any) -> Auth:
-    return Auth(mode='oidc', issuer=issuer.url, audience='town').but(**more)
+def auth(issuer: Issuer, **more: Any) -> AuthSettings:
+    return AuthSettings(mode='oidc', issuer=issuer.url, audience='town').but(**more)
 
 
-def refusal(verifier: Verifier, token: str) -> str:
+def refusal(verifier: OidcVerifier, token: str) -> str:
     """What `known` and `verify` say alike to a bad token."""
     said = set()
     for judge in (verifier.known, verifier.verify):
@@ -85,7 +85,7 @@ def refusal(verifier: Verifier, token: str) -> str:
 
 
 @pytest.mark.parametrize('signer', [RSA, EC, ED], ids=lambda signer: signer.algorithm)
-def test_a_good_token_names_its_subject_and_its_scopes(shared: Issuer, verifier: Verifier, signer: Signer) -> None:
+def test_a_good_token_names_its_subject_and_its_scopes(shared: Issuer, verifier: OidcVerifier, signer: Signer) -> None:
     token = signer.token(shared.claims(scope='openid town.read town.write', aud=['other', 'town']))
     assert verifier.verify(token) == Principal('oidc:ann', frozenset({'town.read', 'town.write'}))
     assert verifier.known(token) == verifier.verify(token)
@@ -93,7 +93,7 @@ def test_a_good_token_names_its_subject_and_its_scopes(shared: Issuer, verifier:
 
 @pytest.mark.parametrize('kind', [None, 'JWT', 'jwt', 'AT+JWT', 'application/at+jwt'])
 def test_a_token_may_say_in_each_of_the_usual_ways_that_it_is_one(
-    shared: Issuer, verifier: Verifier, kind: str | None
+    shared: Issuer, verifier: OidcVerifier, kind: str | None
 ) -> None:
     assert verifier.known(EC.token(shared.claims(), typ=kind))
 
@@ -119,7 +119,7 @@ def test_a_token_may_say_in_each_of_the_usual_ways_that_it_is_one(
     ],
 )
 def test_only_our_scopes_count_and_only_to_the_letter(
-    shared: Issuer, verifier: Verifier, claims: dict[str, Any], scopes: str
+    shared: Issuer, verifier: OidcVerifier, claims: dict[str, Any], scopes: str
 ) -> None:
     found = verifier.verify(EC.token(shared.claims(**claims)))
     assert sorted(found.scopes) == sorted(scopes.split())
@@ -140,12 +140,12 @@ def test_only_our_scopes_count_and_only_to_the_letter(
 def test_a_configured_claim_is_the_only_one_that_gives_scopes(
     shared: Issuer, claim: str, claims: dict[str, Any], scopes: str
 ) -> None:
-    found = Verifier(auth(shared, scope_claim=claim)).verify(EC.token(shared.claims(**claims)))
+    found = OidcVerifier(auth(shared, scope_claim=claim)).verify(EC.token(shared.claims(**claims)))
     assert sorted(found.scopes) == sorted(scopes.split())
 
 
 def test_a_token_without_a_required_scope_is_forbidden(shared: Issuer) -> None:
-    strict = Verifier(auth(shared, required_scopes=['townhall', 'town.read']))
+    strict = OidcVerifier(auth(shared, required_scopes=['townhall', 'town.read']))
     assert strict.verify(EC.token(shared.claims(scope='town.read townhall'))).scopes == {'town.read'}
     for scope in ('town.read', 'townhall', 'town.read townhallx', 'town.read TOWNHALL', 'admin'):
         for judge in (strict.verify, strict.known):
@@ -157,8 +157,8 @@ def test_a_token_without_a_required_scope_is_forbidden(shared: Issuer) -> None:
 
 def test_a_token_that_names_no_key_is_taken_if_only_one_fits() -> None:
     with issuing(EC) as alone, issuing(EC, Signer.ec('four')) as pair:
-        assert Verifier(auth(alone)).verify(EC.token(alone.claims(), kid=None)).name == 'oidc:ann'
-        two = Verifier(auth(pair))
+        assert OidcVerifier(auth(alone)).verify(EC.token(alone.claims(), kid=None)).name == 'oidc:ann'
+        two = OidcVerifier(auth(pair))
         assert two.check() == ''
         assert 'which key' in refusal(two, EC.token(pair.claims(), kid=None))
 
@@ -286,14 +286,14 @@ FORGED: dict[str, tuple[Callable[[Issuer], str], str]] = {
 
 @pytest.mark.parametrize('name', FORGED)
 def test_a_forged_token_is_refused_and_its_addresses_are_not_called(
-    shared: Issuer, verifier: Verifier, name: str
+    shared: Issuer, verifier: OidcVerifier, name: str
 ) -> None:
     forge, says = FORGED[name]
     assert says in refusal(verifier, forge(shared))
     assert not [path for path in shared.calls if 'evil' in path]
 
 
-def test_a_token_that_differs_by_one_character_is_another_one(shared: Issuer, verifier: Verifier) -> None:
+def test_a_token_that_differs_by_one_character_is_another_one(shared: Issuer, verifier: OidcVerifier) -> None:
     token = ED.token(shared.claims())
     assert verifier.known(token)
     for place in range(0, len(token), 7):
@@ -312,7 +312,7 @@ def test_the_clocks_may_differ_by_the_configured_seconds(
     now = time.time()
     token = EC.token(shared.claims(**{name: now + value for name, value in claims.items()}))
     for moment, passes in ((within, True), (beyond, False)):
-        verifier = Verifier(auth(shared), clock=lambda moment=moment: now + moment)  # type: ignore[misc]
+        verifier = OidcVerifier(auth(shared), clock=lambda moment=moment: now + moment)  # type: ignore[misc]
         if passes:
             assert verifier.verify(token)
         else:
@@ -322,7 +322,7 @@ def test_the_clocks_may_differ_by_the_configured_seconds(
 
 def test_a_token_that_was_let_in_ends_with_its_time(shared: Issuer) -> None:
     clock = Clock()
-    verifier = Verifier(auth(shared), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(shared), clock.time, clock.ticks)
     token = EC.token(shared.claims(exp=int(clock.time()) + 300))
     assert verifier.verify(token) == verifier.known(token)
     clock.passed = 355
@@ -335,7 +335,7 @@ def test_a_token_that_was_let_in_ends_with_its_time(shared: Issuer) -> None:
 
 
 def test_a_token_is_known_without_waiting_once_its_key_is(issuer: Issuer) -> None:
-    verifier = Verifier(auth(issuer))
+    verifier = OidcVerifier(auth(issuer))
     token = EC.token(issuer.claims())
     assert verifier.known(token) is None
     assert issuer.calls == []
@@ -346,7 +346,7 @@ def test_a_token_is_known_without_waiting_once_its_key_is(issuer: Issuer) -> Non
 
 def test_a_new_key_is_fetched_when_a_token_names_it_and_an_old_one_ends(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.rsa('new')
-    verifier = Verifier(auth(issuer), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     old_token, new_token = EC.token(issuer.claims()), new.token(issuer.claims())
     assert verifier.verify(old_token)
     issuer.keys = [new.jwk()]
@@ -360,7 +360,7 @@ def test_a_new_key_is_fetched_when_a_token_names_it_and_an_old_one_ends(issuer: 
 
 def test_a_withdrawn_key_ends_by_itself(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('new')
-    verifier = Verifier(auth(issuer), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     token = EC.token(issuer.claims(exp=int(time.time()) + 9000))
     assert verifier.verify(token)
     issuer.keys = [new.jwk()]
@@ -376,7 +376,7 @@ def test_a_withdrawn_key_ends_by_itself(issuer: Issuer) -> None:
 def test_the_only_key_may_be_replaced_without_a_name(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('')
     issuer.keys = [EC.jwk(kid='')]
-    verifier = Verifier(auth(issuer), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     assert verifier.verify(EC.token(issuer.claims(), kid=None))
     issuer.keys = [new.jwk()]
     clock.passed = oidc.RETRY_SECS
@@ -385,7 +385,7 @@ def test_the_only_key_may_be_replaced_without_a_name(issuer: Issuer) -> None:
 
 def test_a_flood_of_unknown_keys_asks_the_issuer_once_an_interval(issuer: Issuer) -> None:
     clock = Clock()
-    verifier = Verifier(auth(issuer, jwks_url=f'{issuer.url}/keys'), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(issuer, jwks_url=f'{issuer.url}/keys'), clock.time, clock.ticks)
     good = EC.token(issuer.claims())
     assert verifier.verify(good)
     for interval in range(3):
@@ -410,10 +410,10 @@ def test_while_the_issuer_hangs_few_wait_and_good_tokens_are_known(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oidc, 'FETCH_SECS', PATIENCE)
-    verifier = Verifier(auth(issuer))
+    verifier = OidcVerifier(auth(issuer))
     good, bogus = EC.token(issuer.claims()), Signer(STRANGER.private, 'nine').token(issuer.claims())
     assert verifier.verify(good)
-    verifier = Verifier(auth(issuer))
+    verifier = OidcVerifier(auth(issuer))
     issuer.calls.clear()
     issuer.gate.clear()
     waiting = [threading.Thread(target=pytest.raises, args=(Unauthorized, verifier.verify, bogus)) for _ in range(8)]
@@ -437,7 +437,7 @@ def test_while_the_issuer_hangs_few_wait_and_good_tokens_are_known(
 
 def test_while_the_issuer_is_away_known_keys_go_on_and_unknown_ones_are_503(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('new')
-    verifier = Verifier(auth(issuer), clock.time, clock.ticks)
+    verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     token, other = EC.token(issuer.claims(exp=int(time.time()) + 9000)), new.token(issuer.claims())
     assert verifier.verify(token)
     issuer.status = 500
@@ -482,7 +482,7 @@ def test_an_issuer_that_gives_no_keys_is_a_warning_and_tokens_are_503(
     issuer: Issuer, change: dict[str, Any], says: str
 ) -> None:
     vars(issuer).update(change)
-    verifier = Verifier(auth(issuer))
+    verifier = OidcVerifier(auth(issuer))
     assert says in verifier.check()
     for judge in (verifier.known, verifier.verify):
         with pytest.raises(Unavailable):
@@ -491,7 +491,7 @@ def test_an_issuer_that_gives_no_keys_is_a_warning_and_tokens_are_503(
 
 def test_a_damaged_key_does_not_take_the_others_with_it(issuer: Issuer) -> None:
     issuer.keys = [{'kty': 'EC'}, EC.jwk(x='AA'), EC.jwk(), RSA.jwk(use='sig', key_ops=['verify'], alg='RS256')]
-    verifier = Verifier(auth(issuer))
+    verifier = OidcVerifier(auth(issuer))
     assert verifier.verify(EC.token(issuer.claims()))
     assert verifier.verify(RSA.token(issuer.claims()))
 
@@ -501,7 +501,7 @@ def test_an_issuer_that_drips_or_hangs_is_given_up_in_time(issuer: Issuer, monke
     issuer.drips = True
     for _ in ('drips', 'hangs'):
         began = time.monotonic()
-        assert 'no whole answer in 0.4 s' in Verifier(auth(issuer)).check()
+        assert 'no whole answer in 0.4 s' in OidcVerifier(auth(issuer)).check()
         assert time.monotonic() - began < 3
         issuer.gate.clear()
 
@@ -509,18 +509,18 @@ def test_an_issuer_that_drips_or_hangs_is_given_up_in_time(issuer: Issuer, monke
 def test_an_issuer_that_is_not_there_is_a_warning() -> None:
     with issuing(EC) as gone:
         pass
-    assert 'tokens are answered 503' in Verifier(auth(gone)).check()
+    assert 'tokens are answered 503' in OidcVerifier(auth(gone)).check()
 
 
 def test_an_issuer_that_says_it_is_another_stops_the_start(issuer: Issuer) -> None:
     issuer.discovery = {'issuer': issuer.url + '/'}
     with pytest.raises(UsageError, match='the two must be the same to the letter'):
-        Verifier(auth(issuer)).check()
+        OidcVerifier(auth(issuer)).check()
 
 
 def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issuer: Issuer) -> None:
     issuer.discovery = {'issuer': issuer.url + '/realms/a/'}
-    assert Verifier(auth(issuer).but(issuer=issuer.url + '/realms/a/')).check() == ''
+    assert OidcVerifier(auth(issuer).but(issuer=issuer.url + '/realms/a/')).check() == ''
     assert issuer.calls[0] == '/realms/a/.well-known/openid-configuration'
 
 
@@ -549,9 +549,9 @@ def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issu
     ],
 )
 def test_settings_that_can_not_work_say_so(given: dict[str, Any], says: str) -> None:
-    settings = Auth(mode='oidc', issuer='https://id.example.com', audience='town')
+    settings = AuthSettings(mode='oidc', issuer='https://id.example.com', audience='town')
     with pytest.raises(UsageError) as raised:
-        Verifier(settings.but(**given))
+        OidcVerifier(settings.but(**given))
     assert says in str(raised.value)
 
 
@@ -559,7 +559,7 @@ def test_settings_that_can_not_work_say_so(given: dict[str, Any], says: str) -> 
     'issuer', ['https://id.example.com', 'http://localhost:1/a', 'http://[::1]:1', 'http://127.9.9.9']
 )
 def test_plain_http_is_taken_on_this_machine_only(issuer: str) -> None:
-    assert Verifier(Auth(mode='oidc', issuer=issuer, audience='town')).trouble
+    assert OidcVerifier(AuthSettings(mode='oidc', issuer=issuer, audience='town')).trouble
 
 
 def test_without_the_extra_the_start_says_what_to_install() -> None:
@@ -586,7 +586,7 @@ def test_the_packages_of_the_extra_are_not_loaded_without_need() -> None:
 
 
 def test_the_memory_of_tokens_is_bounded(shared: Issuer) -> None:
-    verifier = Verifier(auth(shared))
+    verifier = OidcVerifier(auth(shared))
     first = ED.token(shared.claims(sub='first'))
     assert verifier.verify(first)
     for i in range(oidc.MOST_CACHED + 10):
@@ -595,7 +595,7 @@ def test_the_memory_of_tokens_is_bounded(shared: Issuer) -> None:
     assert verifier.known(first)
 
 
-def test_no_secret_of_a_token_is_in_what_is_said_about_it(shared: Issuer, verifier: Verifier) -> None:
+def test_no_secret_of_a_token_is_in_what_is_said_about_it(shared: Issuer, verifier: OidcVerifier) -> None:
     for forge, _ in FORGED.values():
         token = forge(shared)
         for judge in (verifier.known, verifier.verify):
@@ -607,5 +607,5 @@ def test_no_secret_of_a_token_is_in_what_is_said_about_it(shared: Issuer, verifi
                 assert base64.urlsafe_b64encode(b'ann').decode() not in said
 
 
-def test_all_scopes_can_be_granted_by_an_issuer(shared: Issuer, verifier: Verifier) -> None:
+def test_all_scopes_can_be_granted_by_an_issuer(shared: Issuer, verifier: OidcVerifier) -> None:
     assert verifier.verify(EC.token(shared.claims(scope=' '.join(ALL_SCOPES)))).scopes == ALL_SCOPES

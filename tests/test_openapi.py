@@ -14,7 +14,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from tinytown import openapi
 from tinytown.event_stream import WAIT
 from tinytown.model import ADMIN, READ
-from tinytown.operations import TABLE, Op
+from tinytown.operations import OPERATIONS, Op
 from tinytown.probes import ROUTES
 
 from .ground import enlist
@@ -25,12 +25,12 @@ NOBODY = '00000000-0000-4000-8000-000000000000'
 
 
 def document(mode: str = 'none', metrics_scope: str = '') -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(openapi.text(mode, metrics_scope))
+    found: dict[str, Any] = json.loads(openapi.document_bytes(mode, metrics_scope))
     return found
 
 
 DOCUMENT = document()
-OPERATIONS = {
+DOCUMENTED = {
     operation['operationId']: (method, path, operation)
     for path, item in DOCUMENT['paths'].items()
     for method, operation in item.items()
@@ -75,14 +75,14 @@ def test_it_is_a_valid_openapi_document(mode: str, metrics_scope: str) -> None:
 
 
 def test_it_names_every_operation_once_and_describes_it() -> None:
-    assert len(OPERATIONS) == sum(map(len, DOCUMENT['paths'].values())), 'no two share a name'
-    for method, path, operation in OPERATIONS.values():
+    assert len(DOCUMENTED) == sum(map(len, DOCUMENT['paths'].values())), 'no two share a name'
+    for method, path, operation in DOCUMENTED.values():
         assert re.fullmatch('[a-z][A-Za-z]+', operation['operationId'])
         assert operation['summary']
         assert set(re.findall(r'\{(\w+)\}', path)) == set(parameters_of(operation, 'path')), (method, path)
 
 
-@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.name)
+@pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
 def test_every_row_is_in_it_with_its_arguments_and_answer(op: Op) -> None:
     for method in filter(None, (op.method, op.also)):
         operation = DOCUMENT['paths'][op.path][method.lower()]
@@ -102,7 +102,7 @@ def test_every_row_is_in_it_with_its_arguments_and_answer(op: Op) -> None:
 
 
 def test_every_refusal_in_it_is_a_problem_document_with_a_code() -> None:
-    for _, path, operation in OPERATIONS.values():
+    for _, path, operation in DOCUMENTED.values():
         for status in operation['responses']:
             if path != '/mcp' and (status.startswith('4') or status == 'default'):
                 content = answer_of(operation, int(status) if status.isdigit() else 0)['content']
@@ -117,7 +117,7 @@ def test_it_says_what_a_caller_must_show_where_that_is_asked(mode: str) -> None:
     made = document(mode)
     schemes = {'none': set(), 'api_key': {'bearer', 'apiKey'}, 'oidc': {'bearer'}}[mode]
     assert set(made['components'].get('securitySchemes', {})) == schemes
-    for op in TABLE:
+    for op in OPERATIONS:
         operation = made['paths'][op.path][op.method.lower()]
         assert operation.get('security', []) == [{scheme: [op.scope]} for scheme in sorted(schemes, reverse=True)]
         assert ('401' in operation['responses']) == (mode != 'none')
@@ -128,10 +128,10 @@ def test_it_says_what_a_caller_must_show_where_that_is_asked(mode: str) -> None:
 
 
 def test_what_may_be_left_out_of_a_body_may_be_null() -> None:
-    spawn = body_of(OPERATIONS['spawnAgent'][2])
+    spawn = body_of(DOCUMENTED['spawnAgent'][2])
     assert spawn['properties']['cli']['type'] == ['string', 'null']
     assert spawn['properties']['name']['type'] == 'string'
-    kinds = body_of(OPERATIONS['sendMessage'][2])['properties']['kind']
+    kinds = body_of(DOCUMENTED['sendMessage'][2])['properties']['kind']
     assert kinds['enum'] == ['task', 'query', 'info', 'ack', None]
 
 
@@ -146,7 +146,7 @@ class Client:
         self.met: set[tuple[str, int]] = set()
 
     def __call__(self, name: str, status: int, body: Any = None, query: str = '', **values: str) -> Any:
-        method, path, operation = OPERATIONS[name]
+        method, path, operation = DOCUMENTED[name]
         for placeholder, value in values.items():
             path = path.replace(f'{{{placeholder}}}', value)
         answer = self.hall.request(method.upper(), path + query, body)
@@ -188,7 +188,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def test_what_is_served_and_what_is_in_it_are_the_same(town: Place) -> None:
-    assert set(DOCUMENT['paths']) == {op.path for op in TABLE} | set(ROUTES) | {'/', '/mcp'}
+    assert set(DOCUMENT['paths']) == {op.path for op in OPERATIONS} | set(ROUTES) | {'/', '/mcp'}
     hall = town.hall()
     for path, item in DOCUMENT['paths'].items():
         answer = hall.request('OPTIONS', re.sub(r'\{\w+\}', NOBODY, path))
@@ -209,7 +209,7 @@ def test_every_answer_of_a_walk_through_all_operations_is_as_the_document_says(t
     _refuse(call)
     _end(call)
     met = {name for name, status in call.met if status < 400}
-    assert set(OPERATIONS) - met == {name for name in OPERATIONS if name.startswith('mcp')}
+    assert set(DOCUMENTED) - met == {name for name in DOCUMENTED if name.startswith('mcp')}
 
 
 def _probe(call: Client) -> None:
@@ -299,7 +299,7 @@ def _refuse(call: Client) -> None:
     call('sendMessage', 404, {'to': 'nobody', 'message': 'x'})
     call('deadletterRetry', 404, id=NOBODY)
     call('townReset', 409, {})
-    operation = OPERATIONS['addToBacklog'][2]
+    operation = DOCUMENTED['addToBacklog'][2]
     text = call.hall.request('POST', '/v1/backlog', b'x', Content_Type='text/plain')
     assert text.status == 415
     call.check(operation, text)
@@ -307,7 +307,7 @@ def _refuse(call: Client) -> None:
     assert large.status == 413
     call.check(operation, large)
     call.check(operation, call.hall.request('PUT', '/v1/backlog'))
-    call.check(OPERATIONS['getTown'][2], call.hall.get('/v1/town', Host='evil.example'))
+    call.check(DOCUMENTED['getTown'][2], call.hall.get('/v1/town', Host='evil.example'))
 
 
 def _end(call: Client) -> None:
@@ -378,7 +378,7 @@ PUBLISHED: list[tuple[str, str, str, list[str], dict[str, Any], int, dict[str, A
 def test_a_client_of_the_published_api_can_go_on(
     name: str, method: str, path: str, required: list[str], sent: dict[str, Any], status: int, told: dict[str, Any]
 ) -> None:
-    ours_method, ours_path, operation = OPERATIONS[name]
+    ours_method, ours_path, operation = DOCUMENTED[name]
     assert (ours_method, ours_path) == (method, path)
     query, body = parameters_of(operation, 'query'), body_of(operation)
     assert set(body.get('required', ())) | {each for each in query if query[each]['required']} <= set(required)

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from tinytown.errors import Conflict, Forbidden, Invalid, NotFound, TownError
 from tinytown.model import ADMIN, CONDUCTOR_ID, MANAGE, READ, WRITE, Principal, Scope, new_id
-from tinytown.operations import BY_NAME, TABLE, Op, call, encode
+from tinytown.operations import BY_NAME, OPERATIONS, Op, call, encode_answer
 from tinytown.store import Command, Step, text
 
 from .ground import Puppet, check, enlist, pipeline, redis, snapshot
@@ -60,19 +60,19 @@ POST /v1/reclaim agent.manage 200
 POST /v1/reclaim/orphan-tasks agent.manage 200
 """.strip().splitlines()
 
-every_row = pytest.mark.parametrize('op', TABLE, ids=[op.name for op in TABLE])
+every_row = pytest.mark.parametrize('op', OPERATIONS, ids=[op.name for op in OPERATIONS])
 
 
 @pytest.mark.parametrize('line', CONTRACT)
 def test_the_contract_has_its_row(line: str) -> None:
     method, path, scope, status = line.split()
-    row = next(op for op in TABLE if op.path == path and method in (op.method, op.also))
+    row = next(op for op in OPERATIONS if op.path == path and method in (op.method, op.also))
     assert (row.scope, row.status) == (scope, int(status))
 
 
 def test_no_two_rows_share_a_name_a_command_or_a_route() -> None:
-    routes = [(method, op.path) for op in TABLE for method in (op.method, op.also) if method]
-    for column in ([op.name for op in TABLE], [op.cli for op in TABLE], routes):
+    routes = [(method, op.path) for op in OPERATIONS for method in (op.method, op.also) if method]
+    for column in ([op.name for op in OPERATIONS], [op.cli for op in OPERATIONS], routes):
         assert [each for each, count in Counter(column).items() if count > 1] == []
 
 
@@ -141,7 +141,7 @@ class Scene:
         op, store = BY_NAME[name], self.place.store
         named = {key.rstrip('_'): value for key, value in arguments.items()}
         trips: list[Command] = []
-        answer = json.loads(encode(store.run(watched(call(self.place.town, OPERATOR, op, named), trips))))
+        answer = json.loads(encode_answer(store.run(watched(call(self.place.town, OPERATOR, op, named), trips))))
         if not op.slow:
             assert len(trips) <= 1, f'{name} took {len(trips)} round trips'
         schema = closed(op.output)
@@ -795,7 +795,7 @@ def _finish(place: Place, step: Any, command: Command) -> Any:
         while True:
             command = step.send(place.store.call(command))
     except StopIteration as end:
-        return json.loads(encode(end.value))
+        return json.loads(encode_answer(end.value))
 
 
 def test_a_slow_operation_that_failed_frees_its_key(ground: Place) -> None:

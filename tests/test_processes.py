@@ -16,7 +16,17 @@ import pytest
 
 from tinytown import processes
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.processes import MARK, identify, marked, stop_one, stop_tree, this_boot, this_machine, tree, verdict
+from tinytown.processes import (
+    INSTANCE_VARIABLE,
+    identify,
+    marked,
+    stop_one,
+    stop_tree,
+    this_boot,
+    this_machine,
+    tree,
+    verdict,
+)
 
 from .support import PATIENCE, environment, until
 
@@ -119,7 +129,9 @@ def test_the_start_of_a_process_reads_the_same_in_every_time_zone_and_language(
 @pytest.mark.usefixtures('_looking')
 def test_a_tree_is_all_that_is_below_a_process(start: Start) -> None:
     mine = new_id()
-    child = start(f'exec 3<&0; {SAYS} & env -i PATH=$PATH setsid {SAYS} & (({SAYS}); :) & read w', **{MARK: mine})
+    child = start(
+        f'exec 3<&0; {SAYS} & env -i PATH=$PATH setsid {SAYS} & (({SAYS}); :) & read w', **{INSTANCE_VARIABLE: mine}
+    )
     below = {int(said(child)) for _ in range(3)}
     found = set(tree(identify(child.pid), mine))
     assert below < found
@@ -130,8 +142,9 @@ def test_what_carries_another_mark_is_another_tree(start: Start) -> None:
     mine, other = new_id(), new_id()
     child = start(
         f'exec 3<&0; {SAYS} & '
-        f'{MARK}={other} sh -c "echo \\$\\$; env -i PATH=$PATH sh -c \'echo \\$\\$; read w <&3; :\'; :" & read w',
-        **{MARK: mine},
+        f'{INSTANCE_VARIABLE}={other} '
+        'sh -c "echo \\$\\$; env -i PATH=$PATH sh -c \'echo \\$\\$; read w <&3; :\'; :" & read w',
+        **{INSTANCE_VARIABLE: mine},
     )
     below = {int(said(child)) for _ in range(3)}
     its = set(tree(None, other))
@@ -141,15 +154,17 @@ def test_what_carries_another_mark_is_another_tree(start: Start) -> None:
 
 @pytest.mark.parametrize('mark', ['', 'x', '*', '0', CONDUCTOR_ID[:-1], CONDUCTOR_ID + 'X'])
 def test_what_is_no_instance_id_marks_nothing(start: Start, mark: str) -> None:
-    said(start('echo ready; read word', **{MARK: mark}))
+    said(start('echo ready; read word', **{INSTANCE_VARIABLE: mark}))
     assert marked(mark) == []
     assert tree(None, mark) == {}
 
 
 def test_a_mark_is_found_in_any_session_and_is_exact(start: Start) -> None:
     instance = new_id()
-    bearer = start('echo ready; read word', **{MARK: instance})
-    namesake = start('echo ready; read word', **{f'X{MARK}': instance, 'Y': f'{MARK}={instance}'})
+    bearer = start('echo ready; read word', **{INSTANCE_VARIABLE: instance})
+    namesake = start(
+        'echo ready; read word', **{f'X{INSTANCE_VARIABLE}': instance, 'Y': f'{INSTANCE_VARIABLE}={instance}'}
+    )
     said(bearer)
     said(namesake)
     assert marked(instance) == [bearer.pid]

@@ -16,7 +16,7 @@ from tinytown.auth import generate_key
 from tinytown.errors import TooManyRequests
 from tinytown.model import ALL_SCOPES, LOCAL, Principal
 from tinytown.ratelimit import Buckets, Throttle, network
-from tinytown.settings import RateLimit
+from tinytown.settings import RateLimitSettings
 from tinytown.shared import Table
 
 from .support import PATIENCE, Hall, Place, make_town
@@ -127,7 +127,7 @@ def test_threads_of_a_process_change_it_one_after_the_other() -> None:
 
 
 def throttle(now: list[float], **settings: Any) -> Throttle:
-    return Throttle(RateLimit(enabled=True, **settings), Buckets(lambda: now[0]))
+    return Throttle(RateLimitSettings(enabled=True, **settings), Buckets(lambda: now[0]))
 
 
 def test_reads_and_changes_of_each_caller_are_counted_apart() -> None:
@@ -151,7 +151,7 @@ def test_how_long_to_wait_is_told_in_whole_seconds() -> None:
 
 
 def test_nothing_is_limited_unless_it_is_configured() -> None:
-    limits = Throttle(RateLimit(), Buckets())
+    limits = Throttle(RateLimitSettings(), Buckets())
     for _ in range(1000):
         limits.take(ALICE, 'a', True)
 

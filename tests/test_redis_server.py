@@ -118,11 +118,11 @@ def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: st
 def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
     pid = redis_pid(place)
     began = time.monotonic()
-    assert redis_server.stop(place.root) is True
+    assert redis_server.stop_redis(place.root) is True
     assert time.monotonic() - began < redis_server.STOP_SECS, 'a zombie is not waited for'
     assert servers(place) == []
     await_exit(pid)
-    assert redis_server.stop(place.root) is False
+    assert redis_server.stop_redis(place.root) is False
     start_redis(place)
     assert len(servers(place)) == 1
 
@@ -165,7 +165,7 @@ def test_a_server_that_does_not_start_is_quoted_at_once(place: Place, monkeypatc
     began = time.monotonic()
     with pytest.raises(UsageError, match=r'did not start; .*redis\.log ends with: no such luck'):
         start_redis_of(place.root)
-    assert time.monotonic() - began < redis_server.START_SECS
+    assert time.monotonic() - began < redis_server.REDIS_START_SECS
 
 
 def start_redis_of(root: Path) -> None:

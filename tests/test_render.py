@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tinytown.model import CONDUCTOR_ID
-from tinytown.operations import TABLE
-from tinytown.render import as_json, clean, render, table
+from tinytown.operations import OPERATIONS
+from tinytown.render import as_json, clean, format_answer, table
 
 from .support import Place, environment
 
@@ -51,7 +51,7 @@ def test_a_long_cell_is_cut_where_it_is_too_wide(text: str) -> None:
 
 def test_states_are_coloured_only_if_colour_is_wanted() -> None:
     answer = {'agents': [AGENT, AGENT | {'state': 'Error', 'name': 'b'}], 'count': 2}
-    plain, coloured = render('agent.list', answer, False), render('agent.list', answer, True)
+    plain, coloured = format_answer('agent.list', answer, False), format_answer('agent.list', answer, True)
     assert re.sub(r'\x1b\[\d+m', '', coloured) == plain
     assert re.findall(r'\x1b\[(\d+)m(\w+)\x1b\[0m', coloured) == [('32', 'Idle'), ('31', 'Error')]
     assert '\x1b' not in plain
@@ -68,10 +68,13 @@ def example(schema: dict[str, Any], text: str) -> Any:
     return {'string': text, 'integer': 7, 'number': 1.5, 'boolean': True}.get(str(kind))
 
 
-@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.name)
+@pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
 def test_no_answer_steers_the_terminal_whatever_it_holds(op: Any) -> None:
     answer = example(op.output, HOSTILE)
-    for shown in (render(op.name, answer, False), re.sub(r'\x1b\[\d+m', '', render(op.name, answer, True))):
+    for shown in (
+        format_answer(op.name, answer, False),
+        re.sub(r'\x1b\[\d+m', '', format_answer(op.name, answer, True)),
+    ):
         assert shown.strip()
         assert not [each for each in shown if each != '\n' and unicodedata.category(each)[0] == 'C'], repr(shown)
     text = as_json(answer, ascii_only=False)
@@ -79,14 +82,14 @@ def test_no_answer_steers_the_terminal_whatever_it_holds(op: Any) -> None:
     assert not [each for each in text if unicodedata.category(each)[0] == 'C']
 
 
-@pytest.mark.parametrize('op', TABLE, ids=lambda op: op.name)
+@pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
 def test_every_answer_has_words_of_its_own_even_if_it_is_empty(op: Any) -> None:
     empty = {
         name: None if 'null' in each['type'] else {'array': [], 'integer': 0, 'object': {}}.get(each['type'], 'x')
         for name, each in op.output['properties'].items()
         if name != 'next_cursor'
     }
-    shown = render(op.name, empty, False)
+    shown = format_answer(op.name, empty, False)
     assert shown
     assert '{' not in shown.replace('{}', '')
     assert ': .' not in shown
@@ -98,11 +101,11 @@ def test_text_that_is_plain_stays_as_it_is() -> None:
 
 
 def test_counts_agree_with_their_nouns() -> None:
-    assert render('agent.prune', {'removed': 1, 'agents': ['a']}, False) == 'Removed 1 agent: a.'
-    assert render('agent.prune', {'removed': 2, 'agents': ['a', 'b']}, False) == 'Removed 2 agents: a, b.'
-    assert render('town.reset', {'agents': 1, 'tasks': 0}, False) == 'Removed 1 agent and 0 tasks.'
+    assert format_answer('agent.prune', {'removed': 1, 'agents': ['a']}, False) == 'Removed 1 agent: a.'
+    assert format_answer('agent.prune', {'removed': 2, 'agents': ['a', 'b']}, False) == 'Removed 2 agents: a, b.'
+    assert format_answer('town.reset', {'agents': 1, 'tasks': 0}, False) == 'Removed 1 agent and 0 tasks.'
     reclaimed = {'reclaimed': 1, 'destination': 'backlog'}
-    assert render('recovery.reclaim_tasks', reclaimed, False) == 'Moved 1 task to backlog.'
+    assert format_answer('recovery.reclaim_tasks', reclaimed, False) == 'Moved 1 task to backlog.'
 
 
 def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
@@ -111,7 +114,7 @@ def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
         {'id': 'm1', 'from': sender, 'type': 'query', 'summary': 'x' * 100},
         {'id': 'm2', 'from': CONDUCTOR_ID, 'type': 'info', 'summary': 'a\nb'},
     ]
-    shown = render('agent.inbox', {'agent': 'a', 'total': 2, 'urgent': 0, 'messages': messages}, False)
+    shown = format_answer('agent.inbox', {'agent': 'a', 'total': 2, 'urgent': 0, 'messages': messages}, False)
     assert shown == (
         'a: 2 messages, 0 urgent\n\nID  FROM       TYPE   TEXT\n'
         f'm1  1234abcd   query  {"x" * 100}\nm2  conductor  info   a b'
@@ -119,7 +122,7 @@ def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
 
 
 def test_lines_of_a_text_stand_under_its_first() -> None:
-    shown = render('task.get', TASK | {'description': 'one\ntwo', 'result': None, 'dead_letter': False}, False)
+    shown = format_answer('task.get', TASK | {'description': 'one\ntwo', 'result': None, 'dead_letter': False}, False)
     assert 'description  one\n             two\n' in shown
     assert 'dead_letter  no' in shown
     assert 'tags         x\n' in shown

@@ -299,8 +299,8 @@ def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(
     place: Place, kept: subprocess.Popen[bytes]
 ) -> None:
     second = subprocess.run(
-        [sys.executable, '-m', 'tinytown.keeper', str(place.root)], env=environment(), capture_output=True, text=True,
-        check=False, timeout=PATIENCE,
+        [sys.executable, '-m', 'tinytown.keeper', str(place.root)],
+        env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
     assert (second.returncode, 'has a keeper already' in second.stderr) == (1, True)
     kept.send_signal(signal.SIGKILL)

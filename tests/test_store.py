@@ -730,7 +730,7 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
         assert time.monotonic() - began < 1
     redis_server.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'
-    assert redis_server.stop(place.root)
+    assert redis_server.stop_redis(place.root)
     redis_server.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'  # the idle connection was replaced
 

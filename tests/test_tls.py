@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tinytown import config
 from tinytown.errors import UsageError
-from tinytown.settings import Mtls, Tls, Townhall
+from tinytown.settings import MtlsSettings, TlsSettings, TownhallSettings
 from tinytown.tls import TlsSocket, server_context, subject
 from tinytown.tomledit import to_toml
 
@@ -46,11 +46,11 @@ def server(authority: Authority) -> Pair:
     return authority.sign('localhost', SERVER)
 
 
-def files(pair: Pair) -> Tls:
-    return Tls(enabled=True, cert_path=str(pair.cert), key_path=str(pair.key))
+def files(pair: Pair) -> TlsSettings:
+    return TlsSettings(enabled=True, cert_path=str(pair.cert), key_path=str(pair.key))
 
 
-def refusal(tls: Tls, mtls: Mtls = Mtls(), root: Path = Path('/')) -> str:
+def refusal(tls: TlsSettings, mtls: MtlsSettings = MtlsSettings(), root: Path = Path('/')) -> str:
     with pytest.raises(UsageError) as raised:
         server_context(tls, mtls, root)
     assert '\n' not in str(raised.value)
@@ -60,7 +60,7 @@ def refusal(tls: Tls, mtls: Mtls = Mtls(), root: Path = Path('/')) -> str:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def settings(directory: Path, text: str) -> Townhall:
+def settings(directory: Path, text: str) -> TownhallSettings:
     (directory / config.FILE).write_text(f'name = "x"\n{text}\n')
     return config.load(directory, environ={}).townhall
 
@@ -115,13 +115,15 @@ def test_a_certificate_that_is_no_file_is_named(authority: Authority, server: Pa
             'give the path of a PEM file'
         )
     assert 'Is a directory' in refusal(files(server).but(cert_path='/'))
-    assert refusal(Tls(enabled=True)) == 'townhall.tls.cert_path is missing; give the path of a PEM file'
+    assert refusal(TlsSettings(enabled=True)) == 'townhall.tls.cert_path is missing; give the path of a PEM file'
     assert 'key_path is missing' in refusal(files(server).but(key_path=''))
 
 
 def test_a_relative_path_starts_at_the_town(authority: Authority, server: Pair) -> None:
     assert server_context(
-        Tls(enabled=True, cert_path=server.cert.name, key_path=server.key.name), Mtls(), authority.directory
+        TlsSettings(enabled=True, cert_path=server.cert.name, key_path=server.key.name),
+        MtlsSettings(),
+        authority.directory,
     )
 
 
@@ -172,7 +174,7 @@ def test_a_key_that_everyone_may_read_stops_the_start(authority: Authority) -> N
     for mode, good in ((0o600, True), (0o640, True), (0o400, True), (0o644, False), (0o602, False)):
         pair.key.chmod(mode)
         if good:
-            assert server_context(files(pair), Mtls(), Path('/'))
+            assert server_context(files(pair), MtlsSettings(), Path('/'))
         else:
             assert refusal(files(pair)).endswith(f'run  chmod o-rwx {pair.key}')
 
@@ -189,16 +191,18 @@ def test_authorities_and_revocation_lists_that_can_not_serve_stop_the_start(
 ) -> None:
     empty, old = directory / 'empty.pem', Authority(directory, 'old', (-20, -1))
     empty.write_text('')
-    tls, good = files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))
-    assert refusal(tls, Mtls(enabled=True)) == 'townhall.mtls.ca_path is missing; give the path of a PEM file'
-    assert "townhall.mtls.ca_path = '/gone'" in refusal(tls, Mtls(enabled=True, required=True, ca_path='/gone'))
+    tls, good = files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))
+    assert refusal(tls, MtlsSettings(enabled=True)) == 'townhall.mtls.ca_path is missing; give the path of a PEM file'
+    assert "townhall.mtls.ca_path = '/gone'" in refusal(tls, MtlsSettings(enabled=True, required=True, ca_path='/gone'))
     assert f'{empty}: it holds no certificate of an authority' in refusal(
-        tls, Mtls(enabled=True, required=True, ca_path=str(empty))
+        tls, MtlsSettings(enabled=True, required=True, ca_path=str(empty))
     )
     assert 'it holds no certificate of an authority; give' in refusal(
-        tls, Mtls(enabled=True, required=True, ca_path=str(server.cert))
+        tls, MtlsSettings(enabled=True, required=True, ca_path=str(server.cert))
     )
-    assert 'every authority in it has expired' in refusal(tls, Mtls(enabled=True, required=True, ca_path=str(old.path)))
+    assert 'every authority in it has expired' in refusal(
+        tls, MtlsSettings(enabled=True, required=True, ca_path=str(old.path))
+    )
     assert "townhall.mtls.crl_path = '/gone'" in refusal(tls, good.but(crl_path='/gone'))
     assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(empty)))
     assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(authority.path)))
@@ -225,7 +229,7 @@ def answer(sock: TlsSocket) -> str:
 
 
 @contextmanager
-def serving(tls: Tls, mtls: Mtls = Mtls()) -> Iterator[tuple[list[str], Callable[..., bytes]]]:
+def serving(tls: TlsSettings, mtls: MtlsSettings = MtlsSettings()) -> Iterator[tuple[list[str], Callable[..., bytes]]]:
     """What it saw of its clients (whom they are, or an error), and a function that connects one and reads."""
     context, seen = server_context(tls, mtls, Path('/')), list[str]()
 
@@ -255,7 +259,7 @@ def serving(tls: Tls, mtls: Mtls = Mtls()) -> Iterator[tuple[list[str], Callable
 def test_a_client_with_a_good_certificate_is_named(authority: Authority, server: Pair, version: ssl.TLSVersion) -> None:
     client = authority.client(authority.sign('ann', CLIENT), version)
     for required in (True, False):
-        with serving(files(server), Mtls(enabled=True, required=required, ca_path=str(authority.path))) as (
+        with serving(files(server), MtlsSettings(enabled=True, required=required, ca_path=str(authority.path))) as (
             seen,
             connect,
         ):
@@ -264,7 +268,10 @@ def test_a_client_with_a_good_certificate_is_named(authority: Authority, server:
 
 
 def test_a_certificate_without_purposes_serves_for_every_purpose(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
+    with serving(files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))) as (
+        seen,
+        connect,
+    ):
         assert connect(authority.client(authority.sign('ann'))) == b'hello'
     assert seen == ['ann']
 
@@ -294,7 +301,9 @@ def test_a_bad_client_certificate_ends_the_handshake_even_where_none_is_required
         'serverAuth only': lambda: authority.sign('ann', SERVER),
         'revoked': lambda: revoked,
     }[bad]()
-    mtls = Mtls(enabled=True, required=required, ca_path=str(authority.path), crl_path=str(authority.revoke(revoked)))
+    mtls = MtlsSettings(
+        enabled=True, required=required, ca_path=str(authority.path), crl_path=str(authority.revoke(revoked))
+    )
     with serving(files(server), mtls) as (seen, connect):
         said = outcome(lambda: connect(authority.client(pair, version)))
         with_good = connect(authority.client(authority.sign('bob', CLIENT), version))
@@ -312,17 +321,25 @@ def outcome(work: Callable[[], bytes]) -> bytes | OSError:
 
 
 def test_a_client_without_a_certificate_gets_in_only_where_none_is_required(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(enabled=True, required=False, ca_path=str(authority.path))) as (seen, connect):
+    with serving(files(server), MtlsSettings(enabled=True, required=False, ca_path=str(authority.path))) as (
+        seen,
+        connect,
+    ):
         assert connect(authority.client()) == b'hello'
     assert seen == ['']
-    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
+    with serving(files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))) as (
+        seen,
+        connect,
+    ):
         with pytest.raises(ssl.SSLError, match='CERTIFICATE_REQUIRED'):
             connect(authority.client())
         assert seen == ['peer did not return a certificate']
 
 
 def test_a_revocation_list_that_is_over_lets_nobody_in(authority: Authority, server: Pair) -> None:
-    mtls = Mtls(enabled=True, required=True, ca_path=str(authority.path), crl_path=str(authority.revoke(days=-1)))
+    mtls = MtlsSettings(
+        enabled=True, required=True, ca_path=str(authority.path), crl_path=str(authority.revoke(days=-1))
+    )
     with serving(files(server), mtls) as (seen, connect):
         assert outcome(lambda: connect(authority.client(authority.sign('ann', CLIENT)))) != b'hello'
     assert seen == ['client certificate: CRL has expired']
@@ -333,7 +350,9 @@ def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
     authority: Authority, server: Pair, version: ssl.TLSVersion
 ) -> None:
     client = authority.client(authority.sign('ann', CLIENT, (-1, 1)), version)
-    context = server_context(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path)), Path('/'))
+    context = server_context(
+        files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path)), Path('/')
+    )
     session = None
     for reused in (False, True):
         with pair_of(context, client, session) as (ours, theirs):
@@ -344,7 +363,9 @@ def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
             session = theirs.session
     with pytest.raises(PermissionError, match='it has expired since'), pair_of(context, client, session, a_week_later):
         pass
-    renewed = server_context(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path)), Path('/'))
+    renewed = server_context(
+        files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path)), Path('/')
+    )
     with pair_of(renewed, client, session) as (_, theirs):
         assert not theirs.session_reused  # so that a new revocation list is looked at
 
@@ -359,7 +380,7 @@ def test_only_tls_from_1_2_and_http_1_1_are_spoken(authority: Authority, server:
             with pytest.raises(ssl.SSLError), pytest.warns(DeprecationWarning, match='TLSv1'):
                 connect(authority.client(version=version))
         assert seen == ['unsupported protocol'] * 2
-    context = server_context(files(server), Mtls(), Path('/'))
+    context = server_context(files(server), MtlsSettings(), Path('/'))
     for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
         client = authority.client(version=version)
         client.set_alpn_protocols(['h2', 'http/1.1'])
@@ -391,7 +412,10 @@ def test_a_certificate_is_known_by_its_one_common_name_or_its_first_alternative_
 
 
 def test_names_are_read_from_real_certificates(authority: Authority, server: Pair) -> None:
-    with serving(files(server), Mtls(enabled=True, required=True, ca_path=str(authority.path))) as (seen, connect):
+    with serving(files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))) as (
+        seen,
+        connect,
+    ):
         for title in ('ann|root', 'ann', ''):
             assert connect(authority.client(authority.sign(title, CLIENT, alternative='a.example'))) == b'hello'
     assert seen == ['', 'ann', 'a.example']
@@ -426,7 +450,7 @@ def pair_of(
 def connection(
     request: pytest.FixtureRequest, authority: Authority, server: Pair
 ) -> Iterator[tuple[TlsSocket, ssl.SSLSocket]]:
-    context = server_context(files(server), Mtls(), Path('/'))
+    context = server_context(files(server), MtlsSettings(), Path('/'))
     with pair_of(context, authority.client(version=request.param)) as made:
         yield made
 
@@ -580,7 +604,7 @@ def test_bytes_that_are_no_tls_end_the_connection(connection: Connected) -> None
 
 def test_a_handshake_says_what_it_waits_for_and_never_waits(authority: Authority, server: Pair) -> None:
     raw, its = socket.socketpair()
-    ours = TlsSocket(raw, server_context(files(server), Mtls(), Path('/')))
+    ours = TlsSocket(raw, server_context(files(server), MtlsSettings(), Path('/')))
     client = authority.client()
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     theirs = client.wrap_bio(to_client, to_server, server_hostname='localhost')
@@ -603,7 +627,7 @@ def test_a_handshake_that_can_not_write_waits_for_that(authority: Authority, ser
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     raw.setblocking(False)
     filler = fill(raw)
-    ours = TlsSocket(raw, server_context(files(server), Mtls(), Path('/')))
+    ours = TlsSocket(raw, server_context(files(server), MtlsSettings(), Path('/')))
     its.settimeout(PATIENCE)
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     theirs = authority.client().wrap_bio(to_client, to_server, server_hostname='localhost')
@@ -620,7 +644,7 @@ def test_a_handshake_that_can_not_write_waits_for_that(authority: Authority, ser
 
 
 def test_a_plain_request_is_told_that_the_port_speaks_https(server: Pair) -> None:
-    context = server_context(files(server), Mtls(), Path('/'))
+    context = server_context(files(server), MtlsSettings(), Path('/'))
     for size in (0, 100, 100_000):
         raw, its = socket.socketpair()
         its.settimeout(PATIENCE)
@@ -644,7 +668,7 @@ def test_garbage_ends_a_handshake(server: Pair, garbage: bytes) -> None:
     raw, its = socket.socketpair()
     its.sendall(garbage)
     its.close()
-    ours = TlsSocket(raw, server_context(files(server), Mtls(), Path('/')))
+    ours = TlsSocket(raw, server_context(files(server), MtlsSettings(), Path('/')))
     with pytest.raises(OSError) as raised:
         drive(ours, ours.handshake)
     assert TlsSocket.reason(raised.value)

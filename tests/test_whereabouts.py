@@ -17,8 +17,8 @@ import pytest
 from tinytown import whereabouts
 from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
-from tinytown.redact import exposed, known
-from tinytown.settings import Redis
+from tinytown.redact import exposed, known_secrets
+from tinytown.settings import RedisSettings
 from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
 
 from .redises import HOST, Node, Nodes
@@ -72,7 +72,7 @@ ANY_TLS = Tls(None, None, None, True)
     ],
 )
 def test_a_url_names_a_server_or_those_who_know_where_it_is(url: str, found: Any) -> None:
-    assert locate(Redis(url=url), KEY, Path('/town')) == found
+    assert locate(RedisSettings(url=url), KEY, Path('/town')) == found
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_url_names_a_server_or_those_who_know_where_it_is(url: str, found: Any
 )
 def test_a_url_that_can_not_be_used_is_told_by_its_part_and_without_its_password(url: str, told: str) -> None:
     with pytest.raises(UsageError, match=rf'redis\.url: .*{told}') as caught:
-        locate(Redis(url=url), KEY, Path('/town'))
+        locate(RedisSettings(url=url), KEY, Path('/town'))
     assert 'secr' not in str(caught.value)
 
 
@@ -118,7 +118,7 @@ def test_settings_of_redis_that_do_not_fit_together_are_told(
 ) -> None:
     (tmp_path / 'file').write_text('something')
     with pytest.raises(UsageError, match=told):
-        locate(Redis(**settings), KEY, tmp_path)  # type: ignore[arg-type]
+        locate(RedisSettings(**settings), KEY, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_password_file_that_others_may_change_or_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_password_file_that_others_may_change_or_that_is_none_is_refused(tmp_p
     os.mkfifo(tmp_path / 'pipe', 0o600)
     for name, told in (('file', 'run  chmod go-w .*file'), ('pipe', 'pipe is no regular file')):
         with pytest.raises(UsageError, match=rf'redis\.password_file: .*{told}'):
-            locate(Redis(url='redis://db', password_file=name), KEY, tmp_path)
+            locate(RedisSettings(url='redis://db', password_file=name), KEY, tmp_path)
         with pytest.raises(Unavailable, match=r'chmod go-w|no regular file'):
             Login(file=tmp_path / name).words()
 
@@ -160,7 +160,7 @@ def test_a_password_in_a_file_opens_a_town_and_is_shown_nowhere(
     place = settle(stack, directory, url=f'redis://me@{HOST}:{node.port}/5', password_file='../secret')  # noqa: S106
     assert place.do('town.get')['redis_url'] == f'redis://me@{HOST}:{node.port}/5'
     assert b'db5:keys=' in node.ask('INFO', 'keyspace')
-    assert known(place.root, load(place.root), {}).hide(b'say a-long-secret') == b'say [redacted]'
+    assert known_secrets(place.root, load(place.root), {}).hide(b'say a-long-secret') == b'say [redacted]'
     (directory / 'secret').write_text('an-old-secret')
     said = place.tt('status', check=False)
     assert (said.returncode, said.stderr.count('WRONGPASS')) == (1, 1)
@@ -270,10 +270,10 @@ def test_of_many_sentinels_those_that_do_not_know_the_master_are_passed_over(
     ignorant.ask('SENTINEL', 'REMOVE', 'main')
     dead.kill()
     url = f'redis+sentinel://{dead.place},{ignorant.place},{knows.place}'
-    wire = locate(Redis(url=f'{url}/main'), KEY, directory).open(PATIENCE)
+    wire = locate(RedisSettings(url=f'{url}/main'), KEY, directory).open(PATIENCE)
     assert wire.sock.getpeername() == (HOST, master.port)
     with pytest.raises(Unavailable, match=rf'no master other .*{dead.port}.*refused.*{knows.port}.*is not known there'):
-        locate(Redis(url=f'{url}/other'), KEY, directory).open()
+        locate(RedisSettings(url=f'{url}/other'), KEY, directory).open()
 
 
 @pytest.mark.usefixtures('_patient')
@@ -283,7 +283,7 @@ def test_a_sentinel_that_still_names_a_dead_master_does_not_end_connections_to_t
     former, master = nodes.add(), nodes.add()
     late, right = watcher(directory, stack, former), watcher(directory, stack, master)
     former.kill()
-    wire = locate(Redis(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open(PATIENCE)
+    wire = locate(RedisSettings(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open(PATIENCE)
     assert wire.sock.getpeername() == (HOST, master.port)
     assert select.select([wire.sock], [], [], 0.8)[0] == []
 
@@ -294,7 +294,7 @@ def test_a_master_that_sentinels_name_must_say_itself_that_it_is_one(
 ) -> None:
     former, master = nodes.add(), nodes.add()
     sentinel = watcher(directory, stack, former)
-    address = locate(Redis(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
+    address = locate(RedisSettings(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
     wire = address.open(PATIENCE)
     demote(former, master)
     with pytest.raises(Unavailable, match='is named as the master, and says that it is none'):
@@ -315,7 +315,7 @@ def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_
     first.ask('CLUSTER', 'MEET', HOST, second.port, second.bus)
     ids = [each.ask('CLUSTER', 'MYID') for each in (first, second)]
     until(lambda: all(name in each.ask('CLUSTER', 'NODES') for each in (first, second) for name in ids))
-    address = locate(Redis(url=f'redis+cluster://{second.place}'), KEY, directory)
+    address = locate(RedisSettings(url=f'redis+cluster://{second.place}'), KEY, directory)
     wire = until(address.open)
     assert wire.sock.getpeername() == (HOST, first.port)
     place = settle(stack, directory, url=f'redis+cluster://{second.place}')

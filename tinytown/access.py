@@ -20,16 +20,16 @@ from urllib.parse import quote
 
 from . import agent_tokens
 from . import config as configuration
-from .audit import Audit, Visit
+from .audit import Audit, AuditSubject
 from .auth import Checks, Entry, Keyring
 from .errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
 from .http1 import Peer, Request
 from .model import ALL_SCOPES, LOCAL, READ, Principal
-from .operations import Gate
+from .operations import CallLimits
 from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
 from .say import say
-from .settings import Auth, Config
+from .settings import AuthSettings, Config
 from .store import Step
 from .stream import Stream
 from .town import Call, Town
@@ -38,7 +38,7 @@ CHALLENGE: Final = 'Bearer realm="tinytown"'
 _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')
 
 
-class Verifier(Protocol):
+class TokenVerifier(Protocol):
     """Whose tokens a town trusts (`oidc`)."""
 
     def known(self, token: str) -> Principal | None:
@@ -64,7 +64,7 @@ class Access:
     `verifier` is there in mode oidc. Raises UsageError for keys that can't be used, and an audit that can't be written.
     """
 
-    def __init__(self, town: Town, verifier: Verifier | None = None) -> None:
+    def __init__(self, town: Town, verifier: TokenVerifier | None = None) -> None:
         audit = town.config.townhall.audit
         self.audit = Audit(town.root / audit.path, audit.max_bytes, audit.keep)
         self._agents_key = agent_tokens.key_of(town.root)
@@ -73,7 +73,7 @@ class Access:
         self._asks_slowly = False
         self.apply(town, verifier)
 
-    def apply(self, town: Town, verifier: Verifier | None = None) -> None:
+    def apply(self, town: Town, verifier: TokenVerifier | None = None) -> None:
         """Takes up a configuration, but for the place of the audit. Raises UsageError, and nothing is changed then."""
         config = town.config
         self._keys = Watched(town.root, Keyring(config.townhall.auth))
@@ -99,9 +99,9 @@ class Access:
         host = address[0] if isinstance(address, tuple) else ''
         return Peer(host, uid_of(sock) if self._settings.auth.mode == 'none' else None)
 
-    def gate(self, request: Request) -> Gate:
+    def gate(self, request: Request) -> CallLimits:
         """What a call of this request meets in the door."""
-        return Gate(self._throttle, self.audit, request.id, request.peer.address)
+        return CallLimits(self._throttle, self.audit, request.id, request.peer.address)
 
     def admit(self, request: Request, operation: str, arguments: Mapping[str, Any]) -> None:
         """Sets `request.by` to the principal, or to the claim of one. Raises TownError.
@@ -169,7 +169,7 @@ class Access:
         if error.status == 401:
             error.challenge = error.challenge or f'{CHALLENGE}, error="invalid_token"'
         if error.status in (401, 403, 429):
-            self.audit.denied(Visit(request.id, request.peer.address, None, operation, arguments), error)
+            self.audit.denied(AuditSubject(request.id, request.peer.address, None, operation, arguments), error)
 
     def _limited(self, by: Principal) -> Principal:
         """With read_only, a principal that may do no more than read."""
@@ -183,7 +183,7 @@ class Access:
         mode, peer = self._settings.auth.mode, request.peer
         local = self._by_user(peer.uid) if mode == 'none' else None
         shown = _shown(request, lenient=mode == 'none')
-        if shown.startswith(agent_tokens.PREFIX):
+        if shown.startswith(agent_tokens.TOKEN_PREFIX):
             return self._by_agent(shown)
         if local:
             return self._subjects.get(peer.subject, local)
@@ -208,7 +208,7 @@ class Access:
         return _EVERYTHING
 
     def _by_agent(self, token: str) -> Claim:
-        agent_id, instance = agent_tokens.read(self._agents_key, token)
+        agent_id, instance = agent_tokens.read_token(self._agents_key, token)
         nobody = Call(self._town, Principal('', frozenset()))
         return Claim(lambda: agent_tokens.principal(nobody, agent_id, instance), is_slow=False)
 
@@ -238,7 +238,7 @@ class Access:
         return _named(known) if known else Claim(lambda: _check_token(verifier, token), is_slow=True)
 
 
-def _check_token(verifier: Verifier, token: str) -> Step[Principal]:
+def _check_token(verifier: TokenVerifier, token: str) -> Step[Principal]:
     yield from ()
     return _named(verifier.verify(token))
 
@@ -396,7 +396,7 @@ def check_start(config: Config, address: str) -> list[str]:
     return warnings
 
 
-def _check_in_force(auth: Auth) -> None:
+def _check_in_force(auth: AuthSettings) -> None:
     """Refuses settings of a mode that is not on: who wrote them believes that they protect."""
     belongs = {'api_key': ('api_key_hash', 'keys'), 'oidc': ('issuer', 'audience', 'jwks_url', 'required_scopes')}
     for mode, names in belongs.items():

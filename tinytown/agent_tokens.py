@@ -25,8 +25,8 @@ from .settings import Config
 from .store import Step
 from .town import Call, Town
 
-PREFIX: Final = 'tta_'
-_TOKEN: Final = re.compile(rf'{PREFIX}({UUID_PATTERN})_({UUID_PATTERN})_[A-Za-z0-9_-]{{43}}')
+TOKEN_PREFIX: Final = 'tta_'
+_TOKEN: Final = re.compile(rf'{TOKEN_PREFIX}({UUID_PATTERN})_({UUID_PATTERN})_[A-Za-z0-9_-]{{43}}')
 
 
 def file_of(root: Path, agent_id: str) -> Path:
@@ -44,12 +44,12 @@ def key_of(root: Path) -> bytes:
 
 
 def _token(key: bytes, agent_id: str, instance: str) -> str:
-    named = f'{PREFIX}{agent_id}_{instance}'
+    named = f'{TOKEN_PREFIX}{agent_id}_{instance}'
     mac = urlsafe_b64encode(hmac.digest(key, named.encode(), 'sha256')).rstrip(b'=')
     return f'{named}_{mac.decode()}'
 
 
-def read(key: bytes, token: str) -> tuple[str, str]:
+def read_token(key: bytes, token: str) -> tuple[str, str]:
     """(agent id, instance) of a token that was made with a key. Raises Unauthorized."""
     match = _TOKEN.fullmatch(token)
     if not match or not hmac.compare_digest(token, _token(key, *match.groups())):
@@ -69,7 +69,7 @@ def principal(call: Call, agent_id: str, instance: str) -> Step[Principal]:
     return Principal(f'agent:{found.name}:{found.id}', scopes, found.id, found.name, verified=True)
 
 
-def caller(town: Town, person: Principal) -> Principal:
+def acting_principal(town: Town, person: Principal) -> Principal:
     """Who runs this process: inside an agent's run that agent, with the scopes of its role; else a person."""
     agent_id, name = os.environ.get('TINYTOWN_AGENT_ID', ''), os.environ.get('TINYTOWN_AGENT_NAME', '')
     if not (agent_id and name):

@@ -42,7 +42,7 @@ from .model import (
 )
 from .processes import (
     GRACE_SECS,
-    MARK,
+    INSTANCE_VARIABLE,
     Identity,
     identify,
     is_beside,
@@ -55,11 +55,11 @@ from .store import Command, Page, Step, text
 from .tasks import listing
 from .town import Call, Town
 
-MOST_AT_ONCE: Final = 200  # of what one script moves: a script blocks the server
+MAX_MOVED: Final = 200  # of what one script moves: a script blocks the server
 OnlyLive = Annotated[bool, Field('Only agents that are live')]
 NOT_STARTED: Final = 'its worker did not start'
 _GOODBYE_SECS: Final = 1.0  # for a worker that has nothing to do to end by itself, where nobody can end it
-START_SECS: Final = 10.0  # how long a worker may take to come up
+WORKER_START_SECS: Final = 10.0  # how long a worker may take to come up
 
 
 class Spawned(TypedDict):
@@ -216,8 +216,8 @@ def enlist(
     if name.lower() in CONDUCTOR_NAMES or is_uuid(name):
         detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox or reads as an id"
         raise Invalid(detail, errors=[{'pointer': '/name', 'detail': detail}])
-    there = hosts.is_elsewhere(host)
-    chosen = cli or call.config.default_cli if there else clis.find(call.config, cli).name
+    there = hosts.is_other_host(host)
+    chosen = cli or call.config.default_cli if there else clis.find_cli(call.config, cli).name
     parent_id = (yield from look_up(call, parent)).id if parent else None
     agent_id, instance = new_id(), new_id()
     spawned: Spawned = {
@@ -246,7 +246,7 @@ def _bring_up(
 
     Where another host took the order that undoes it itself, or it is not known what came of it.
     """
-    there = hosts.is_elsewhere(host)
+    there = hosts.is_other_host(host)
     try:
         if there:
             yield from hosts.await_start(call, host, order, name, agent_id)
@@ -288,13 +288,13 @@ def stop_process(
 
     With `abandon` an agent on a host that is silent is given up; else that raises HostSilent.
     """
-    if found.instance and found.instance == os.environ.get(MARK):
+    if found.instance and found.instance == os.environ.get(INSTANCE_VARIABLE):
         raise Conflict(
             f"'{found.name}' can't be stopped from within its own run; to end after this round:  tt close {found.name}",
             code='own-run',
         )
     if found.state in LIVE:
-        if hosts.is_elsewhere(found.process.host):
+        if hosts.is_other_host(found.process.host):
             return (yield from _stop_there(call, found, why, grace, to, abandon))
         judged = reports.judge(call.town.root, found.id, found.instance, found.process)
         if is_beside(found.process) and judged != 'dead':
@@ -317,7 +317,7 @@ def stop_process(
 def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, abandon: bool) -> Step[None]:
     """As stop_process, for an agent on another host."""
     host = found.process.host
-    since = yield from hosts.stop(call, host, found.id, found.name, found.instance, why, grace, to)
+    since = yield from hosts.stop_remote(call, host, found.id, found.name, found.instance, why, grace, to)
     if not since or (yield from _await_rest(call, found.id, _GOODBYE_SECS)).state in AT_REST:
         return
     if not abandon:
@@ -358,8 +358,8 @@ def restart(call: Call, *, agent: AgentRef, host: HostName | None = None) -> Ste
     """
     found = yield from look_up(call, agent)
     there = host or found.process.host
-    if not hosts.is_elsewhere(there):
-        clis.find(call.config, json.loads(found.json)['cli'])
+    if not hosts.is_other_host(there):
+        clis.find_cli(call.config, json.loads(found.json)['cli'])
     yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
     yield from revive(call, found.id, found.name, start_worker, there)
     return {'status': 'restarted', 'agent': found.name}
@@ -393,7 +393,7 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
     for agent_id, *_ in reply[1]:
         try:
             found = yield from look_up(call, text(agent_id))
-            if found.state in LIVE and hosts.is_elsewhere(found.process.host) and found.process.host in silent:
+            if found.state in LIVE and hosts.is_other_host(found.process.host) and found.process.host in silent:
                 left.append(found.name)
                 continue
             if all:
@@ -410,7 +410,7 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
 
 def _empty(call: Call, agent_id: str) -> Step[None]:
     """Returns the queued tasks of an agent that does not run to the backlog, a bounded number at a time."""
-    while (yield call.store.reclaim(agent_id, '', MOST_AT_ONCE))[0] == MOST_AT_ONCE:
+    while (yield call.store.reclaim(agent_id, '', MAX_MOVED))[0] == MAX_MOVED:
         pass
 
 
@@ -451,7 +451,7 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
             argv = python('tinytown.worker', name, '--fd', keeper.FD)
             keeper.start(town.root, argv, town.root, env, log, [its.fileno()], instance)
             its.close()
-            ours.settimeout(START_SECS)
+            ours.settimeout(WORKER_START_SECS)
             ours.sendall(_charter(town, agent_id, instance))
             ours.shutdown(socket.SHUT_WR)
             said = ours.recv(4096).decode('utf-8', 'replace') or 'it ended'
@@ -459,7 +459,7 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
         said = str(e)
     if said != 'ok':
         raise Unavailable(
-            f"The worker of '{name}' did not start within {START_SECS:g} s: {said} (see {log})",
+            f"The worker of '{name}' did not start within {WORKER_START_SECS:g} s: {said} (see {log})",
             code='spawn-failed',
             retry_after=5,
         )

@@ -72,7 +72,7 @@ def _library() -> CDLL:
     from ctypes import CDLL
 
     why = 'it is not in this build for this machine'
-    if file := native.find(LIBRARY):
+    if file := native.find_bundled(LIBRARY):
         try:
             return _declared(CDLL(str(file)))
         except OSError as e:

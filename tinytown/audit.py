@@ -40,7 +40,7 @@ _AT_ONCE: Final = 64  # lines in one write
 _quoted: Final = json.encoder.encode_basestring_ascii
 
 
-class Visit(NamedTuple):
+class AuditSubject(NamedTuple):
     """Who came: the request, from where, as whom (None: nobody known), for which operation, on what."""
 
     request_id: str
@@ -58,7 +58,7 @@ class Record:
     target: dict[str, str]
 
 
-def _record(visit: Visit) -> Record:
+def _record(visit: AuditSubject) -> Record:
     attempt = visit.arguments.get('attempt')
     return Record(
         f'"request_id":{_quoted(visit.request_id)},"address":{_quoted(visit.address)},{_identity(visit.by)},'
@@ -237,7 +237,7 @@ class Audit:
             return _unavailable(e) if begun else None
         return None
 
-    def begin(self, visit: Visit) -> Record:
+    def begin(self, visit: AuditSubject) -> Record:
         """Writes down what is about to be done; the record that `end` takes. Raises Unavailable."""
         record = _record(visit)
         line = _line('begin', record, None)
@@ -262,7 +262,7 @@ class Audit:
         with suppress(OSError):
             self._changes.write([line])
 
-    def denied(self, visit: Visit, error: TownError) -> None:
+    def denied(self, visit: AuditSubject, error: TownError) -> None:
         """Writes down that a caller was refused."""
         with suppress(OSError):
             self._denials.write([_line('denied', _record(visit), error.code)])

@@ -22,13 +22,13 @@ from .argon2id import matches
 from .errors import TooManyRequests, Unavailable, UsageError
 from .model import Principal, Scope
 from .ratelimit import Buckets, network
-from .settings import Auth
+from .settings import AuthSettings
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-MOST_AT_ONCE: Final = 2  # hashes under way
-MOST_WAITING: Final = 16  # further ones that may wait for their turn
+MAX_HASHING: Final = 2  # hashes under way
+MAX_WAITING_HASHES: Final = 16  # further ones that may wait for their turn
 MOST_KNOWN: Final = 1024
 FAILURES: Final = 20  # wrong keys of one address (IPv6: /64) for one id, and then this many a minute
 FAILURES_OF_ALL: Final = 200  # the same for one id over all addresses
@@ -101,7 +101,7 @@ class Entry:
 class Keyring:
     """The keys of a configuration. Raises UsageError that names the one which can't be used, or what argon2 lacks."""
 
-    def __init__(self, settings: Auth) -> None:
+    def __init__(self, settings: AuthSettings) -> None:
         entries = [_entry(key) for key in settings.keys]
         if settings.api_key_hash:
             scopes = frozenset[Scope](settings.api_key_scopes)
@@ -151,7 +151,7 @@ class Checks:
         self._known: dict[bytes, str] = {}
         self._under_way: dict[tuple[bytes, str], Future[bool]] = {}
         self._lock = threading.Lock()
-        self._turns = threading.Semaphore(MOST_AT_ONCE)
+        self._turns = threading.Semaphore(MAX_HASHING)
 
     def _digest(self, key: str) -> bytes:
         hashed = self._digests.copy()
@@ -164,7 +164,7 @@ class Checks:
 
     def admit(self, entry: Entry, address: str) -> None:
         """Refuses to look at yet another key for this entry. Raises TooManyRequests, Unavailable."""
-        if len(self._under_way) >= MOST_AT_ONCE + MOST_WAITING:
+        if len(self._under_way) >= MAX_HASHING + MAX_WAITING_HASHES:
             raise Unavailable('too many keys are being checked', code='busy', retry_after=1)
         for whence, bucket, most in _buckets(entry, address):
             wait = self._failures.take(bucket, most, most, 0.0)
@@ -182,7 +182,7 @@ class Checks:
                 return True
             flight = self._under_way.get(proof)
             if flight is None:
-                if len(self._under_way) >= MOST_AT_ONCE + MOST_WAITING:
+                if len(self._under_way) >= MAX_HASHING + MAX_WAITING_HASHES:
                     raise Unavailable('too many keys are being checked', code='busy', retry_after=1)
                 mine = self._under_way[proof] = Future[bool]()
         good = flight.result() if flight else self._hash(key, proof, mine)

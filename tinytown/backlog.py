@@ -9,7 +9,7 @@ from .store import Page, Step, text
 from .tasks import assigned, listing, record
 from .town import Call
 
-MOST_AT_ONCE = 200  # 28 µs a task blocks the server
+MAX_ASSIGNED = 200  # 28 µs a task blocks the server
 
 
 class BacklogTask(TypedDict):
@@ -59,7 +59,7 @@ def claim(call: Call, *, task_id: TaskId, agent: AgentRef) -> Step[Assigned]:
 
 def assign_all(call: Call, *, agent: AgentRef) -> Step[AssignedAll]:
     """Give the whole backlog to one agent: its oldest 200 tasks (call again for more)."""
-    reply = yield call.store.assign_all(agent, MOST_AT_ONCE)
+    reply = yield call.store.assign_all(agent, MAX_ASSIGNED)
     return {'assigned': len(reply[0]), 'tasks': [text(task) for task in reply[0]]}
 
 

@@ -87,14 +87,14 @@ def _short(text: str) -> str:
 
 
 def _backlog(role: str | None, backlog: Sequence[dict[str, Any]]) -> list[str]:
-    fitting = [task for task in backlog if fits(role, task['tags'])][:MOST_BACKLOG]
+    fitting = [task for task in backlog if fits_role(role, task['tags'])][:MOST_BACKLOG]
     if not fitting:
         return []
     lines = [f'- {task["task_id"]}: {_short(task["description"])}' for task in fitting]
     return ['## Backlog that fits your role (not yours to do; claim with tt backlog claim)\n\n' + '\n'.join(lines)]
 
 
-def fits(role: str | None, tags: Sequence[str]) -> bool:
+def fits_role(role: str | None, tags: Sequence[str]) -> bool:
     """Whether a task of the backlog fits a role: it is tagged with the role, or with none."""
     named = {tag.lower() for tag in tags} & {*_ROLES, role}
     return not named or role in named

@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final
 
 from . import reports
-from .agents import START_SECS, start_worker
+from .agents import WORKER_START_SECS, start_worker
 from .errors import TownError, UsageError
 from .hosts import Presence
 from .model import new_id
@@ -32,12 +32,12 @@ from .store import Command, text
 from .town import Town
 
 TICK_SECS: Final = 1.0
-LONGEST_START: Final = 3 * START_SECS  # after which a start is given up, whatever is known of it
+LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it
 TAKE_OVER_SECS: Final = 5.0  # a caretaker that is silent for so long is followed by another
 GAP_SECS: Final = 3.0  # between two looks: after a longer one what was seen before tells nothing
 RETENTION_SECS: Final = 30.0  # between two looks at what is past its retention
-MOST_AT_ONCE: Final = 200  # finished tasks that one look deletes
-BY: Final = 'caretaker'  # as the history of a task names it
+MAX_FORGOTTEN: Final = 200  # finished tasks that one look deletes
+SUPERVISOR: Final = 'caretaker'  # as the history of a task names it
 _LEFTOVER_GRACE: Final = 1.0  # for what a dead worker has left behind
 
 
@@ -57,7 +57,7 @@ class Silence:
         return {thing: now - since for thing, (_, since) in fresh.items()}
 
 
-class Caretaker(threading.Thread):
+class Supervisor(threading.Thread):
     """Looks after a town and this host once a second until `close`, and says by `presence` that this townhall is there.
 
     `clock` is monotonic; `start` starts a worker.
@@ -138,7 +138,7 @@ class Caretaker(threading.Thread):
         token, count = map(text, self._do(self.town.store.care(self._token, what, *stale)))
         if token != rival[0]:
             who = 'this caretaker' if token == self._token else 'another caretaker'
-            say(BY, f'{who} looks after {f"host {what}" if what else "the town"}', 'debug')
+            say(SUPERVISOR, f'{who} looks after {f"host {what}" if what else "the town"}', 'debug')
         if (token, count) != rival:
             self._rivals[what] = (token, count), now
         return token == self._token
@@ -171,9 +171,9 @@ class Caretaker(threading.Thread):
         """Ends what a dead worker has left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
         store = self.town.store
-        store.run(reports.deliver_all(store, self.town.root, agent_id), BY)  # finished work is not done again
+        store.run(reports.deliver_all(store, self.town.root, agent_id), SUPERVISOR)  # finished work is not done again
         self._died(agent_id, instance, 'its process died')
-        say(BY, f"the worker of '{name}' died; what it held is queued again")
+        say(SUPERVISOR, f"the worker of '{name}' died; what it held is queued again")
 
     def _died(self, agent_id: str, instance: str, why: str) -> None:
         """Frees what a process held that is no more; by policy the agent is to be started again."""
@@ -191,7 +191,7 @@ class Caretaker(threading.Thread):
                 to = 'inbox' if silent.get(agent, lease) < lease else 'backlog'
                 pauses = self.town.config.agent.retry_backoff_secs
                 quiet = f'its holder has not been heard of for {silence[task]:.0f} s'
-                say(BY, f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', task_id=task)
+                say(SUPERVISOR, f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', task_id=task)
                 self._do(self.town.store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
@@ -199,7 +199,7 @@ class Caretaker(threading.Thread):
         pauses = {text(task): float(pause) for task, pause in rows}
         for task, waited in self._pauses.look(pauses.items(), now).items():
             if waited >= pauses[task]:
-                say(BY, f'task {task} is queued again after a pause of {waited:.0f} s', 'debug', task_id=task)
+                say(SUPERVISOR, f'task {task} is queued again after a pause of {waited:.0f} s', 'debug', task_id=task)
                 self._do(self.town.store.due(task))
 
     def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
@@ -226,12 +226,12 @@ class Caretaker(threading.Thread):
             stop_tree(None, instance, 0)
             self._died(agent_id, instance, 'its worker did not start')
             raise
-        say(BY, f"'{name}' runs again")
+        say(SUPERVISOR, f"'{name}' runs again")
 
     def _forget_old(self, now: float) -> None:
         """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
         age = self.town.config.retention.finished_tasks_days * 86_400_000
-        if self._do(self.town.store.forget(age, MOST_AT_ONCE))[0] < MOST_AT_ONCE:
+        if self._do(self.town.store.forget(age, MAX_FORGOTTEN))[0] < MAX_FORGOTTEN:
             self._forget_at = now + RETENTION_SECS
 
     # ---------------------------------------------------------------------------------------------------- running
@@ -262,10 +262,10 @@ class Caretaker(threading.Thread):
         """Says what is wrong once, and not at every look."""
         if what != self._said:
             self._said = what
-            say(BY, what, 'error' if error else 'warning', error)
+            say(SUPERVISOR, what, 'error' if error else 'warning', error)
 
     def _do(self, command: Command) -> Any:
-        command.by = BY
+        command.by = SUPERVISOR
         return self.town.store.call(command)
 
 

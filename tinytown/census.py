@@ -18,7 +18,7 @@ Dispatcher = Literal['running', 'idle', 'stalled', 'unknown']
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class Stats:
     """`at` is RFC 3339, `agents` counts them by state, `totals` what ever happened (see `store`).
 
     `resting` are the live agents that have been idle for `agent.idle_timeout_secs`, `heard` those that were heard of
@@ -62,13 +62,13 @@ class Scaling(TypedDict):
     scaling_recommendation: Recommendation
 
 
-def take(town: Town) -> Step[Census]:
+def take_census(town: Town) -> Step[Stats]:
     """The census of a town, now."""
     settings = town.config.agent
     at, counts, agents, totals = yield town.store.census(settings.idle_timeout_secs * 1000, settings.lease_secs * 1000)
     backlog, assigned, running, dead, urgent, resting, heard = counts
     by_state = _counts(agents)
-    return Census(text(at), backlog, assigned, running, dead, urgent, resting, heard, by_state, _counts(totals))
+    return Stats(text(at), backlog, assigned, running, dead, urgent, resting, heard, by_state, _counts(totals))
 
 
 def _counts(flat: list[bytes]) -> dict[str, int]:
@@ -77,7 +77,7 @@ def _counts(flat: list[bytes]) -> dict[str, int]:
 
 def scaling(town: Town) -> Step[Scaling]:
     """How many agents a town could use, and what to do about it."""
-    census = yield from take(town)
+    census = yield from take_census(town)
     depth, most = census.pending + census.running, town.config.max_agents
     desired = min(most, depth)
     return {
@@ -105,7 +105,7 @@ def recommend(desired: int, active: int, pending: int, resting: int) -> Recommen
     return 'steady'
 
 
-def dispatcher(census: Census) -> Dispatcher:
+def dispatcher(census: Stats) -> Dispatcher:
     """Whether work gets on: idle, there is none with an agent; stalled, there is, and no worker is heard of."""
     if not census.assigned + census.running:
         return 'idle'

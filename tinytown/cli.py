@@ -18,8 +18,8 @@ from . import __version__, agent_tokens, agents, keys, local, ping
 from .client import Backend, Local, Remote
 from .errors import Invalid, TownError, UsageError
 from .model import ALL_SCOPES, Principal
-from .operations import BY_NAME, TABLE, Op
-from .render import render
+from .operations import BY_NAME, OPERATIONS, Op
+from .render import format_answer
 from .schema import Parameter, validate
 from .town import Call, Town
 from .usage import Parser, complain, end_streams, note, open_meant, ready_streams
@@ -106,7 +106,7 @@ def build_parser() -> Parser:
         return command
 
     local.add_town_commands(add)
-    for op in TABLE:
+    for op in OPERATIONS:
         command = add(op.name.partition('.')[0], op.cli, op.summary, partial(_operate, op=op))
         for parameter in op.parameters.values():
             _add_argument(command, op, parameter)
@@ -258,16 +258,16 @@ def backend(arguments: argparse.Namespace) -> Backend:
         if key_file:
             raise UsageError('--api-key-file goes with --url')
         town = open_meant(arguments)
-        return Local(town, caller(town))
+        return Local(town, local_principal(town))
     if getattr(arguments, 'town', None):
         raise UsageError('give either --town or --url, not both')
     note(arguments, f'townhall at {url}')
     return Remote(url, key_file or _own_token())
 
 
-def caller(town: Town) -> Principal:
+def local_principal(town: Town) -> Principal:
     """Who runs `tt`."""
-    return agent_tokens.caller(town, Principal('tt', ALL_SCOPES))
+    return agent_tokens.acting_principal(town, Principal('tt', ALL_SCOPES))
 
 
 def _own_token() -> str | None:
@@ -277,13 +277,15 @@ def _own_token() -> str | None:
     return str(file) if root and agent_id and file.exists() else None
 
 
-def show(arguments: argparse.Namespace, op: Op, answer: dict[str, Any]) -> int:
+def print_answer(arguments: argparse.Namespace, op: Op, answer: dict[str, Any]) -> int:
     colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-    return local.say(arguments, answer, '' if local.wants_json(arguments) else render(op.name, answer, colour))
+    return local.report(
+        arguments, answer, '' if local.wants_json(arguments) else format_answer(op.name, answer, colour)
+    )
 
 
 def _operate(arguments: argparse.Namespace, op: Op) -> int:
-    return show(arguments, op, backend(arguments).run(op, collect(arguments, op)))
+    return print_answer(arguments, op, backend(arguments).run(op, collect(arguments, op)))
 
 
 # `watch` is imported where it is used: it brings the terminal, which most commands leave alone.
@@ -299,7 +301,7 @@ def _events(arguments: argparse.Namespace) -> int:
         arguments.after = watch.since(arguments.since, time.time())
     given = collect(arguments, op)
     if not arguments.follow:
-        return show(arguments, op, watch.read_events(backend(arguments), given))
+        return print_answer(arguments, op, watch.read_events(backend(arguments), given))
     return watch.follow_events(arguments, backend(arguments), given)
 
 
@@ -335,7 +337,7 @@ def _spawn(arguments: argparse.Namespace) -> int:
     if given.get('host'):
         raise UsageError('--foreground runs the worker here; leave --host out')
     town = open_meant(arguments)
-    call = Call(town, caller(town))
+    call = Call(town, local_principal(town))
     return local.run_here(
         town,
         lambda start: agents.enlist(
@@ -363,7 +365,7 @@ def _wait(arguments: argparse.Namespace) -> int:
         left = max(deadline - time.monotonic(), 0)
         answer = town.run(op, given | {'timeout': math.ceil(min(left, _WAIT_STEP))})
         if answer['done'] or time.monotonic() >= deadline:
-            show(arguments, op, answer)
+            print_answer(arguments, op, answer)
             return 0 if answer['done'] else 124
 
 
@@ -375,7 +377,7 @@ def _inbox(arguments: argparse.Namespace) -> int:
         raise UsageError('--all shows every mailbox; give it without an agent, --limit and --cursor')
     town = backend(arguments)
     boxes = [town.run(op, {'agent': name}) for name in (*_all_agents(town), 'conductor')]
-    return local.say(arguments, {'inboxes': boxes}, '\n\n'.join(render(op.name, box, False) for box in boxes))
+    return local.report(arguments, {'inboxes': boxes}, '\n\n'.join(format_answer(op.name, box, False) for box in boxes))
 
 
 def _all_agents(town: Backend) -> list[str]:
@@ -399,7 +401,7 @@ def _reclaim(arguments: argparse.Namespace) -> int:
         raise UsageError('--orphan-tasks goes with one of --to-backlog, --cancel and --delete, and nothing else')
     op = BY_NAME['recovery.orphan_tasks']
     action = 'to_backlog' if arguments.to_backlog else arguments.action or 'list'
-    return show(arguments, op, backend(arguments).run(op, {'action': action}))
+    return print_answer(arguments, op, backend(arguments).run(op, {'action': action}))
 
 
 def _current_task(arguments: argparse.Namespace) -> int:
@@ -410,7 +412,7 @@ def _current_task(arguments: argparse.Namespace) -> int:
     task_id = town.run(BY_NAME['agent.get'], {'agent': name})['current_task']
     if task_id is None:
         raise TownError(f"Agent '{name}' works on no task")
-    return show(arguments, BY_NAME['task.get'], town.run(BY_NAME['task.get'], {'task_id': task_id}))
+    return print_answer(arguments, BY_NAME['task.get'], town.run(BY_NAME['task.get'], {'task_id': task_id}))
 
 
 if __name__ == '__main__':

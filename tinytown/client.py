@@ -16,32 +16,32 @@ from urllib.parse import quote, urlencode, urlsplit
 from .errors import TownError, Unavailable, UsageError
 from .logs import open_log
 from .model import Json, Principal
-from .operations import BY_NAME, Op, call, encode
+from .operations import BY_NAME, Op, call, encode_answer
 from .town import Call, Town
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # which takes long to import: only where it is needed
 
-TIMEOUT: Final = 60.0  # seconds for an answer of a townhall
+ANSWER_TIMEOUT: Final = 60.0  # seconds for an answer of a townhall
 _SILENCE: Final = 45.0  # seconds after which a stream that sends no heartbeat is given up
 _PAUSE: Final = 1.0  # seconds until a stream that ended is opened again
 _LOOK: Final = 0.25  # seconds between two looks at a log
 _BLOCK_MS: Final = 10_000
 
-Tell = Callable[[str], None]  # is told of trouble that passes
+Warn = Callable[[str], None]  # is told of trouble that passes
 
 
 class Backend(Protocol):
     def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]: ...
 
-    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
         """Events as they happen, with the arguments of events.list; one of type gap where some are not kept any more.
 
         Raises TownError if it can't begin.
         """
         ...
 
-    def log(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+    def log(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
         """An agent's log as it grows, with the arguments of agent.logs: parts as LogPage has them.
 
         Raises TownError if it can't begin.
@@ -59,10 +59,10 @@ class Local:
     def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
         """The answer of an operation. Raises TownError."""
         answer = self.town.store.run(call(self.town, self.by, op, arguments))
-        found: dict[str, Any] = json.loads(encode(answer))
+        found: dict[str, Any] = json.loads(encode_answer(answer))
         return found
 
-    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
         store, has_begun = self.town.store, False
         while True:
             try:
@@ -79,7 +79,7 @@ class Local:
                 tell(e.detail)
                 time.sleep(_PAUSE)
 
-    def log(self, arguments: dict[str, Any], _tell: Tell, /) -> Iterator[Json]:
+    def log(self, arguments: dict[str, Any], _tell: Warn, /) -> Iterator[Json]:
         page = self.run(BY_NAME['agent.logs'], arguments)
         reader = self.town.store.run(open_log(Call(self.town, self.by), arguments['agent']))
         while True:
@@ -104,7 +104,7 @@ class Remote:
         """The answer of an operation. Raises TownError."""
         import http.client
 
-        connection = self._connection(TIMEOUT)
+        connection = self._connection(ANSWER_TIMEOUT)
         path, body = _request(op, arguments)
         headers = self._headers | ({'Content-Type': 'application/json'} if body else {})
         try:
@@ -123,18 +123,18 @@ class Remote:
         make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         return make(self._host, self._port, timeout=timeout)
 
-    def events(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
         for sent in self._follow(BY_NAME['events.list'], arguments, tell):
             yield json.loads(sent.data)
 
-    def log(self, arguments: dict[str, Any], tell: Tell, /) -> Iterator[Json]:
+    def log(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
         missing: dict[str, Any] = {}
         for sent in self._follow(BY_NAME['agent.logs'], arguments, tell):
             if sent.type == 'log':
                 yield json.loads(sent.data) | missing
             missing = {sent.type: True} if sent.type != 'log' else {}
 
-    def _follow(self, op: Op, arguments: dict[str, Any], tell: Tell) -> Iterator[Sent]:
+    def _follow(self, op: Op, arguments: dict[str, Any], tell: Warn) -> Iterator[Sent]:
         """The events of a stream, which is opened again where it ended as often as it ends."""
         last, has_begun = '', False
         while True:

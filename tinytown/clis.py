@@ -92,18 +92,18 @@ _BUILT_IN: Final = (
 )
 
 
-def known(config: Config) -> dict[str, Cli]:
+def known_clis(config: Config) -> dict[str, Cli]:
     """The CLIs of a town by name: the built-in ones, and its own, which may replace them."""
     own = {name: _cli(name, command, 'it is set under [agent_clis]') for name, command in config.agent_clis.items()}
     return {cli.name: cli for cli in _BUILT_IN} | own
 
 
-def find(config: Config, name: str | None) -> Cli:
+def find_cli(config: Config, name: str | None) -> Cli:
     """The CLI of that name (or the town's default), if it can be run here. Raises Invalid, which says what to do."""
     import shutil  # late: it brings every compression
 
     wanted = name or config.default_cli
-    clis = known(config)
+    clis = known_clis(config)
     said = f"'{wanted}' (default_cli of the town)" if name is None else f"'{wanted}'"
     if wanted not in clis:
         raise _refused(f'{said} is not a coding CLI of this town; known: {", ".join(clis)}. Add it under [agent_clis]')

@@ -29,9 +29,9 @@ from .http1 import (
     long_line,
     parse_head,
     problem,
-    render,
+    render_response,
 )
-from .settings import Limits
+from .settings import LimitSettings
 from .stream import Answer, Later, Loop, Stream
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Owner(Loop, Protocol):
     """
 
     application: Application
-    limits: Limits
+    limits: LimitSettings
     allowed_hosts: frozenset[str]
     allowed_origins: frozenset[str]
     connections: set[Connection]
@@ -301,10 +301,10 @@ class Connection:
         request.answered = True
         self._end_request(request)
         try:
-            data = render(response, request, self._closing)
+            data = render_response(response, request, self._closing)
         except ValueError as e:
             response = self._server.failed(request, e)
-            data = render(response, request, self._closing)
+            data = render_response(response, request, self._closing)
         self._server.log(request, response)
         self._conclude(data)
 
@@ -387,7 +387,7 @@ class Connection:
         if not request.minor:
             # HTTP/1.0 knows no chunks: the answer ends with the connection
             request.fields = {**request.fields, b'connection': b'close'}
-        self._send(render(response, request, not request.keeps_alive))
+        self._send(render_response(response, request, not request.keeps_alive))
         self._start(request, response.stream, stream)
 
     def wait(self, request: Request, later: Later) -> None:

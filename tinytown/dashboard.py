@@ -13,7 +13,7 @@ from .http1 import Request, Response
 _INLINE: Final = re.compile(r'<(style|script)>(.*?)</\1>', re.S)
 
 
-def read() -> tuple[bytes, tuple[tuple[str, str], ...]]:
+def dashboard_page() -> tuple[bytes, tuple[tuple[str, str], ...]]:
     """The page, and the header fields that it is served with."""
     page = files(__package__).joinpath('dashboard.html').read_text('utf-8')
     return page.encode(), (
@@ -40,7 +40,7 @@ def _hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-_PAGE, _HEADERS = read()
+_PAGE, _HEADERS = dashboard_page()
 
 
 def answer(_request: Request) -> Response:

@@ -16,10 +16,10 @@ from . import feed
 from .access import is_slow
 from .errors import Invalid, Unavailable
 from .events import Filter, as_page, choose, type_of, whole
-from .feed import PAGE, Event, Feed
+from .feed import PAGE, Event, EventFeed
 from .http1 import Request, Response, problem
 from .model import WaitSeconds
-from .operations import Op, encode
+from .operations import Op, encode_answer
 from .schema import Parameter, signature, validate
 from .store import Step, Store
 from .stream import Answer, Later, Slow, Stream
@@ -36,7 +36,7 @@ class Door(Protocol):
     """What a stream needs of the REST front end."""
 
     town: Town
-    feed: Feed
+    feed: EventFeed
 
     def read(self, request: Request, op: Op) -> Step[dict[str, Any]]:
         """The arguments of a request, once it is known who calls. Raises TownError."""
@@ -64,7 +64,7 @@ def stream_response(start: Callable[[Stream], None]) -> Response:
 
 def page_response(answer: Any) -> Response:
     """The same as a page of JSON."""
-    return Response(200, encode(answer), headers=(('Vary', 'Accept'),))
+    return Response(200, encode_answer(answer), headers=(('Vary', 'Accept'),))
 
 
 def last_event_id(request: Request, parameter: Parameter) -> Any:
@@ -79,7 +79,7 @@ def last_event_id(request: Request, parameter: Parameter) -> Any:
     return value
 
 
-def frame(event: Event) -> bytes:
+def event_frame(event: Event) -> bytes:
     """An event on the wire. A gap has no id: who comes back without having caught up is to learn of it again."""
     if event.is_gap:
         return b'event: gap\ndata: {"type":"gap","after":"%b"}\n\n' % event.id.encode()
@@ -89,20 +89,20 @@ def frame(event: Event) -> bytes:
 # ---------------------------------------------------------------------------------------------------------- following
 
 
-class Follower:
+class EventFollower:
     """Gives the events after a position to `sink`, in order: pages until it has caught up, then the feed.
 
     `sink` is given what `page` in feed.py gives, and may be given nothing: then only the position has moved.
     """
 
     def __init__(
-        self, stream: Stream, changes: Feed, store: Store, position: str, sink: Callable[[list[Event]], None]
+        self, stream: Stream, changes: EventFeed, store: Store, position: str, sink: Callable[[list[Event]], None]
     ) -> None:
         self._stream = stream
         self._feed = changes
         self._store = store
         self._sink = sink
-        self._leave: feed.Stop | None = None
+        self._leave: feed.Unsubscribe | None = None
         self.position = position
         stream.on_close = self._pause
 
@@ -155,7 +155,9 @@ class _Frames:
         self._passed = 0
 
     def take(self, events: list[Event]) -> None:
-        told = [frame(event) for event in events if (self._tells_gap if event.is_gap else self._wanted.fits(event))]
+        told = [
+            event_frame(event) for event in events if (self._tells_gap if event.is_gap else self._wanted.fits(event))
+        ]
         self._tells_gap = True
         self._passed = 0 if told else self._passed + len(events)
         if self._passed >= _MANY:
@@ -219,7 +221,7 @@ class EventStreams:
 
         def start(stream: Stream) -> None:
             frames = _Frames(stream, wanted, bool(after))
-            follower = Follower(stream, self._door.feed, self._door.town.store, position, frames.take)
+            follower = EventFollower(stream, self._door.feed, self._door.town.store, position, frames.take)
             stream.send(b'%bid: %b\n\n' % (RETRY, position.encode()))
             stream.when_taken(follower.page)
 
@@ -274,7 +276,7 @@ class _Poll:
             if told or gap:
                 stream.answer(self.page(told, gap))
 
-        follower = Follower(stream, self._door.feed, self._door.town.store, self._position, take)
+        follower = EventFollower(stream, self._door.feed, self._door.town.store, self._position, take)
         follower.join()
 
     def page(self, events: list[Event], gap: bool) -> Response:

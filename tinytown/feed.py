@@ -23,7 +23,7 @@ _BLOCK_MS: Final = 1000  # also how long the reader may outlive its last subscri
 _PAUSE_SECS: Final = 0.5
 
 Deliver = Callable[[list['Event']], None]
-Stop = Callable[[], None]
+Unsubscribe = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class _Subscriber:
             self.deliver(new)
 
 
-class Feed:
+class EventFeed:
     """The reader and those who listen to it.
 
     `call_soon(f)` runs f where subscribers are to be told, on an event loop's thread, say; without it they are told
@@ -95,7 +95,7 @@ class Feed:
         self._floor = (0, 0)  # the ring holds everything after this id
         self._current: object = None  # stands for the reader that is wanted
 
-    def subscribe(self, position: str, deliver: Deliver) -> Stop | None:
+    def subscribe(self, position: str, deliver: Deliver) -> Unsubscribe | None:
         """Has events after a position, as `page` gave it, delivered in order, until the returned function is called.
 
         Those that have arrived already are delivered before this returns. None if that many events have come since
@@ -112,7 +112,7 @@ class Feed:
             self._subscribers.append(subscriber)
         return lambda: self._leave(subscriber)
 
-    def join(self, deliver: Deliver) -> Stop:
+    def join(self, deliver: Deliver) -> Unsubscribe:
         """As `subscribe`, from now on, whatever was missed: a gap comes first."""
         with self._lock:
             position = self._kept[-1].id if self._kept else '0-0'

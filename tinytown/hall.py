@@ -14,31 +14,31 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
 from . import hosts, notify, redact, redis_server
-from .access import Access, Verifier, check_start
-from .caretaker import Caretaker
+from .access import Access, TokenVerifier, check_start
+from .caretaker import Supervisor
 from .errors import TownError, UsageError
-from .feed import Feed
+from .feed import EventFeed
 from .http1 import Request, Response
 from .listen import UNIX, host_of, is_passed, open_sockets, url_of
 from .local import note_townhall
 from .metrics import Meter
-from .operations import TABLE
+from .operations import OPERATIONS
 from .prefork import Prefork
-from .rest import Guarded, Rest
+from .rest import Guarded, RestApp
 from .say import Level, say
-from .settings import Config, Redis, Townhall
-from .steward import Steward
+from .settings import Config, RedisSettings, TownhallSettings
+from .steward import HostOrders
 from .stream import Answer
 from .town import Town, open_town
-from .vitals import Roll, Single, Vitals
+from .vitals import ChildStatus, LivenessMonitor, Single
 from .web import Encrypt, Server
 
 if TYPE_CHECKING:
-    from .mcp import Mcp
+    from .mcp import McpServer
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
 _FIXED: Final = (
-    *('name', 'host', *(f'redis.{name}' for name in Redis.specs), 'retention.events'),
+    *('name', 'host', *(f'redis.{name}' for name in RedisSettings.specs), 'retention.events'),
     *('townhall.bind', 'townhall.rest_port', 'townhall.workers', 'townhall.read_only', 'townhall.tls.enabled'),
     *('townhall.mcp_port', 'townhall.mcp.tools', 'townhall.mcp.read_only'),
     *('townhall.audit.path', 'townhall.audit.max_bytes', 'townhall.audit.keep'),
@@ -49,7 +49,7 @@ MCP_ROUTES_WITHOUT_SESSIONS: Final = (('POST', '/mcp'), ('GET', '/mcp'), ('DELET
 MCP_ROUTES: Final = (*MCP_ROUTES_WITHOUT_SESSIONS, ('GET', '/sse'), ('POST', '/messages'))
 
 
-class Hall:
+class TownhallProcess:
     """A townhall, in one process or several. `flags` are settings, by path, that the command line gave."""
 
     def __init__(self, root: Path, config: Config, flags: Mapping[str, Any], mode: str = 'rest') -> None:
@@ -60,7 +60,7 @@ class Hall:
         self._verifier, self._encrypt = _verifier(config, ask=True), _encryption(config, root)
         self._is_passed = is_passed(os.environ)
         self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
-        self._manager = notify.take(os.environ)
+        self._manager = notify.notifier(os.environ)
         self._host = host_of(self._listeners[0])
         for warning in (*check_start(config, self._host), *redact.exposed(root, config)):
             _say(warning, 'warning')
@@ -77,7 +77,7 @@ class Hall:
         _say(f'town {town.name} in {town.root}, Redis at {town.redis_url}', 'debug')
         settings, mode = town.config.townhall, self._mode
         self._access = Access(town, self._verifier)
-        self._feed = Feed(town.store)
+        self._feed = EventFeed(town.store)
         if settings.mcp.tools or mode != 'rest':
             _ = self.mcp  # made now: a tool that is none is told at the start
         self._durability = durability(town)
@@ -93,7 +93,7 @@ class Hall:
         try:
             if len(self._listeners) == 1:
                 return self._serve(0)
-            self._roll = Roll(len(self._listeners), self._manager, self._status())
+            self._roll = ChildStatus(len(self._listeners), self._manager, self._status())
             count = len(self._listeners)
             return Prefork(count, self._serve, self._reload, self._open, self._close, self._roll).run()
         finally:
@@ -119,15 +119,15 @@ class Hall:
     def _serve(self, number: int, lifeline: int = -1) -> int:
         """Serves in this process. The first of several has the caretaker."""
         town = self.town
-        table = TABLE if self._mode == 'rest' else ()
-        rest = Rest(town, self._access, self._durability, self._meter, self._feed, table)
+        table = OPERATIONS if self._mode == 'rest' else ()
+        rest = RestApp(town, self._access, self._durability, self._meter, self._feed, table)
         self._meter.begin(number)
         for method, path in MCP_ROUTES if len(self._listeners) == 1 else MCP_ROUTES_WITHOUT_SESSIONS:
             rest.add(method, path, Guarded('mcp', self._answer_mcp))
         if table:
             rest.add('GET', '/', Guarded('dashboard', _dashboard, lambda: True))
-        caretaker = Caretaker(town, presence=self._presence)
-        steward = Steward(town, self._presence) if number == 0 and self._presence else None
+        caretaker = Supervisor(town, presence=self._presence)
+        steward = HostOrders(town, self._presence) if number == 0 and self._presence else None
 
         def reload() -> None:
             if self._reload() if lifeline < 0 else self._take_up(tell=False):
@@ -148,7 +148,9 @@ class Hall:
         if steward:
             caretaker.start()
             steward.start()
-        vitals = Vitals(server, self._roll.child(number) if lifeline >= 0 else Single(self._manager, self._status()))
+        vitals = LivenessMonitor(
+            server, self._roll.child(number) if lifeline >= 0 else Single(self._manager, self._status())
+        )
         if self._manager:
             vitals.start()
         try:
@@ -166,14 +168,14 @@ class Hall:
     # What many townhalls never serve is imported when it is asked for.
 
     @cached_property
-    def mcp(self) -> Mcp:
+    def mcp(self) -> McpServer:
         """The MCP front end. Raises UsageError for a tool in the settings that is none."""
-        from .mcp import Mcp
-        from .mcp_catalogue import Catalogue
+        from .mcp import McpServer
+        from .mcp_catalogue import Catalog
 
         settings = self.town.config.townhall.mcp
-        offered = Catalogue(lambda: self.town, self._feed, settings.tools, settings.read_only)
-        return Mcp(offered, keeps_sessions=len(self._listeners) == 1)
+        offered = Catalog(lambda: self.town, self._feed, settings.tools, settings.read_only)
+        return McpServer(offered, keeps_sessions=len(self._listeners) == 1)
 
     @cached_property
     def _mcp_handlers(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
@@ -194,7 +196,7 @@ class Hall:
             each.close()
         return self._listeners[number]
 
-    def _share(self) -> Townhall:
+    def _share(self) -> TownhallSettings:
         """The settings of one process: of what is limited, its share."""
         settings = self.town.config.townhall
         count = settings.workers
@@ -246,19 +248,19 @@ class Hall:
         return configuration.from_values(values, self.town.root)
 
 
-def _port(settings: Townhall, mode: str) -> int:
+def _port(settings: TownhallSettings, mode: str) -> int:
     if mode == 'rest':
         return settings.rest_port
     return settings.rest_port + 1 if settings.mcp_port < 0 else settings.mcp_port
 
 
-def _verifier(config: Config, ask: bool = False) -> Verifier | None:
+def _verifier(config: Config, ask: bool = False) -> TokenVerifier | None:
     """Whoever can say whose a token is, in mode oidc. To `ask` its issuer now takes seconds if that is away."""
     if config.townhall.auth.mode != 'oidc':
         return None
     from . import oidc
 
-    made = oidc.Verifier(config.townhall.auth)
+    made = oidc.OidcVerifier(config.townhall.auth)
     if ask and (warning := made.check()):
         _say(warning, 'warning')
     return made

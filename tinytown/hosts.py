@@ -53,7 +53,7 @@ def _command(script: str, *args: Part) -> Command:
     return Command(scripts()[script], args)
 
 
-def take(presence: Presence, order: str, starter: str) -> Command:
+def take_order(presence: Presence, order: str, starter: str) -> Command:
     """Takes an order of this host; what is to be started is started by the process `starter`."""
     return _command('order_take', presence.host, presence.token, order, starter)
 
@@ -101,7 +101,7 @@ def place_of(root: Path) -> str:
     return f'{this_place()} {root}'
 
 
-def claim(root: Path) -> Command:
+def claim_host(root: Path) -> Command:
     """Whether the town in `root` may go by the name of this host. Refused as `Presence.here` is."""
     return _command('host_name', this_host(), place_of(root), _SILENCE_MS)
 
@@ -126,14 +126,14 @@ def arrive(town: Town, url: str, wait: Callable[[float], None] = time.sleep) -> 
 # ---------------------------------------------------------------------------------------------------------- asking
 
 
-def is_elsewhere(host: str) -> bool:
+def is_other_host(host: str) -> bool:
     """Whether that is another host than this one; '' is none."""
     return host not in ('', this_host())
 
 
 def where(call: Call, host: str) -> tuple[Part, ...]:
     """What the scripts are told of where an agent is to start: its host, and for an order their two times in ms."""
-    if not is_elsewhere(host):
+    if not is_other_host(host):
         return (this_host(),)
     return (host, int(_patience(call, PATIENCE_SECS) * 1000), _SILENCE_MS)
 
@@ -152,7 +152,9 @@ def await_start(call: Call, host: str, order: str, agent: str, agent_id: str) ->
     raise _unsure(host, 'start', agent, agent_id)
 
 
-def stop(call: Call, host: str, agent: str, name: str, instance: str, why: str, grace: float, to: str) -> Step[str]:
+def stop_remote(
+    call: Call, host: str, agent: str, name: str, instance: str, why: str, grace: float, to: str
+) -> Step[str]:
     """Has an agent stopped on another host, and waits until no process of it is left.
 
     Gives '', or since when that host is silent: the agent is Draining then, and stopped when a townhall is there again.

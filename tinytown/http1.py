@@ -132,7 +132,7 @@ def _date_field() -> bytes:
     return _date[1]
 
 
-def render(response: Response, request: Request, close: bool) -> bytes:
+def render_response(response: Response, request: Request, close: bool) -> bytes:
     """The bytes of an answer to a request. Raises ValueError for a header that would break out of its line."""
     parts = [
         b'%b%bX-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n'

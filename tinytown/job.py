@@ -21,7 +21,7 @@ _PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux
 _PIPES: Final = 16  # a pipe may be made that much larger
 
 
-class Log:
+class RunLog:
     """A file that grows to `most` bytes and is then put aside once (as NAME.1). `echo` copies it to standard output.
 
     Secrets are hidden in lines; in what comes in pieces they are to be hidden before.
@@ -71,14 +71,14 @@ class Log:
         os.close(before)
 
 
-class Job:
+class CliRun:
     """A run of `cli` in `cwd`, with the prompt on its standard input or in `prompt_file`. Raises OSError.
 
     `wake` is a descriptor that becomes readable when whoever waits is to look up at once.
     """
 
     def __init__(
-        self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: Log, wake: int
+        self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: RunLog, wake: int
     ) -> None:
         descriptor = os.open(prompt_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, 'w', encoding='utf-8') as out:

@@ -100,7 +100,7 @@ def _read_all(sock: socket.socket) -> bytes:
 
 def main(root: Path) -> int:
     """Keeps the town in `root` until SIGTERM or SIGINT, and ends it then. The exit status: 0 if nothing is left."""
-    manager = notify.take(os.environ)
+    manager = notify.notifier(os.environ)
     try:
         configuration.take_credentials()
     except UsageError as e:

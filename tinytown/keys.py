@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import config as configuration
 from . import keytable
 from .errors import TownError, UsageError
-from .local import Add, live_townhalls, say, tell_townhalls
+from .local import Add, live_townhalls, report, tell_townhalls
 from .model import ADMIN, READ
 from .ping import ask
 from .redis_server import private_directory
@@ -102,7 +102,7 @@ def _show(arguments: argparse.Namespace, made: ApiKey, more: str) -> int:
     key = {'key_file': str(file)} if file else {'key': made.key}
     where = f'The key is in {file}, mode 0600.' if file else 'The key is shown this once.'
     lines = [f'id    {made.id}', *([] if file else [f'key   {made.key}']), f'hash  {made.hash}', '', more, '', where]
-    return say(arguments, {'id': made.id, **key, 'hash': made.hash}, '\n'.join(lines))
+    return report(arguments, {'id': made.id, **key, 'hash': made.hash}, '\n'.join(lines))
 
 
 def _expiry(given: str) -> str:
@@ -127,7 +127,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if auth.mode != 'api_key':
         lines.append(f'{_MODE} is "{auth.mode}", so no key is asked for.')
     answer = {'mode': auth.mode, 'keys': keys, 'api_key_hash': bool(auth.api_key_hash)}
-    return say(arguments, answer, '\n'.join(lines) or 'There is no key. Make one:  tt key create --write')
+    return report(arguments, answer, '\n'.join(lines) or 'There is no key. Make one:  tt key create --write')
 
 
 def _line(key: dict[str, Any]) -> str:
@@ -156,7 +156,7 @@ def _revoke(arguments: argparse.Namespace) -> int:
         draft.text = keytable.removed(draft.text, key_id)
         draft.entries = [key for key in draft.entries if key['id'] != key_id]
     _check_taken_up(file.parent, f'{key_id} is not in {file} any more', 'it')
-    return say(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')
+    return report(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')
 
 
 def _check_taken_up(root: Path, done: str, what: str) -> None:

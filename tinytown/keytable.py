@@ -15,7 +15,7 @@ from typing import Any, Final, get_args
 from .model import Scope
 from .tomledit import Statement, statements, to_toml, with_value
 
-TABLE: Final = ('townhall', 'auth', 'keys')
+KEYS_TABLE: Final = ('townhall', 'auth', 'keys')
 ID_PATTERN: Final = r'[0-9a-f]{8}'
 _FIELDS: Final = ('id', 'hash', 'scopes', 'expires', 'note')
 
@@ -82,7 +82,7 @@ def with_text_time(key: dict[str, Any]) -> dict[str, Any]:
 def written(key: Mapping[str, Any]) -> str:
     """An entry as a file holds it."""
     lines = [f'{name} = {to_toml(key[name])}\n' for name in _FIELDS if name in key]
-    return f'[[{".".join(TABLE)}]]\n{"".join(lines)}'
+    return f'[[{".".join(KEYS_TABLE)}]]\n{"".join(lines)}'
 
 
 def added(source: str, key: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def added(source: str, key: Mapping[str, Any]) -> str:
 def rekeyed(source: str, key_id: str, text: str) -> str:
     """The text with another hash for a key. Every other byte stays as it is."""
     for each in _entry(source, key_id):
-        if each.path == (*TABLE, 'hash'):
+        if each.path == (*KEYS_TABLE, 'hash'):
             return source[: each.start] + with_value(each.text, to_toml(text)) + source[each.end :]
     return source
 
@@ -119,11 +119,11 @@ def _entry(source: str, key_id: str) -> list[Statement]:
             if any(_is_id(one, key_id) for one in entry):
                 last = max(i for i, one in enumerate(entry) if one.kind == 'value')
                 return entry[: last + 1]
-            entry = [each] if each and each.path == TABLE else []
+            entry = [each] if each and each.path == KEYS_TABLE else []
         elif entry:
             entry.append(each)
     return []
 
 
 def _is_id(statement: Statement, key_id: str) -> bool:
-    return statement.path == (*TABLE, 'id') and list(tomllib.loads(statement.text).values()) == [key_id]
+    return statement.path == (*KEYS_TABLE, 'id') and list(tomllib.loads(statement.text).values()) == [key_id]

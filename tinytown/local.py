@@ -17,11 +17,11 @@ from typing import Any, Final
 from . import agents, clis, doctor, redis_server, reports
 from . import config as configuration
 from .errors import TownError, UsageError
-from .hosts import claim
+from .hosts import claim_host
 from .model import ALL_SCOPES, Principal
 from .processes import (
     GRACE_SECS,
-    MARK,
+    INSTANCE_VARIABLE,
     Identity,
     hold,
     identify,
@@ -45,7 +45,7 @@ from .tomledit import change, to_toml
 from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
 
-START_SECS: Final = 10.0
+TOWNHALL_START_SECS: Final = 10.0
 Add = Callable[[str, str, str, Callable[[argparse.Namespace], int]], Parser]
 # The settings that `tt init` is given, and its flags.
 _INIT_FLAGS: Final = {'default_cli': 'cli', 'redis.url': 'redis_url', 'host': 'host'}
@@ -81,7 +81,7 @@ def wants_json(arguments: argparse.Namespace) -> bool:
     return bool(getattr(arguments, 'json', False))
 
 
-def say(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) -> int:
+def report(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) -> int:
     """Prints the answer of a command: JSON if that was asked for, else a sentence."""
     unicode = sys.stdout.encoding.lower() in ('utf-8', 'utf8')
     print(as_json(answer, not unicode) if wants_json(arguments) else sentence)
@@ -119,14 +119,14 @@ def _init(arguments: argparse.Namespace) -> int:
             file.unlink()
             raise
     start = f'tt start --town {given_root}' if given_root else 'tt start'
-    return say(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
+    return report(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
 
 
 def _join(arguments: argparse.Namespace, root: Path) -> int:
-    town = join(root, lambda town: town.store.call(claim(root)))
+    town = join(root, lambda town: town.store.call(claim_host(root)))
     told = f'{root} belongs to the town {town.name} now, as its host {this_host()}'
     sentence = f'{told}. Start it:  tt start --town {root}'
-    return say(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)
+    return report(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)
 
 
 def _start(arguments: argparse.Namespace) -> int:
@@ -135,19 +135,21 @@ def _start(arguments: argparse.Namespace) -> int:
     for _, process, url in running_townhalls(root):
         if verdict(process) == 'alive':
             answer = {'url': url, 'started': False, 'pid': process.pid}
-            return say(arguments, answer, f'{town.name} is open already on {url}')
+            return report(arguments, answer, f'{town.name} is open already on {url}')
     log = root / '.tt' / 'townhall.log'
     began = log.stat().st_size if log.exists() else 0
     env = {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
     argv = python('tinytown.townhall', 'rest', '--town', str(root))
     pid = start_detached(argv, root, env | {'PYTHONPATH': python_path()}, log)
     url = _await_townhall(root, pid, log, began)
-    return say(arguments, {'url': url, 'started': True, 'pid': pid}, f'{town.name} is open on {url}. Try:  tt status')
+    return report(
+        arguments, {'url': url, 'started': True, 'pid': pid}, f'{town.name} is open on {url}. Try:  tt status'
+    )
 
 
 def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
     """The URL of the townhall that was started as `pid`, once it listens. Raises TownError with what it said."""
-    deadline = time.monotonic() + START_SECS
+    deadline = time.monotonic() + TOWNHALL_START_SECS
     while time.monotonic() < deadline:
         for _, process, url in running_townhalls(root):
             if process.pid == pid:
@@ -230,13 +232,13 @@ def _stop(arguments: argparse.Namespace) -> int:
     halls, left = stop_townhalls(root, config)
     stopped, others, failed = _stop_workers(root, config)
     left += failed
-    redis = arguments.redis and redis_server.stop(root)
+    redis = arguments.redis and redis_server.stop_redis(root)
     answer = {'townhalls': halls, 'agents': stopped, 'left': left, 'redis': redis}
     answer |= {'others': others} if others else {}
     parts = [counted(halls, 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
     parts[2:2] = [f'{counted(others, "worker")} that its Redis has not been told of'] if others else []
     sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
-    say(arguments, answer, '\n'.join([sentence, *left]))
+    report(arguments, answer, '\n'.join([sentence, *left]))
     return 1 if left else 0
 
 
@@ -265,7 +267,7 @@ def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]
         left = [f'{e}']
     others = 0
     for instance, process in reports.workers(root).items():
-        if instance != os.environ.get(MARK):
+        if instance != os.environ.get(INSTANCE_VARIABLE):
             pids = stop_tree(process, instance)
             left += [f'Processes {pids} could not be ended; they may belong to another user'] if pids else []
             others += not pids
@@ -298,7 +300,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         found = [doctor.mend(each) for each in found]
     answer = {'findings': [each.shown() for each in found]}
     lines = [f'{each.kind}: {each.what}. {each.advice}' for each in found]
-    say(arguments, answer, '\n'.join(lines) or 'Processes, records and tasks fit together.')
+    report(arguments, answer, '\n'.join(lines) or 'Processes, records and tasks fit together.')
     return 1 if any(not each.mended for each in found) else 0
 
 
@@ -307,14 +309,14 @@ def _config(arguments: argparse.Namespace) -> int:
     if arguments.key is None:
         config = configuration.load(root)
         values = {path: _shown(path, configuration.get(config, path)) for path in configuration.settings()}
-        return say(arguments, values, '\n'.join(_config_lines(values)))
+        return report(arguments, values, '\n'.join(_config_lines(values)))
     setting, key = _setting(arguments.key)
     if arguments.value is None:
         value = configuration.get(configuration.load(root), setting.path)
         if key and key not in value:
             raise TownError(f'{arguments.key} is not set')
         value = value[key] if key else _without_password(setting.path, value)
-        return say(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
+        return report(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
     file = root / configuration.FILE
     new = _change(file, setting, key, arguments.value)
     new = _without_password(setting.path, new)
@@ -324,7 +326,7 @@ def _config(arguments: argparse.Namespace) -> int:
             '; the townhall and the workers that run stay in the Redis that they began with, and tt asks this one. To '
             'move all, set this back, run  tt stop  , set it again, and run  tt start'
         )
-    return say(
+    return report(
         arguments,
         {arguments.key: new},
         f'{arguments.key} = {to_toml(new)}  ({file}{told if tell_townhalls(root) else ""})',
@@ -409,7 +411,7 @@ def _worker(arguments: argparse.Namespace) -> int:
 
     def ready(start: Any) -> Step[None]:
         found = yield from agents.look_up(call, arguments.name)
-        clis.find(town.config, json.loads(found.json)['cli'])
+        clis.find_cli(town.config, json.loads(found.json)['cli'])
         yield from agents.revive(call, found.id, found.name, start)
 
     return run_here(town, ready)

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from .event_stream import RETRY, Door, last_event_id, page_response, stream_response, wants_stream
 from .http1 import Request, Response
-from .logs import MOST, LogPage, Reader, open_log
+from .logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
 from .model import READ, Principal
-from .operations import Op, encode
+from .operations import Op, encode_answer
 from .store import Step
 from .stream import Answer, Slow, Stream
 from .town import Call
@@ -47,7 +47,7 @@ class LogStreams:
         reader = yield from open_log(Call(self._door.town, _NOBODY), arguments['agent'])
 
         def start(stream: Stream) -> None:
-            follower = Follower(stream, reader, page['next_offset'], self._watch.wake)
+            follower = LogFollower(stream, reader, page['next_offset'], self._watch.wake)
             stream.on_close = lambda: self._watch.leave(follower)
             stream.send(RETRY + frames(page))
             self._watch.join(follower)
@@ -62,13 +62,13 @@ def frames(page: LogPage) -> bytes:
         if page.get(name):
             told += f'event: {name}\ndata: {{"type":"{name}","offset":{page["offset"]}}}\n\n'.encode()
     part: dict[str, Any] = {'offset': page['offset'], 'next_offset': page['next_offset'], 'text': page['text']}
-    return told + b'id: %d\nevent: log\ndata: %b\n\n' % (page['next_offset'], encode(part))
+    return told + b'id: %d\nevent: log\ndata: %b\n\n' % (page['next_offset'], encode_answer(part))
 
 
-class Follower:
+class LogFollower:
     """One client, and how far it has read a log."""
 
-    def __init__(self, stream: Stream, reader: Reader, offset: int, wake: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, reader: LogReader, offset: int, wake: Callable[[], None]) -> None:
         self._stream = stream
         self._reader = reader
         self._offset = offset
@@ -83,7 +83,7 @@ class Follower:
         seen = self._reader.version()
         if seen == self._seen:
             return
-        page = self._reader.page(self._offset, MOST)
+        page = self._reader.page(self._offset, MAX_PAGE_BYTES)
         self._seen = seen if page['next_offset'] == page['size'] else (-1, -1)
         if page['next_offset'] != self._offset:
             self._offset = page['next_offset']
@@ -106,11 +106,11 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._followers: set[Follower] = set()
+        self._followers: set[LogFollower] = set()
         self._is_wanted = threading.Event()
         self._runs = False
 
-    def join(self, follower: Follower) -> None:
+    def join(self, follower: LogFollower) -> None:
         """Follows, until `leave`."""
         with self._lock:
             self._followers.add(follower)
@@ -118,7 +118,7 @@ class Watch:
                 self._runs = True
                 threading.Thread(target=self._run, name='logs', daemon=True).start()
 
-    def leave(self, follower: Follower) -> None:
+    def leave(self, follower: LogFollower) -> None:
         with self._lock:
             self._followers.discard(follower)
 

@@ -20,11 +20,11 @@ from .agents import worker_log
 from .config import write_atomically
 from .errors import Invalid
 from .model import AgentRef, Field
-from .redact import MARK, Secrets
+from .redact import REDACTED, Secrets
 from .store import Step, text
 from .town import Call
 
-MOST: Final = 262144  # bytes of one page
+MAX_PAGE_BYTES: Final = 262144  # bytes of one page
 _PAGE: Final = 65536
 _LINES: Final = 100
 _CUT: Final = re.compile(
@@ -157,7 +157,7 @@ class LogPage(TypedDict):
     truncated: NotRequired[bool]
 
 
-class Reader:
+class LogReader:
     """Reads an agent's log, with secrets hidden."""
 
     def __init__(self, agent: str, file: Path, secrets: Secrets) -> None:
@@ -187,7 +187,7 @@ class Reader:
             page['gap'] = True
         return page
 
-    def tail(self, lines: int, most: int = MOST) -> LogPage:
+    def tail(self, lines: int, most: int = MAX_PAGE_BYTES) -> LogPage:
         """The last lines, as far as they go into so many bytes."""
         with _opened(self.file) as pieces:
             size = pieces[-1].end if pieces else 0
@@ -212,7 +212,7 @@ class Reader:
         parts, done = [], start - begin
         for span in self._secrets.spans(data):
             if span[1] > done and span[0] < stop - begin:
-                parts += [data[done : max(span[0], done)], MARK if span[0] >= start - begin else b'']
+                parts += [data[done : max(span[0], done)], REDACTED if span[0] >= start - begin else b'']
                 done = span[1]
         parts.append(data[done : max(stop - begin, done)])
         return stop, b''.join(parts).decode('utf-8', 'replace')
@@ -234,18 +234,18 @@ def _read(pieces: list[_Piece], start: int, stop: int) -> tuple[int, bytes]:
 Offset = Annotated[
     int, Field('From which byte on, counted from the beginning of the log', minimum=0, maximum=999_999_999_999_999)
 ]
-Bytes = Annotated[int, Field('Most bytes to return', minimum=1, maximum=MOST)]
+Bytes = Annotated[int, Field('Most bytes to return', minimum=1, maximum=MAX_PAGE_BYTES)]
 Lines = Annotated[int, Field('The last so many lines; 100 if no offset is given either', minimum=1, maximum=10_000)]
 
 
-def open_log(call: Call, agent: str) -> Step[Reader]:
+def open_log(call: Call, agent: str) -> Step[LogReader]:
     """The log of an agent. Raises NotFound for an unknown one, and Conflict for one whose log is on another host."""
     found = yield call.store.agent(agent)
     name, host = text(found[1]), text(found[5] or b'')
     file = worker_log(call.town.root, name)
-    if hosts.is_elsewhere(host):
+    if hosts.is_other_host(host):
         yield from hosts.check_here(call, f"The log of '{name}'", host, file.exists())
-    return Reader(name, file, redact.known(call.town.root, call.config, os.environ))
+    return LogReader(name, file, redact.known_secrets(call.town.root, call.config, os.environ))
 
 
 def read_log(
@@ -265,5 +265,5 @@ def read_log(
         raise Invalid(f'/tail: {detail}', errors=[{'pointer': '/tail', 'detail': detail}])
     reader = yield from open_log(call, agent)
     if offset is None:
-        return reader.tail(tail or _LINES, limit or MOST)
+        return reader.tail(tail or _LINES, limit or MAX_PAGE_BYTES)
     return reader.page(offset, limit or _PAGE)

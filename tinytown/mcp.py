@@ -18,10 +18,10 @@ from .mcp_messages import (
     INVALID_PARAMS,
     INVALID_REQUEST,
     LEGACY,
+    META_PREFIX,
     MODERN,
     NO_METHOD,
     NO_RESOURCE,
-    PREFIX,
     Fault,
     Id,
     envelope,
@@ -31,15 +31,15 @@ from .mcp_messages import (
     unsupported,
 )
 from .model import Json, Principal
-from .operations import Gate
+from .operations import CallLimits
 from .say import say
 from .store import Step
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
 _LIST_TTL_MS: Final = 60_000
 
-Stop = Callable[[], None]
-Tell = Callable[[str, Json], None]  # a notification: its method and parameters
+Cancel = Callable[[], None]
+Notify = Callable[[str, Json], None]  # a notification: its method and parameters
 Manner = Literal['quick', 'slow', 'stream', 'listen']
 
 
@@ -56,7 +56,7 @@ class Session:
     send: Callable[[Json], None]
     revision: str = ''  # as negotiated by `initialize`
     running: dict[Id, Ask] = field(default_factory=dict)
-    watches: dict[str, Stop] = field(default_factory=dict)  # by URI
+    watches: dict[str, Cancel] = field(default_factory=dict)  # by URI
 
     def end(self) -> None:
         """Stops what was to be told, and what is under way."""
@@ -78,10 +78,10 @@ class Ask:
     revision: str
     session: Session | None
     notify: Callable[[Json], None]
-    gate: Gate | None = None  # of the door, where calls are limited and recorded
+    gate: CallLimits | None = None  # of the door, where calls are limited and recorded
     cancelled: bool = False
     refused: TownError | None = None  # why the door did not let it in
-    stop: Stop | None = None  # ends what goes on after the step
+    stop: Cancel | None = None  # ends what goes on after the step
 
     @property
     def request_id(self) -> str:
@@ -117,7 +117,7 @@ class Ask:
             self.stop = None
 
 
-class Catalogue(Protocol):
+class CatalogProtocol(Protocol):
     """What a server offers. Lists depend on the caller; a step may raise Fault, or TownError."""
 
     info: Json  # name, title, version
@@ -144,7 +144,7 @@ class Catalogue(Protocol):
     def position(self) -> Step[str]:
         """Where the notifications are now."""
 
-    def watch(self, position: str, wanted: Json, tell: Tell) -> Stop:
+    def watch(self, position: str, wanted: Json, tell: Notify) -> Cancel:
         """Tells what happens after a position, until the returned function is called."""
 
 
@@ -160,10 +160,10 @@ _KEYS: Final = {'templates': 'resourceTemplates'}
 _MODERN_ONLY: Final = frozenset({'server/discover', 'subscriptions/listen'})
 
 
-class Mcp:
+class McpServer:
     """The protocol over a catalogue. A legacy client can only subscribe where it `keeps_sessions`."""
 
-    def __init__(self, catalogue: Catalogue, keeps_sessions: bool = True) -> None:
+    def __init__(self, catalogue: CatalogProtocol, keeps_sessions: bool = True) -> None:
         self.catalogue = catalogue
         self.keeps_sessions = keeps_sessions
         shared: dict[str, Callable[[Ask], Step[Json | None]]] = dict.fromkeys(_LISTS, self._list)
@@ -188,7 +188,7 @@ class Mcp:
         session: Session | None = None,
         revision: str = '',
         check: Callable[[str, Json], None] = lambda _method, _params: None,
-        gate: Gate | None = None,
+        gate: CallLimits | None = None,
     ) -> Ask | None:
         """What a message asks; None for a notification, which is heeded, and for a response, which nothing waits for.
 
@@ -213,10 +213,10 @@ class Mcp:
         """The revision of a modern request, '' of a legacy one (basic/versioning). Raises Fault."""
         meta = params.get('_meta')
         meta = meta if isinstance(meta, dict) else {}
-        key = f'{PREFIX}protocolVersion'
+        key = f'{META_PREFIX}protocolVersion'
         if key not in meta and method not in _MODERN_ONLY and revision in ('', *LEGACY):
             return ''
-        for needed, kind in ((key, str), (f'{PREFIX}clientCapabilities', dict)):
+        for needed, kind in ((key, str), (f'{META_PREFIX}clientCapabilities', dict)):
             if not isinstance(meta.get(needed), kind):
                 what = f'params._meta["{needed}"] is missing; every request of {MODERN} has it'
                 raise Fault(INVALID_PARAMS, what, status=400)
@@ -269,7 +269,7 @@ class Mcp:
             caching: Json = {}
             if ask.method in _LISTS or ask.method == 'resources/read':
                 caching = {'ttlMs': _LIST_TTL_MS if ask.method in _LISTS else 0, 'cacheScope': 'private'}
-            meta = {f'{PREFIX}serverInfo': self.catalogue.info, **result.get('_meta', {})}
+            meta = {f'{META_PREFIX}serverInfo': self.catalogue.info, **result.get('_meta', {})}
             result = {'resultType': 'complete', **caching, **result, '_meta': meta}
         return {'jsonrpc': '2.0', 'id': ask.id, 'result': result}
 
@@ -341,7 +341,7 @@ class Mcp:
     def _listen(self, ask: Ask) -> Step[Json | None]:
         """Opens a stream of notifications; there is no result until `farewell`."""
         granted = self.catalogue.honoured(ask.by, _filter(object_of(ask.params, 'notifications')))
-        tag = {'_meta': {f'{PREFIX}subscriptionId': ask.id}}
+        tag = {'_meta': {f'{META_PREFIX}subscriptionId': ask.id}}
         position = yield from self.catalogue.position()
         ask.tell('notifications/subscriptions/acknowledged', {'notifications': granted, **tag})
         ask.stop = self.catalogue.watch(position, granted, lambda method, params: ask.tell(method, params | tag))
@@ -351,7 +351,7 @@ class Mcp:
 
     def farewell(self, ask: Ask) -> Json:
         """The result of a `subscriptions/listen` that the server ends."""
-        return self._reply(ask, {'_meta': {f'{PREFIX}subscriptionId': ask.id}})
+        return self._reply(ask, {'_meta': {f'{META_PREFIX}subscriptionId': ask.id}})
 
     def _subscribe(self, ask: Ask) -> Step[Json]:
         session, uri = ask.session, text_of(ask.params, 'uri')
@@ -387,7 +387,7 @@ def not_batched(ask: Ask) -> Fault:
     return Fault(INVALID_REQUEST, f'MCP {ask.revision} has no arrays of messages', None, ask.id)
 
 
-def _teller(session: Session) -> Tell:
+def _teller(session: Session) -> Notify:
     return lambda method, params: session.send({'jsonrpc': '2.0', 'method': method, 'params': params})
 
 

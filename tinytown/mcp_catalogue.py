@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from . import __version__, feed, mcp_content
 from .errors import TownError, UsageError
-from .feed import Event, Feed
-from .mcp import Ask, Manner, Stop, Tell
+from .feed import Event, EventFeed
+from .mcp import Ask, Cancel, Manner, Notify
 from .mcp_messages import INVALID_PARAMS, NO_RESOURCE, Fault
 from .model import READ, Json, Principal
-from .operations import BY_NAME, TABLE, Gate, Op, call, encode
+from .operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
 from .store import Step
 from .town import Town
 
@@ -56,7 +56,7 @@ def offered_as(name: str) -> str:
 @cache
 def tools() -> dict[str, Json]:
     """Every tool by its operation's (or preset's) name. Made when first asked for: 40 schemas take 15 ms."""
-    named = {op.name: _tool(op.name, op, {}) for op in TABLE}
+    named = {op.name: _tool(op.name, op, {}) for op in OPERATIONS}
     return named | {name: _tool(name, BY_NAME[of], given) for name, (of, given) in PRESETS.items()}
 
 
@@ -130,12 +130,14 @@ def _nearest(name: str, known: Iterable[str], most: int, cutoff: float = 0.6) ->
     return difflib.get_close_matches(name, known, most, cutoff)
 
 
-class Catalogue:
+class Catalog:
     """A town over MCP. `town` gives it, opened when it is first needed. Raises UsageError for a tool that is none."""
 
     page = 100
 
-    def __init__(self, town: Callable[[], Town], changes: Feed | None, only: Iterable[str], read_only: bool) -> None:
+    def __init__(
+        self, town: Callable[[], Town], changes: EventFeed | None, only: Iterable[str], read_only: bool
+    ) -> None:
         self._town = town
         self._changes = changes
         selected = _selected(only)
@@ -188,7 +190,7 @@ class Catalogue:
             ask.refused = e
             text = yield from self._teach(ask, e, op)
             return {'content': [{'type': 'text', 'text': text}], 'isError': True}
-        data = encode(answer)
+        data = encode_answer(answer)
         return {
             'content': [{'type': 'text', 'text': data.decode()}],
             'structuredContent': json.loads(data) if isinstance(answer, bytes) else answer,
@@ -244,7 +246,7 @@ class Catalogue:
         return mcp_content.TEMPLATES if by.may(READ) else []
 
     def read(self, ask: Ask, uri: str) -> Step[list[Json]]:
-        found = mcp_content.locate(uri)
+        found = mcp_content.parse_resource_uri(uri)
         if found is None:
             raise _no_resource(uri)
         name, arguments = found
@@ -255,10 +257,10 @@ class Catalogue:
                 raise _no_resource(uri, e.detail) from None
             ask.refused = e
             raise
-        return [{'uri': uri, 'mimeType': 'application/json', 'text': encode(answer).decode()}]
+        return [{'uri': uri, 'mimeType': 'application/json', 'text': encode_answer(answer).decode()}]
 
     def honoured(self, by: Principal, wanted: Json) -> Json:
-        uris = [uri for uri in wanted.get('resourceSubscriptions', ()) if mcp_content.locate(uri)]
+        uris = [uri for uri in wanted.get('resourceSubscriptions', ()) if mcp_content.parse_resource_uri(uri)]
         return {'resourceSubscriptions': uris} if uris and self._changes and by.may(READ) else {}
 
     def position(self) -> Step[str]:
@@ -266,7 +268,7 @@ class Catalogue:
         assert not events
         return position
 
-    def watch(self, position: str, wanted: Json, tell: Tell) -> Stop:
+    def watch(self, position: str, wanted: Json, tell: Notify) -> Cancel:
         uris = wanted.get('resourceSubscriptions', [])
         if not uris or not self._changes:
             return lambda: None
@@ -316,8 +318,10 @@ class Catalogue:
         tags = [tag.strip() for tag in arguments.get('tags', '').split(',') if tag.strip()]
         return mcp_content.role_hint(self._town().name, agent, tags, waiting)
 
-    def _ask(self, by: Principal, name: str, arguments: Json, gate: Gate | None = None) -> Step[Json]:
-        found: Json = json.loads(encode((yield from call(self._town(), by, BY_NAME[name], arguments, gate=gate))))
+    def _ask(self, by: Principal, name: str, arguments: Json, gate: CallLimits | None = None) -> Step[Json]:
+        found: Json = json.loads(
+            encode_answer((yield from call(self._town(), by, BY_NAME[name], arguments, gate=gate)))
+        )
         return found
 
     def complete(self, ask: Ask, ref: Json, argument: str, value: str) -> Step[list[str]]:

@@ -108,7 +108,7 @@ _PLAIN: Final = {
 _ONE: Final = re.compile(r'tinytown://(agents|tasks)/([^/?#]+)')
 
 
-def locate(uri: str) -> tuple[str, Json] | None:
+def parse_resource_uri(uri: str) -> tuple[str, Json] | None:
     """The operation and arguments that a resource stands for."""
     if uri in _PLAIN:
         return _PLAIN[uri], {}

@@ -17,9 +17,9 @@ from .mcp_messages import (
     HEADER_MISMATCH,
     INTERNAL,
     INVALID_REQUEST,
+    META_PREFIX,
     NO_METHOD,
     PARSE_ERROR,
-    PREFIX,
     UNSUPPORTED_VERSION,
     Fault,
 )
@@ -73,13 +73,13 @@ def says_its_version(message: Any) -> bool:
     """Whether a message has the metadata of a modern request."""
     params = message.get('params') if isinstance(message, dict) else None
     meta = params.get('_meta') if isinstance(params, dict) else None
-    return isinstance(meta, dict) and f'{PREFIX}protocolVersion' in meta
+    return isinstance(meta, dict) and f'{META_PREFIX}protocolVersion' in meta
 
 
 def check_headers(request: Request, tools: Iterable[Json], method: str, params: Json) -> None:
     """Whether the headers of a modern request say what its body says. `tools` are those that the caller may call."""
     _compare(
-        'MCP-Protocol-Version', request.field(b'mcp-protocol-version'), params['_meta'][f'{PREFIX}protocolVersion']
+        'MCP-Protocol-Version', request.field(b'mcp-protocol-version'), params['_meta'][f'{META_PREFIX}protocolVersion']
     )
     _compare('Mcp-Method', request.field(b'mcp-method'), method)
     if method in _NAMED:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 from .access import Access, is_slow
 from .errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailable
 from .http1 import Request, Response, problem
-from .mcp import Ask, Mcp, Session, not_batched
+from .mcp import Ask, McpServer, Session, not_batched
 from .mcp_headers import EVENTS, JSON, accepts, check_accept, check_headers, check_type, says_its_version, status_of
 from .mcp_messages import (
     BATCHING,
@@ -23,7 +23,7 @@ from .mcp_messages import (
     MODERN,
     Fault,
     decode,
-    encode,
+    encode_message,
     error_reply,
     unsupported,
 )
@@ -45,15 +45,15 @@ _SESSION: Final = 'Mcp-Session-Id'
 Handle = Callable[[Request, Principal], Answer]
 
 
-def frame(message: Any) -> bytes:
+def message_frame(message: Any) -> bytes:
     """A message as a server-sent event."""
-    return b'event: message\ndata: %b\n\n' % encode(message)
+    return b'event: message\ndata: %b\n\n' % encode_message(message)
 
 
 class McpHttp:
     """The protocol on HTTP routes. One of several processes offers no session: the next request may go to another."""
 
-    def __init__(self, mcp: Mcp, access: Access) -> None:
+    def __init__(self, mcp: McpServer, access: Access) -> None:
         self._mcp = mcp
         self._access = access
         self._sessions = Sessions() if mcp.keeps_sessions else None
@@ -181,7 +181,7 @@ class McpHttp:
 
         return Response(
             200, content_type=EVENTS, headers=_UNBUFFERED, stream=start, heartbeat=_KEEP_ALIVE,
-            farewell=frame(self._mcp.farewell(ask)),
+            farewell=message_frame(self._mcp.farewell(ask)),
         )  # fmt: skip
 
     def _post_batch(self, request: Request, by: Principal, messages: list[Any], revision: str) -> Answer:
@@ -211,7 +211,7 @@ class McpHttp:
             reply = (yield from self._mcp.run(ask)) if isinstance(ask, Ask) else ask
             if reply:
                 replies.append(reply)
-        return Response(200, encode(replies)) if replies else Response(202)
+        return Response(200, encode_message(replies)) if replies else Response(202)
 
     def _get(self, request: Request, by: Principal) -> Answer:
         """The stream on which a legacy session hears what it did not ask for."""
@@ -296,7 +296,7 @@ class _Channel:
 
     def send(self, message: Json) -> None:
         """Sends a message; any thread may call."""
-        stream, data = self._stream, frame(message)
+        stream, data = self._stream, message_frame(message)
         if stream:
             stream.call_soon(lambda: stream.send(data))
 
@@ -316,7 +316,7 @@ def _response(reply: Json | None, is_modern: bool) -> Response:
     """A reply with the status that it has over HTTP."""
     if reply is None:
         return Response(202)
-    return Response(status_of(reply, is_modern), encode(reply))
+    return Response(status_of(reply, is_modern), encode_message(reply))
 
 
 def _refusal(ask: Ask, reply: Json | None) -> Response:
@@ -327,7 +327,7 @@ def _refusal(ask: Ask, reply: Json | None) -> Response:
         reply['result']['content'][0]['text'] if reply and 'content' in reply.get('result', {}) else ask.refused.detail
     )
     fault = Fault(INVALID_REQUEST, said, {'code': ask.refused.code}, ask.id)
-    return Response(ask.refused.status, encode(error_reply(fault)), headers=headers)
+    return Response(ask.refused.status, encode_message(error_reply(fault)), headers=headers)
 
 
 def _faultless(handle: Handle, request: Request, by: Principal) -> Answer:
@@ -336,7 +336,7 @@ def _faultless(handle: Handle, request: Request, by: Principal) -> Answer:
     except Fault as e:
         modern = request.field(b'mcp-protocol-version') not in ('', *LEGACY)
         reply = error_reply(e)
-        return Response(e.status or status_of(reply, modern), encode(reply))
+        return Response(e.status or status_of(reply, modern), encode_message(reply))
 
 
 def _pass_on(answer: Answer, stream: Stream) -> None:

@@ -10,7 +10,7 @@ from .model import Json
 MODERN: Final = '2026-07-28'
 LEGACY: Final = ('2025-11-25', '2025-06-18', '2025-03-26', '2024-11-05')
 BATCHING: Final = '2025-03-26'  # the one revision with arrays of messages; and what a client without a header speaks
-PREFIX: Final = 'io.modelcontextprotocol/'
+META_PREFIX: Final = 'io.modelcontextprotocol/'
 
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600
@@ -45,7 +45,7 @@ def error_reply(fault: Fault) -> Json:
     return {'jsonrpc': '2.0', **({} if fault.id is None else {'id': fault.id}), 'error': error}
 
 
-def encode(message: Any) -> bytes:
+def encode_message(message: Any) -> bytes:
     """A message as it is sent: one line of UTF-8."""
     return json.dumps(message, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
 

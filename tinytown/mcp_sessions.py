@@ -14,12 +14,12 @@ from typing import Final
 
 from .errors import NotFound
 from .mcp import Session
-from .mcp_messages import encode
+from .mcp_messages import encode_message
 from .model import Json
 from .stream import Stream
 
 IDLE_SECS: Final = 3600.0  # after which an unused session without a stream ends
-MOST: Final = 1024  # sessions, and as many that have ended; the longest unused give way
+MAX_SESSIONS: Final = 1024  # sessions, and as many that have ended; the longest unused give way
 _ID: Final = re.compile(r'[0-9a-f]{32}')
 
 
@@ -44,7 +44,7 @@ class Open:
             self.stream = None
 
     def _send(self, message: Json) -> None:
-        stream, data = self.stream, b'event: message\ndata: %b\n\n' % encode(message)
+        stream, data = self.stream, b'event: message\ndata: %b\n\n' % encode_message(message)
         if stream:
             stream.call_soon(lambda: stream.send(data))
 
@@ -90,7 +90,7 @@ class Sessions:
         stale = time.monotonic() - IDLE_SECS
         for each in [each for each in self._open.values() if each.used < stale and each.stream is None]:
             self.end(each)
-        if len(self._open) > MOST:
+        if len(self._open) > MAX_SESSIONS:
             idle = next((each for each in self._open.values() if each.stream is None), None)
             self.end(idle or next(iter(self._open.values())))
 
@@ -99,7 +99,7 @@ class Sessions:
         if self._open.pop(found.id, None) is None:
             return
         self._ended[found.id] = None
-        if len(self._ended) > MOST:
+        if len(self._ended) > MAX_SESSIONS:
             self._ended.popitem(last=False)
         found.end()
 

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, Final
 
 from . import agent_tokens, redact, redis_server
 from . import config as configuration
-from .caretaker import Caretaker
+from .caretaker import Supervisor
 from .errors import Unavailable, UsageError
-from .feed import Feed
-from .mcp import Ask, Mcp, Session, not_batched
-from .mcp_catalogue import Catalogue
-from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode, error_reply
+from .feed import EventFeed
+from .mcp import Ask, McpServer, Session, not_batched
+from .mcp_catalogue import Catalog
+from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode_message, error_reply
 from .model import ALL_SCOPES, LOCAL, READ, Json, Principal
 from .store import Step, Store
 from .town import Town, open_town
@@ -33,7 +33,7 @@ MOST_THREADS: Final = 32
 _EDGE: Final = 400  # bytes at each end of a line that is too long, in which its id is looked for
 _ID: Final = rb'"id"\s*:\s*(-?[0-9]{1,15}|"[^"\\]{1,100}")\s*'
 
-Run = Callable[[Step[Any]], Any]
+RunStep = Callable[[Step[Any]], Any]
 
 
 def _id_of(start: bytes, end: bytes) -> int | str | None:
@@ -56,7 +56,9 @@ def private_stdout() -> BinaryIO:
 class Stdio:
     """One client, who is `by`. `run` runs a step on the calling thread; `most` is the longest line, in bytes."""
 
-    def __init__(self, mcp: Mcp, by: Principal, run: Run, source: BinaryIO, sink: BinaryIO, most: int) -> None:
+    def __init__(
+        self, mcp: McpServer, by: Principal, run: RunStep, source: BinaryIO, sink: BinaryIO, most: int
+    ) -> None:
         self._mcp = mcp
         self._by = by
         self._run = run
@@ -95,7 +97,7 @@ class Stdio:
 
     def send(self, message: Any) -> None:
         """Writes a message. Any thread may call."""
-        data = encode(message) + b'\n'
+        data = encode_message(message) + b'\n'
         try:
             with self._lock:
                 self._sink.write(data)
@@ -171,7 +173,7 @@ class _Opening:
         self._lock = threading.Lock()
         self._town: Town | None = None
         self._is_looked_after = is_looked_after
-        self._caretaker: Caretaker | None = None
+        self._caretaker: Supervisor | None = None
 
     def __call__(self) -> Town:
         with self._lock:
@@ -181,7 +183,7 @@ class _Opening:
                 except UsageError as e:
                     raise Unavailable(str(e)) from None
                 if self._is_looked_after:
-                    self._caretaker = Caretaker(self._town)
+                    self._caretaker = Supervisor(self._town)
                     self._caretaker.start()
             return self._town
 
@@ -193,7 +195,7 @@ class _Opening:
 def _caller(town: _Opening, read_only: bool) -> Principal:
     """Whoever started us: a person, or the agent in whose run we are."""
     person = Principal(LOCAL, ALL_SCOPES)
-    by = agent_tokens.caller(town(), person) if os.environ.get('TINYTOWN_AGENT_ID') else person
+    by = agent_tokens.acting_principal(town(), person) if os.environ.get('TINYTOWN_AGENT_ID') else person
     return replace(by, scopes=frozenset({READ})) if read_only else by
 
 
@@ -205,10 +207,12 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     settings = config.townhall
     town = _Opening(root, flags, not settings.read_only)
     store = Store(redis_server.address(root, config), config.name, config.retention.events)
-    catalogue = Catalogue(town, Feed(store), settings.mcp.tools, settings.mcp.read_only)
+    catalogue = Catalog(town, EventFeed(store), settings.mcp.tools, settings.mcp.read_only)
     try:
         by = _caller(town, settings.read_only)
-        Stdio(Mcp(catalogue), by, store.run, sys.stdin.buffer, private_stdout(), settings.limits.body_bytes).serve()
+        Stdio(
+            McpServer(catalogue), by, store.run, sys.stdin.buffer, private_stdout(), settings.limits.body_bytes
+        ).serve()
     finally:
         town.close()
     return 0

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final, get_args
 
 from . import __version__
-from .census import Census
+from .census import Stats
 from .model import TASK_BOUNDS, AgentState
-from .operations import TABLE
+from .operations import OPERATIONS
 
 CONTENT_TYPE: Final = 'text/plain; version=0.0.4; charset=utf-8'
 HTTP_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -31,7 +31,7 @@ Series = tuple[str, str, int]  # operation, method, first digit of the status
 
 def _rows() -> Iterator[tuple[str, str]]:
     """Every operation and method that is counted apart: a fixed number, whatever clients send."""
-    for op in TABLE:
+    for op in OPERATIONS:
         methods = [op.method, op.also, 'HEAD' if op.method == 'GET' else '']
         yield from ((op.name, method) for method in methods if method)
     yield from ((name, method) for name in PLAIN for method in ('GET', 'HEAD', 'POST', OTHER))
@@ -88,7 +88,7 @@ class Meter:
 Sample = tuple[str, float]  # what follows the name of the metric, and the value
 
 
-def render(meter: Meter, census: Census | None, latency: float, error: str = '') -> str:
+def render_metrics(meter: Meter, census: Stats | None, latency: float, error: str = '') -> str:
     """Prometheus text 0.0.4. `latency` is that of Redis, in seconds; without a census `error` says why."""
     lines = [f'# tinytown_metrics_error {" ".join(error.split())}'] if error else []
     lines += _gauge('up', 'Whether this process serves', 1)
@@ -101,7 +101,7 @@ def render(meter: Meter, census: Census | None, latency: float, error: str = '')
     return '\n'.join(lines) + '\n'
 
 
-def _of_town(census: Census) -> Iterator[str]:
+def _of_town(census: Stats) -> Iterator[str]:
     states = [(f'{{state="{state.lower()}"}}', census.agents.get(state, 0)) for state in get_args(AgentState)]
     yield from _metric('agents_total', 'gauge', 'Agents by state (the older name of tinytown_agents)', states)
     yield from _metric('agents', 'gauge', 'Agents by state', states)
@@ -135,7 +135,7 @@ _COUNTERS: Final = (
 )
 
 
-def _task_cells(census: Census, name: str) -> list[float]:
+def _task_cells(census: Stats, name: str) -> list[float]:
     counts = [float(census.totals.get(f'{name}:{i}', 0)) for i in range(1, len(TASK_BOUNDS) + 2)]
     return [*counts, census.totals.get(f'{name}:ms', 0) / 1000]
 

@@ -16,13 +16,13 @@ PLACE: Final = Path(__file__).parents[1] / 'native'
 _TAG: Final = re.compile(r'(manylinux|musllinux|macosx)_(\d+)_(\d+)_(\w+)')
 
 
-def find(name: str, place: Path = PLACE) -> Path | None:
+def find_bundled(name: str, place: Path = PLACE) -> Path | None:
     """A file of that name that was made for this machine; None if there is none."""
     candidates = sorted(place.glob(f'*/{name}'))
-    return next((file for file in candidates if fits(file.parent.name)), None)
+    return next((file for file in candidates if fits_platform(file.parent.name)), None)
 
 
-def fits(tag: str) -> bool:
+def fits_platform(tag: str) -> bool:
     """Whether what was made for a platform runs on this machine: its system, processor, and C library or release."""
     match = _TAG.fullmatch(tag)
     if not match:

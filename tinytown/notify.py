@@ -61,7 +61,7 @@ class Notifier:
             say('notify', f'the service manager can not be told {lines[0]}: {e.strerror or e}', 'warning')
 
 
-def take(environ: MutableMapping[str, str]) -> Notifier:
+def notifier(environ: MutableMapping[str, str]) -> Notifier:
     """Whoever manages this process, taken out of its environment. A watchdog for another pid is not ours."""
     address = environ.pop('NOTIFY_SOCKET', '')
     usec, pid = environ.pop('WATCHDOG_USEC', ''), environ.pop('WATCHDOG_PID', '')

@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 from . import __version__
 from .errors import Forbidden, Unauthorized, Unavailable, UsageError
 from .model import ALL_SCOPES, Principal
-from .settings import Auth
+from .settings import AuthSettings
 
 MOST_TOKEN: Final = 8192  # bytes
 MOST_CACHED: Final = 1024  # verified tokens
-MOST_WAITING: Final = 8  # threads that wait for one answer of the issuer
+MAX_WAITING_THREADS: Final = 8  # threads that wait for one answer of the issuer
 RETRY_SECS: Final = 5.0  # between two times that the issuer is asked
 KEY_AGE_SECS: Final = 600.0  # after which keys are asked for again: one that was withdrawn ends then
 FETCH_SECS: Final = 5.0  # for the whole of asking
@@ -66,7 +66,7 @@ class Key:
 # ---------------------------------------------------------------------------------------------------------- verifier
 
 
-class Verifier:
+class OidcVerifier:
     """Turns tokens into principals. Any thread may call; `clock` tells seconds since 1970, `ticks` those that pass.
 
     `trouble` is why the issuer gave no keys when it was last asked; '' if it did.
@@ -74,7 +74,10 @@ class Verifier:
     """
 
     def __init__(
-        self, settings: Auth, clock: Callable[[], float] = time.time, ticks: Callable[[], float] = time.monotonic
+        self,
+        settings: AuthSettings,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         check_settings(settings)
         self._settings = settings
@@ -111,7 +114,7 @@ class Verifier:
         except _UnknownKeyError:
             if not self._flight.locked() and not self._may_ask():
                 raise self._unknown() from None
-            if self._waiting >= MOST_WAITING:
+            if self._waiting >= MAX_WAITING_THREADS:
                 raise Unavailable(
                     'the issuer is being asked for its keys', code='issuer-unreachable', retry_after=1
                 ) from None
@@ -317,7 +320,7 @@ def _look_up(claims: Mapping[str, Any], claim: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def check_settings(settings: Auth) -> None:
+def check_settings(settings: AuthSettings) -> None:
     """Raises UsageError for settings with which no token could be verified."""
     for name, given, meant in (
         ('issuer', settings.issuer, 'give the URL that stands in `iss` of its tokens'),
@@ -369,7 +372,7 @@ def _jws() -> Any:
 # ---------------------------------------------------------------------------------------------------------- fetching
 
 
-def fetch_keys(settings: Auth) -> tuple[Key, ...]:
+def fetch_keys(settings: AuthSettings) -> tuple[Key, ...]:
     """The keys that the issuer publishes now. Raises Unreachable, and UsageError if it says it is another issuer."""
     deadline = time.monotonic() + FETCH_SECS
     url = settings.jwks_url or _discover(settings.issuer, deadline)

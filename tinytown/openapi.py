@@ -20,7 +20,7 @@ from .errors import TownError
 from .event_stream import WAIT
 from .metrics import CONTENT_TYPE
 from .model import Agent, Assigned, Json, Task
-from .operations import TABLE, Op
+from .operations import OPERATIONS, Op
 from .schema import json_schema
 from .timeline import Change
 from .town import TownEvent
@@ -352,7 +352,7 @@ def _mcp(mode: str) -> Json:
 def document(mode: str, metrics_scope: str) -> Json:
     """The document for an authentication mode and the scope that metrics need ('' for none)."""
     paths = _probes(mode, metrics_scope)
-    for op in TABLE:
+    for op in OPERATIONS:
         for method in filter(None, (op.method, op.also)):
             paths.setdefault(op.path, {})[method.lower()] = _operation(op, method, mode)
     return {
@@ -372,6 +372,6 @@ _ABOUT: Final = (
 
 
 @cache
-def text(mode: str, metrics_scope: str) -> bytes:
+def document_bytes(mode: str, metrics_scope: str) -> bytes:
     """The document as JSON."""
     return json.dumps(document(mode, metrics_scope), ensure_ascii=False, separators=(',', ':')).encode()

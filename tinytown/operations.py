@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import agents, backlog, deadletter, events, hosts, logs, messages, recovery, tasks, town
-from .audit import Visit
+from .audit import AuditSubject
 from .errors import Forbidden, TownError
 from .model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
 from .schema import Parameter, input_schema, output_schema, signature, validate
@@ -81,7 +81,7 @@ class Op:
 
 
 # fmt: off
-TABLE: Final = (
+OPERATIONS: Final = (
     Op('town.get', town.info, READ, 'GET', '/v1/town', 'town'),
     Op('town.get_status', town.status, READ, 'GET', '/v1/status', 'status'),
     Op('town.list_hosts', hosts.list_hosts, READ, 'GET', '/v1/hosts', 'hosts'),
@@ -134,10 +134,10 @@ TABLE: Final = (
 )
 # fmt: on
 
-BY_NAME: Final = {op.name: op for op in TABLE}
+BY_NAME: Final = {op.name: op for op in OPERATIONS}
 
 
-class Gate(NamedTuple):
+class CallLimits(NamedTuple):
     """What stands in the door of a townhall beside the scopes, for one request: its limits, and the audit."""
 
     throttle: Throttle
@@ -147,7 +147,7 @@ class Gate(NamedTuple):
 
 
 def call(
-    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', gate: Gate | None = None
+    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', gate: CallLimits | None = None
 ) -> Step[Any]:
     """The one door: every front end comes through here, so no check can be missed by one of them.
 
@@ -159,10 +159,12 @@ def call(
     step = _perform(town, by, op, arguments, validate(op.parameters, arguments), key)
     if not (gate and op.changes):
         return (yield from step)
-    return (yield from _on_record(gate.audit, Visit(gate.request_id, gate.address, by, op.name, arguments), step))
+    return (
+        yield from _on_record(gate.audit, AuditSubject(gate.request_id, gate.address, by, op.name, arguments), step)
+    )
 
 
-def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: Gate | None) -> None:
+def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: CallLimits | None) -> None:
     """The first half of the door: the caller's scope and rate. Raises Forbidden, TooManyRequests, and has it on record.
 
     What is served to callers who are known and is no operation comes through here too.
@@ -173,7 +175,7 @@ def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gat
             gate.throttle.take(by, gate.address, scope != READ)
     except TownError as e:
         if gate:
-            gate.audit.denied(Visit(gate.request_id, gate.address, by, name, arguments), e)
+            gate.audit.denied(AuditSubject(gate.request_id, gate.address, by, name, arguments), e)
         raise
 
 
@@ -187,7 +189,7 @@ def _check_scope(by: Principal, name: str, scope: Scope) -> None:
         )
 
 
-def _on_record(audit: Audit, visit: Visit, step: Step[Any]) -> Step[Any]:
+def _on_record(audit: Audit, visit: AuditSubject, step: Step[Any]) -> Step[Any]:
     """Runs a change between its two lines of the audit. Without the first it is not run."""
     record = audit.begin(visit)
     outcome, made = 'unknown', None
@@ -240,7 +242,7 @@ def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
     if reply[0] == b'done':
         return Page(reply[1])
     try:
-        answer = encode((yield from step))
+        answer = encode_answer((yield from step))
     except Exception:
         yield town.store.settle(key, b'')
         raise
@@ -248,7 +250,7 @@ def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
     return Page(answer)
 
 
-def encode(answer: Any) -> bytes:
+def encode_answer(answer: Any) -> bytes:
     """What an operation gave, as JSON."""
     if isinstance(answer, bytes):
         return answer

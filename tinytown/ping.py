@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .client import parse_url
 from .errors import TownError
-from .local import Add, running_townhalls, say
+from .local import Add, report, running_townhalls
 from .usage import meant_root
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _ping(arguments: argparse.Namespace) -> int:
     status, found = ask(url, path, is_here=not getattr(arguments, 'url', None))
     answer = {'url': url, 'http_status': status, **found}
     said = f'{url} is {found.get("status", f"not a townhall: it answered {status}")}'
-    say(arguments, answer, f'{said}: {found["detail"]}' if 'detail' in found else said)
+    report(arguments, answer, f'{said}: {found["detail"]}' if 'detail' in found else said)
     return 0 if status == 200 else 1
 
 

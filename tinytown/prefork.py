@@ -18,7 +18,7 @@ from typing import Final
 from .errors import UsageError
 from .processes import reap
 from .say import finish, last_words, say
-from .vitals import Roll
+from .vitals import ChildStatus
 
 SHORT_LIFE_SECS: Final = 1.0  # a child that lives shorter is replaced only after as long
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -40,7 +40,7 @@ class Prefork:
         reload: Callable[[], bool],
         ready: Callable[[], None],
         stopping: Callable[[], None],
-        roll: Roll,
+        roll: ChildStatus,
     ) -> None:
         self._count = count
         self._serve = serve

@@ -10,8 +10,8 @@ from . import census
 from .access import Access, is_slow
 from .errors import TownError
 from .http1 import Request, Response
-from .metrics import CONTENT_TYPE, Meter, render
-from .operations import encode, enter
+from .metrics import CONTENT_TYPE, Meter, render_metrics
+from .operations import encode_answer, enter
 from .store import Command
 from .stream import Answer, Slow
 from .town import Town
@@ -31,7 +31,7 @@ _NUMBERS: Final = ('metrics', 'scaling')
 Reply = Generator[Command, Any, Response]
 
 
-class Probes:
+class HealthRoutes:
     """Answers them for a town, which `town` gives. `is_draining`, set once there is a server, says that it stops."""
 
     def __init__(self, town: Callable[[], Town], access: Access, durability: str, meter: Meter) -> None:
@@ -54,7 +54,7 @@ class Probes:
             from . import openapi  # late: few ask for it
 
             settings = self._town().config.townhall
-            return Response(200, openapi.text(settings.auth.mode, settings.metrics.scope))
+            return Response(200, openapi.document_bytes(settings.auth.mode, settings.metrics.scope))
         if name in _NUMBERS:
             step = self._guarded(name, request)
             return Slow(step) if is_slow(request) else step
@@ -64,7 +64,7 @@ class Probes:
         found: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
         began = time.monotonic()
         try:
-            counted = yield from census.take(self._town())
+            counted = yield from census.take_census(self._town())
         except TownError as e:
             found = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
         else:
@@ -79,7 +79,7 @@ class Probes:
         if draining:
             found |= {'status': 'not_ready', 'detail': 'this server stops; it takes no new connections'}
         found |= {'town': self._town().name, 'durability': self._durability, 'draining': draining}
-        return _readiness(found['status'] == 'ready', encode(found))
+        return _readiness(found['status'] == 'ready', encode_answer(found))
 
     def _guarded(self, name: str, request: Request) -> Reply:
         scope = self._town().config.townhall.metrics.scope
@@ -92,14 +92,14 @@ class Probes:
         began = time.monotonic()
         counted, error = None, ''
         try:
-            counted = yield from census.take(self._town())
+            counted = yield from census.take_census(self._town())
         except TownError as e:
             error = e.detail
-        text = render(self._meter, counted, time.monotonic() - began, error)
+        text = render_metrics(self._meter, counted, time.monotonic() - began, error)
         return _readiness(not error, text.encode(), CONTENT_TYPE)
 
     def _scaling(self) -> Reply:
-        return Response(200, encode((yield from census.scaling(self._town()))))
+        return Response(200, encode_answer((yield from census.scaling(self._town()))))
 
 
 def _readiness(ready: bool, body: bytes, content_type: str = 'application/json') -> Response:

@@ -32,7 +32,7 @@ from .model import is_uuid, new_id
 Verdict = Literal['alive', 'dead', 'unknown']
 HAS_PROC: Final = Path('/proc/self/stat').exists()
 GRACE_SECS: Final = 5.0
-MARK: Final = 'TINYTOWN_INSTANCE'  # the environment variable by which a worker's processes are known
+INSTANCE_VARIABLE: Final = 'TINYTOWN_INSTANCE'  # the environment variable by which a worker's processes are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def start_detached(
         child = subprocess.Popen(
             argv,
             cwd=cwd,
-            env=env | {MARK: mark or new_id()},
+            env=env | {INSTANCE_VARIABLE: mark or new_id()},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -287,7 +287,7 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 def _mark_of(pid: int) -> str:
     """The mark that a process carries in its environment; '' if none, or it is not to be seen."""
-    return _variable(pid, MARK)
+    return _variable(pid, INSTANCE_VARIABLE)
 
 
 def _variable(pid: int, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 
 from .errors import TooManyRequests
 from .model import LOCAL, Principal
-from .settings import RateLimit
+from .settings import RateLimitSettings
 from .shared import Table
 
 _PLACES: Final = 8192  # callers that are remembered: 256 KiB
@@ -48,7 +48,7 @@ class Buckets:
 class Throttle:
     """The limits of a configuration, in buckets: of reads and of changes, for each caller."""
 
-    def __init__(self, settings: RateLimit, buckets: Buckets) -> None:
+    def __init__(self, settings: RateLimitSettings, buckets: Buckets) -> None:
         self._settings = settings
         self._buckets = buckets
 

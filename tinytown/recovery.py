@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
 from . import hosts, reports
-from .agents import MOST_AT_ONCE, look_up, prune, stop_process
+from .agents import MAX_MOVED, look_up, prune, stop_process
 from .errors import Conflict, NotFound
 from .model import AT_REST, LIVE, AgentRef, Field
 from .processes import GRACE_SECS, Identity, is_beside, stop_tree
@@ -57,7 +57,7 @@ def recover(call: Call) -> Step[Recovered]:
     since; an agent that only has not been heard of, or that runs on another host, is left alone. Refused where the
     name of this host is that of another place.
     """
-    yield hosts.claim(call.town.root)
+    yield hosts.claim_host(call.town.root)
     reply = yield call.store.evidence(LIVE)
     checked, found = reply
     recovered = []
@@ -122,9 +122,9 @@ def reclaim(
     moved = 0
     for source in sources:
         while True:
-            tasks, messages = yield call.store.reclaim(source, destination.id if destination else '', MOST_AT_ONCE)
+            tasks, messages = yield call.store.reclaim(source, destination.id if destination else '', MAX_MOVED)
             moved += tasks
-            if max(tasks, messages) < MOST_AT_ONCE:
+            if max(tasks, messages) < MAX_MOVED:
                 break
     return {'reclaimed': moved, 'destination': destination.name if destination else 'backlog'}
 
@@ -134,7 +134,7 @@ def orphan_tasks(call: Call, *, action: OrphanAction = 'list') -> Step[Orphans]:
 
     At most 200 are handled at once; call again for more.
     """
-    reply = yield call.store.orphans(action, MOST_AT_ONCE)
+    reply = yield call.store.orphans(action, MAX_MOVED)
     orphans: list[Any] = [
         {'task_id': text(task), 'assigned_to': text(agent), 'state': text(state), 'reason': text(reason)}
         for task, agent, state, reason in reply[0]
@@ -158,7 +158,7 @@ def reset(call: Call, *, agents_only: AgentsOnly = False, force: Really = False)
     tasks = 0
     if not agents_only:
         while True:
-            deleted, left = yield call.store.purge_tasks(MOST_AT_ONCE)
+            deleted, left = yield call.store.purge_tasks(MAX_MOVED)
             tasks += deleted
             if not left:
                 break

@@ -22,7 +22,7 @@ from .config import FILE, read_settings
 from .settings import Config
 
 SHORTEST: Final = 8
-MARK: Final = b'[redacted]'
+REDACTED: Final = b'[redacted]'
 _PATH: Final = re.compile(r'/[\w./:+-]*')
 # In the login of a URL. Where a character of it should have been encoded and is not, all up to the last @ may be it.
 _IN_LOGIN: Final = re.compile(r'(?<=://)([^:/?#]*):([^/?#]*)@')
@@ -54,7 +54,7 @@ class Secrets:
         """Data with a mark in the place of each secret."""
         parts, done = [], 0
         for start, end in self.spans(data):
-            parts += [data[done:start], MARK]
+            parts += [data[done:start], REDACTED]
             done = end
         return b''.join([*parts, data[done:]]) if parts else data
 
@@ -105,7 +105,7 @@ class Redactor:
         return self._secrets.hide(data)
 
 
-def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
+def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
     """The secrets of a town that this process knows of.
 
     The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis (those in files,
@@ -129,7 +129,7 @@ def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
 def ready_log(root: Path, config: Config) -> None:
     """Has this process write its log as a town's settings say, and without its secrets."""
     log = config.townhall.log
-    say.configure(log.format, log.level, config.name, known(root, config, os.environ).hide)
+    say.configure(log.format, log.level, config.name, known_secrets(root, config, os.environ).hide)
 
 
 def exposed(root: Path, config: Config) -> list[str]:

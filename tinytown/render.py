@@ -8,11 +8,11 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from .logs import MOST as MOST_LOG
+from .logs import MAX_PAGE_BYTES as MOST_LOG
 from .model import CONDUCTOR_ID
 from .processes import this_host
 
-Answer = dict[str, Any]
+JsonObject = dict[str, Any]
 
 _COLOURS: Final = {
     'Idle': 32, 'Working': 36, 'Starting': 36, 'Paused': 33, 'Draining': 33, 'Error': 31, 'Stopped': 2, 'Cold': 2,
@@ -25,7 +25,7 @@ _PIECES: Final = re.compile(r'\x1b\[[0-9]*m|.', re.S)
 _MOST: Final = 72  # columns of a cell
 
 
-def render(operation: str, answer: Answer, colour: bool) -> str:
+def format_answer(operation: str, answer: JsonObject, colour: bool) -> str:
     """The text for an operation's answer; colour marks states."""
     text = _RENDERERS.get(operation, _fields)(cleaned(answer))
     if answer.get('next_cursor'):
@@ -112,7 +112,7 @@ def state(name: str) -> str:
     return f'\x1b[{code}m{name}\x1b[0m' if code else name
 
 
-def _fields(answer: Answer) -> str:
+def _fields(answer: JsonObject) -> str:
     width = max((len(name) for name in answer), default=0)
     indent = '\n' + ' ' * (width + 2)
     return '\n'.join(
@@ -132,13 +132,13 @@ def _value(name: str, value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
-def elsewhere(agent: Answer) -> str:
+def elsewhere(agent: JsonObject) -> str:
     """The host that an agent runs on, if that is not this one; else ''."""
     host: str = agent.get('host') or ''
     return host if host != this_host() else ''
 
 
-def _agents(answer: Answer) -> str:
+def _agents(answer: JsonObject) -> str:
     hosts = any(map(elsewhere, answer['agents']))
     rows = [
         [
@@ -158,7 +158,7 @@ def _agents(answer: Answer) -> str:
     return table(head, rows, 'No agents. Start one:  tt spawn NAME')
 
 
-def _hosts(answer: Answer) -> str:
+def _hosts(answer: JsonObject) -> str:
     rows = [
         [
             h['host'] + (' (this one)' if h['here'] else ''),
@@ -174,7 +174,7 @@ def _hosts(answer: Answer) -> str:
     return table(head, rows, 'No townhall was heard of. Start one:  tt start')
 
 
-def _status(answer: Answer) -> str:
+def _status(answer: JsonObject) -> str:
     parts = [f'{answer["name"]}  {answer["root"]}  {answer["redis_url"]}', _agents(answer)]
     if 'tasks' in answer:
         parts.append('Tasks: ' + ', '.join(f'{count} {name}' for name, count in answer['tasks'].items()))
@@ -182,21 +182,21 @@ def _status(answer: Answer) -> str:
     return '\n\n'.join(parts)
 
 
-def _event_table(events: Sequence[Answer]) -> str:
+def _event_table(events: Sequence[JsonObject]) -> str:
     rows = [
         [e['at'], e['type'], e.get('agent_name') or '-', e.get('task_id') or '-', e.get('why') or '-'] for e in events
     ]
     return table(('AT', 'EVENT', 'AGENT', 'TASK', 'WHY'), rows, 'No events.')
 
 
-def _events(answer: Answer) -> str:
+def _events(answer: JsonObject) -> str:
     text = _event_table(answer['events'])
     if answer.get('gap'):
         text = f'Some of what came before is not kept any more.\n\n{text}'
     return f'{text}\n\nThere is more; add  --after {answer["next_after"]}' if answer.get('more') else text
 
 
-def event_line(event: Answer) -> str:
+def event_line(event: JsonObject) -> str:
     """An event as a line of a feed; a gap as a line that says so."""
     if event['type'] == 'gap':
         return '--- some events are not kept any more ---'
@@ -206,12 +206,12 @@ def event_line(event: Answer) -> str:
     return f'{event["at"]}  {event["type"]:20}  {agent:16}  {task}{why}'
 
 
-def _log_text(answer: Answer) -> str:
+def _log_text(answer: JsonObject) -> str:
     text: str = answer['text']
     return text.rstrip('\n') or f'{answer["agent"]} has said nothing yet.'
 
 
-def _tasks(answer: Answer) -> str:
+def _tasks(answer: JsonObject) -> str:
     rows = [
         [t['task_id'], state(t['state']), t['agent_name'] or '-', str(t['attempt']), t['description']]
         for t in answer['tasks']
@@ -219,17 +219,17 @@ def _tasks(answer: Answer) -> str:
     return table(('TASK', 'STATE', 'AGENT', 'ATTEMPT', 'DESCRIPTION'), rows, 'No tasks.')
 
 
-def _pending(answer: Answer) -> str:
+def _pending(answer: JsonObject) -> str:
     rows = [[t['task_id'], t['agent_name'], t['description']] for t in answer['tasks']]
     return table(('TASK', 'AGENT', 'DESCRIPTION'), rows, 'No task waits in an inbox.')
 
 
-def _backlog(answer: Answer) -> str:
+def _backlog(answer: JsonObject) -> str:
     rows = [[t['task_id'], ', '.join(t['tags']) or '-', t['description']] for t in answer['backlog']]
     return table(('TASK', 'TAGS', 'DESCRIPTION'), rows, 'The backlog is empty.')
 
 
-def _inbox(answer: Answer) -> str:
+def _inbox(answer: JsonObject) -> str:
     said = f'{answer["agent"]}: {counted(answer["total"], "message")}, {answer["urgent"]} urgent'
     rows = [[m['id'], _sender(m['from']), m['type'], m['summary']] for m in answer['messages']]
     return f'{said}\n\n{table(("ID", "FROM", "TYPE", "TEXT"), rows, "", whole=True)}' if rows else said
@@ -240,7 +240,7 @@ def _sender(agent_id: str) -> str:
     return 'conductor' if agent_id in (CONDUCTOR_ID, '') else agent_id[:8]
 
 
-def _history(answer: Answer) -> str:
+def _history(answer: JsonObject) -> str:
     rows = [
         [
             e['at'],
@@ -270,7 +270,7 @@ def _took(seconds: float | None) -> str:
     return f'{minutes} min {rest} s' if minutes < 60 else f'{minutes // 60} h {minutes % 60} min'
 
 
-def _log(run: Answer) -> str:
+def _log(run: JsonObject) -> str:
     """The command that shows what an attempt said."""
     if run['log_from'] is None:
         return '-'
@@ -278,7 +278,7 @@ def _log(run: Answer) -> str:
     return f'tt logs {run["agent_name"]} --offset {run["log_from"]}{length}'
 
 
-def _dead_letters(answer: Answer) -> str:
+def _dead_letters(answer: JsonObject) -> str:
     rows = [
         [d['id'], d['kind'], d['agent_name'] or '-', str(d['attempts']), d['why'] or '-', d['text']]
         for d in answer['dead_letters']
@@ -286,26 +286,26 @@ def _dead_letters(answer: Answer) -> str:
     return table(('ID', 'KIND', 'AGENT', 'ATTEMPTS', 'WHY', 'TEXT'), rows, 'No dead letters.')
 
 
-def _orphans(answer: Answer) -> str:
+def _orphans(answer: JsonObject) -> str:
     rows = [[o['task_id'], o['state'], o['assigned_to'], o['reason']] for o in answer['orphans']]
     done = {'list': '', 'to_backlog': 'returned to the backlog', 'cancel': 'cancelled', 'delete': 'deleted'}
     said = f'\n\n{counted(answer["count"], "task")} {how}.' if rows and (how := done.get(answer['action'])) else ''
     return table(('TASK', 'STATE', 'AGENT', 'REASON'), rows, 'No orphaned tasks.') + said
 
 
-def _result(answer: Answer) -> str:
+def _result(answer: JsonObject) -> str:
     return _fields(answer['task']) if answer['task'] else f'{answer["agent"]} has finished no task yet.'
 
 
-def _said(template: str) -> Callable[[Answer], str]:
+def _said(template: str) -> Callable[[JsonObject], str]:
     """A renderer that fills an answer into a sentence."""
     return lambda answer: template.format(**{name: _value(name, value) for name, value in answer.items()})
 
 
-def _counts(template: str, **nouns: str) -> Callable[[Answer], str]:
+def _counts(template: str, **nouns: str) -> Callable[[JsonObject], str]:
     """A renderer that fills counts into a sentence, each with its noun; the names of agents come after it."""
 
-    def fill(answer: Answer) -> str:
+    def fill(answer: JsonObject) -> str:
         said = template.format(**answer | {name: counted(answer[name], noun) for name, noun in nouns.items()})
         names = answer.get('agents')
         return f'{said}: {", ".join(names)}.' if isinstance(names, list) and names else f'{said}.'
@@ -313,13 +313,13 @@ def _counts(template: str, **nouns: str) -> Callable[[Answer], str]:
     return fill
 
 
-def _pruned(answer: Answer) -> str:
+def _pruned(answer: JsonObject) -> str:
     said = _counts('Removed {removed}', removed='agent')(answer)
     left = answer.get('left')
     return f'{said}\nLeft as they are, on hosts that are silent (tt hosts): {", ".join(left)}.' if left else said
 
 
-_RENDERERS: Final[dict[str, Callable[[Answer], str]]] = {
+_RENDERERS: Final[dict[str, Callable[[JsonObject], str]]] = {
     'town.get_status': _status,
     'town.list_hosts': _hosts,
     'town.reset': _counts('Removed {agents} and {tasks}', agents='agent', tasks='task'),

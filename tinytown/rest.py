@@ -15,13 +15,13 @@ from urllib.parse import parse_qsl
 from .access import Access, is_slow
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from .event_stream import EventStreams
-from .feed import Feed
+from .feed import EventFeed
 from .http1 import Peer, Request, Response, options
 from .log_stream import LogStreams
 from .metrics import Meter
 from .model import Principal
-from .operations import TABLE, Op, call, encode
-from .probes import ROUTES, Probes
+from .operations import OPERATIONS, Op, call, encode_answer
+from .probes import ROUTES, HealthRoutes
 from .router import Router
 from .schema import Parameter
 from .store import Command
@@ -46,11 +46,17 @@ class Guarded:
     is_open: Callable[[], bool] = lambda: False
 
 
-class Rest:
+class RestApp:
     """The application that `web.Server` serves for a town."""
 
     def __init__(
-        self, town: Town, access: Access, durability: str, meter: Meter, feed: Feed, table: Collection[Op] = TABLE
+        self,
+        town: Town,
+        access: Access,
+        durability: str,
+        meter: Meter,
+        feed: EventFeed,
+        table: Collection[Op] = OPERATIONS,
     ) -> None:
         self.town = town
         self.access = access
@@ -59,7 +65,7 @@ class Rest:
             'events.list': EventStreams(self),
             'agent.logs': LogStreams(self),
         }
-        self.probes = Probes(lambda: self.town, access, durability, meter)
+        self.probes = HealthRoutes(lambda: self.town, access, durability, meter)
         self._router: Router[Op | Guarded] = Router()
         for op in table:
             for method in (op.method, op.also):
@@ -119,7 +125,7 @@ class Rest:
         if b'idempotency-key' in request.fields and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise BadRequest('Idempotency-Key must be 1 to 255 printable ASCII characters without spaces')
         answer = yield from call(self.town, by, op, read_arguments(request, op), key, self.access.gate(request))
-        return Response(op.status, encode(answer))
+        return Response(op.status, encode_answer(answer))
 
     def read(self, request: Request, op: Op) -> Generator[Command, Any, dict[str, Any]]:
         """The arguments of a request, once it is known who calls. Raises TownError."""

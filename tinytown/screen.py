@@ -13,14 +13,14 @@ from datetime import datetime
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from .render import Answer, cleaned, counted, cut, elsewhere, event_line, state
+from .render import JsonObject, cleaned, counted, cut, elsewhere, event_line, state
 
 _COLUMNS: Final = (('AGENT', 16), ('STATE', 8), ('CLI', 8), ('DONE', 5), ('INBOX', 6), ('BEAT', 5), ('NOW', 0))
 _ENTER: Final = '\x1b[?1049h\x1b[?25l'  # the alternate screen, without a cursor
 _LEAVE: Final = '\x1b[?25h\x1b[?1049l'
 
 
-def top(answer: Answer, now: float, columns: int, lines: int) -> list[str]:
+def top(answer: JsonObject, now: float, columns: int, lines: int) -> list[str]:
     """The lines of `tt top` for a deep status: the agents, and below them the latest events, cut to the terminal.
 
     `now` is in seconds since the epoch, as the heartbeats are.
@@ -37,13 +37,13 @@ def top(answer: Answer, now: float, columns: int, lines: int) -> list[str]:
     return [cut(line, columns) for line in shown]
 
 
-def _summary(answer: Answer) -> str:
+def _summary(answer: JsonObject) -> str:
     working = sum(agent['state'] == 'Working' for agent in answer['agents'])
     tasks = ', '.join(f'{count} {name}' for name, count in answer['tasks'].items() if count) or 'none'
     return f'{answer["name"]}: {counted(answer["agent_count"], "agent")}, {working} working; tasks: {tasks}'
 
 
-def _agent(agent: Answer, now: float) -> str:
+def _agent(agent: JsonObject, now: float) -> str:
     urgent = f'+{agent["urgent_len"]}' if agent['urgent_len'] else ''
     return _row(
         [

@@ -27,7 +27,7 @@ _SYSTEM: Final = Path('/etc/systemd/system')
 _INACTIVE: Final = 3  # the exit status of `status` for what does not run, as systemctl has it
 
 
-def parser() -> Parser:
+def service_parser() -> Parser:
     """The command line of `townhall service`."""
     top = Parser(prog='townhall service', description='Have systemd run a town: its townhall, its agents, its Redis.')
     commands = top.add_subparsers(metavar='COMMAND', required=True, parser_class=Parser)
@@ -59,7 +59,7 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, does: str,
 def run(words: list[str]) -> int:
     """The exit status. Raises UsageError, TownError."""
     try:
-        arguments = parser().parse_args(words)
+        arguments = service_parser().parse_args(words)
     except SystemExit:
         return 0  # --help was answered
     status: int = arguments.run(arguments)
@@ -73,7 +73,7 @@ def _install(arguments: argparse.Namespace) -> int:
     root, config = _load(arguments)
     directory, plan = _directory(arguments), _plan(arguments, root, config)
     _refuse_unreachable(plan)
-    texts = units.render(plan)
+    texts = units.render_units(plan)
     socket = directory / plan.socket_unit
     if not arguments.force:
         _refuse_foreign(directory, texts)
@@ -142,9 +142,8 @@ def _status(arguments: argparse.Namespace) -> int:
                 runs = False
             continue
         state = _ask(arguments, 'is-active', file.name) or 'unknown'
-        print(
-            f'{file.name}: {state}, {"as written" if units.is_ours(file.read_text()) else "changed by hand"} ({file})'
-        )
+        written = 'as written' if units.is_ours(file.read_text()) else 'changed by hand'
+        print(f'{file.name}: {state}, {written} ({file})')
         runs = runs and state == 'active'
     if arguments.user and (note := _linger_note()):
         print(f'note: {note}')
@@ -179,7 +178,7 @@ def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
     user = '' if arguments.user else _owner(root).pw_name
     credentials, paths = _credentials(arguments.credential)
     writable, runtime = _places(arguments, root, config, user)
-    if redis_server.is_elsewhere(root) and not config.redis.url:
+    if redis_server.is_redis_elsewhere(root) and not config.redis.url:
         writable.append('/tmp')  # noqa: S108  in which the directory of its socket is made, anew if that was emptied
     return Plan(
         name=_name(arguments),
@@ -354,7 +353,7 @@ def _warnings(arguments: argparse.Namespace, plan: Plan, config: Config) -> list
     found = []
     if plan.user == 'root':
         found.append(f'the town in {plan.root} belongs to root, so its agents run as root; chown -R it to a user')
-    cli = clis.known(config).get(config.default_cli)
+    cli = clis.known_clis(config).get(config.default_cli)
     if cli and not shutil.which(cli.argv[0], path=plan.path):
         found.append(
             f"'{cli.argv[0]}' (default_cli) is not on the PATH that the units have ({plan.path}); "

@@ -80,7 +80,7 @@ class Section:
         raise AttributeError(f'{type(self).__name__}.{name} does not change')
 
 
-class Redis(Section):
+class RedisSettings(Section):
     """Where the state of a town is."""
 
     url: str = _set('', 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster:// …; without it: its own')
@@ -94,7 +94,7 @@ class Redis(Section):
     appendfsync: Literal['always', 'everysec'] = _set('always', 'when the managed Redis writes to disk')
 
 
-class Limits(Section):
+class LimitSettings(Section):
     """What bounds a townhall that serves."""
 
     connections: int = _set(4096, 'most open connections; a further one is answered 503', 1, 1_000_000)
@@ -109,7 +109,7 @@ class Limits(Section):
     drain_secs: int = _set(10, 'time that requests under way get when the server stops', 0, 3600)
 
 
-class Auth(Section):
+class AuthSettings(Section):
     """Who may call."""
 
     mode: Literal['none', 'api_key', 'oidc'] = _set('none', 'how callers are known; none: loopback only')
@@ -125,7 +125,7 @@ class Auth(Section):
     clock_skew_seconds: int = _set(60, "mode oidc: how far the issuer's clock and ours may differ", 0, 600)
 
 
-class Tls(Section):
+class TlsSettings(Section):
     """HTTPS."""
 
     enabled: bool = _set(False, 'serve HTTPS; without this line: if there is another in this table')
@@ -133,7 +133,7 @@ class Tls(Section):
     key_path: str = _set('', 'its private key, PEM, not encrypted; not readable by other users')
 
 
-class Mtls(Section):
+class MtlsSettings(Section):
     """Clients' certificates."""
 
     enabled: bool = _set(False, 'ask clients for certificates; without this line: if there is another in this table')
@@ -143,7 +143,7 @@ class Mtls(Section):
     subjects: dict[str, list[Scope]] = _set({}, 'common names of clients, and the scopes that a certificate gives them')
 
 
-class RateLimit(Section):
+class RateLimitSettings(Section):
     """How often a caller may call."""
 
     enabled: bool = _set(False, 'limit how often each caller may call; without this line: if this table is there')
@@ -152,7 +152,7 @@ class RateLimit(Section):
     mutating_requests_per_minute: int = _set(120, 'changes by one caller, counted apart', 1, 10_000_000)
 
 
-class Cors(Section):
+class CorsSettings(Section):
     """Pages of other origins."""
 
     allowed_origins: list[str] = _set(
@@ -162,7 +162,7 @@ class Cors(Section):
     )
 
 
-class Audit(Section):
+class AuditSettings(Section):
     """The record of changes and refusals."""
 
     path: str = _set(
@@ -172,7 +172,7 @@ class Audit(Section):
     keep: int = _set(4, 'how many that were put aside are kept of either; NAME.1 is the newest', 1, 100)
 
 
-class Metrics(Section):
+class MetricsSettings(Section):
     """What Prometheus reads."""
 
     scope: Literal['', 'town.read', 'town.write', 'agent.manage', 'admin'] = _set(
@@ -180,14 +180,14 @@ class Metrics(Section):
     )
 
 
-class Mcp(Section):
+class McpSettings(Section):
     """What models are offered."""
 
     tools: list[str] = _set([], 'the only tools that are offered, as in tools/list; empty: all')
     read_only: bool = _set(False, 'offer no tool that changes anything')
 
 
-class Log(Section):
+class LogSettings(Section):
     """What a townhall says, and how."""
 
     format: Literal['text', 'json', 'journal'] = _set(
@@ -198,7 +198,7 @@ class Log(Section):
     )
 
 
-class Townhall(Section):
+class TownhallSettings(Section):
     """The control plane."""
 
     bind: str = _set('127.0.0.1', 'address to listen on, or unix:/path')
@@ -213,19 +213,19 @@ class Townhall(Section):
         'text', 'one line a request; text: as townhall.log.format has it, json: in JSON in any case'
     )
     read_only: bool = _set(False, 'refuse every change')
-    log: Log = _table(Log)
-    auth: Auth = _table(Auth)
-    tls: Tls = _table(Tls)
-    mtls: Mtls = _table(Mtls)
-    cors: Cors = _table(Cors)
-    audit: Audit = _table(Audit)
-    rate_limit: RateLimit = _table(RateLimit)
-    metrics: Metrics = _table(Metrics)
-    mcp: Mcp = _table(Mcp)
-    limits: Limits = _table(Limits)
+    log: LogSettings = _table(LogSettings)
+    auth: AuthSettings = _table(AuthSettings)
+    tls: TlsSettings = _table(TlsSettings)
+    mtls: MtlsSettings = _table(MtlsSettings)
+    cors: CorsSettings = _table(CorsSettings)
+    audit: AuditSettings = _table(AuditSettings)
+    rate_limit: RateLimitSettings = _table(RateLimitSettings)
+    metrics: MetricsSettings = _table(MetricsSettings)
+    mcp: McpSettings = _table(McpSettings)
+    limits: LimitSettings = _table(LimitSettings)
 
 
-class Retention(Section):
+class RetentionSettings(Section):
     """How long what is past is kept."""
 
     events: int = _set(100_000, 'how many events are kept', 100, 100_000_000)
@@ -261,9 +261,9 @@ class Config(Section):
     max_agents: int = _set(10, 'most live agents', 1, 100_000)
     host: str = _set('', 'name of this host among those that share the Redis; empty: what the system says',
                      pattern=f'({HOST_PATTERN})?')  # fmt: skip
-    redis: Redis = _table(Redis)
-    townhall: Townhall = _table(Townhall)
-    retention: Retention = _table(Retention)
+    redis: RedisSettings = _table(RedisSettings)
+    townhall: TownhallSettings = _table(TownhallSettings)
+    retention: RetentionSettings = _table(RetentionSettings)
     agent: AgentSettings = _table(AgentSettings)
     agent_clis: dict[str, str] = _set({}, 'coding CLIs of your own: name = "command --flag"')
     file: Path | None = None

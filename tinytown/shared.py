@@ -16,7 +16,7 @@ from typing import Final
 _NEIGHBOURS: Final = 8  # places in which the record of a name may stand
 _RECORD: Final = struct.Struct('=16sdd')  # digest of the name, a value, when it was changed
 
-Change = Callable[[float, float], float]
+Update = Callable[[float, float], float]
 
 
 def _nameless_file() -> int:
@@ -52,7 +52,7 @@ class Table:
             finally:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
 
-    def change(self, name: str, now: float, change: Change) -> None:
+    def change(self, name: str, now: float, change: Update) -> None:
         """Sets the value of a name to `change(value, when)`; both are 0 and -1 for a name that is not there."""
         digest = hashlib.blake2b(name.encode(), digest_size=16, key=self._salt).digest()
         with self._alone():

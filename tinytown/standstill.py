@@ -28,7 +28,7 @@ from .usage import complain
 WHY: Final = 'the town was stopped'
 
 
-def stop(root: Path, began: Config | None) -> int:
+def stop_town(root: Path, began: Config | None) -> int:
     """Ends what runs of the town on this machine. `began` is the configuration with which that was started.
 
     The exit status: 0 if nothing is left. Raises UsageError, TownError.
@@ -38,7 +38,7 @@ def stop(root: Path, began: Config | None) -> int:
     left = stop_townhalls(root, config)[1] + _stop_workers(root, config)
     for what in left:
         say('townhall', what, 'error')
-    redis_server.stop(root)
+    redis_server.stop_redis(root)
     return 1 if left else 0
 
 
@@ -83,12 +83,12 @@ def main(root: Path) -> int:
     """The exit status, as that of a command."""
     told = json.load(sys.stdin)
     try:
-        return stop(root, told and configuration.from_values(told, root))
+        return stop_town(root, told and configuration.from_values(told, root))
     except (TownError, UsageError, OSError) as e:
         for instance in agents_processes(str(root)):  # no record tells of them, but they are told to end
             stop_tree(None, instance, GRACE_SECS)
         with suppress(TownError):
-            redis_server.stop(root)
+            redis_server.stop_redis(root)
         return complain('townhall', e)
 
 

@@ -22,7 +22,7 @@ from .say import say
 from .store import Step, text
 from .town import Call, Town
 
-BY: Final = 'steward'
+HOST_ORDERS: Final = 'steward'
 _BLOCK_MS: Final = 5000
 _PAUSE_SECS: Final = 1.0  # while Redis is away
 _LEFTOVER_GRACE: Final = 1.0  # for what an instance has left that is not wanted any more
@@ -30,7 +30,7 @@ _LEFTOVER_GRACE: Final = 1.0  # for what an instance has left that is not wanted
 Order = dict[str, str]
 
 
-class Steward(threading.Thread):
+class HostOrders(threading.Thread):
     """Carries out the orders for the host of `presence` until `close`; `start` starts a worker."""
 
     def __init__(self, town: Town, presence: Presence, start: Callable[..., None] = start_worker) -> None:
@@ -49,7 +49,7 @@ class Steward(threading.Thread):
             except TownError as e:
                 if e.detail != self._said:
                     self._said = e.detail
-                    say(BY, e.detail, 'warning')
+                    say(HOST_ORDERS, e.detail, 'warning')
                 self._over.wait(_PAUSE_SECS)
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Steward(threading.Thread):
         for entry, order in hosts.fields(store.call(hosts.orders(store, host, block_ms))):
             if self._over.is_set():
                 return
-            answer = text(store.call(hosts.take(self._presence, entry, identify(os.getpid()).line))[0])
+            answer = text(store.call(hosts.take_order(self._presence, entry, identify(os.getpid()).line))[0])
             if answer != 'gone':
                 work = threading.Thread(target=self._carry_out, args=(entry, order, answer), daemon=True)
                 work.name = f'steward-{order["agent"]}'
@@ -72,20 +72,20 @@ class Steward(threading.Thread):
         """Does what an order says, and tells what came of it. `answer` is that of its taking."""
         store, error = self.town.store, None
         try:
-            store.run(self._step(order, answer), order['by'] or BY)
+            store.run(self._step(order, answer), order['by'] or HOST_ORDERS)
         except TownError as e:
             error = e
         except Exception as e:  # whatever it is: the one who waits is told
             error = Internal(f'a fault of ours: {e!r}')
-            say(BY, error.detail, 'error', e)
+            say(HOST_ORDERS, error.detail, 'error', e)
         try:
             store.call(hosts.done(self._presence.host, entry, error))
         except TownError as e:
-            say(BY, f'could not say what came of an order: {e.detail}', 'warning')
+            say(HOST_ORDERS, f'could not say what came of an order: {e.detail}', 'warning')
         store.close()
 
     def _step(self, order: Order, answer: str) -> Step[None]:
-        call = Call(self.town, Principal(order['by'] or BY, ALL_SCOPES))
+        call = Call(self.town, Principal(order['by'] or HOST_ORDERS, ALL_SCOPES))
         if order['verb'] == 'forget':
             reports.forget(self.town.root, order['agent'])
         elif order['verb'] == 'stop':

@@ -16,7 +16,7 @@ Done = Callable[[T | None, Exception | None], None]  # is given what a step gave
 HEARTBEAT_SECS: Final = 15.0
 _ASK_SECS: Final = 0.5  # between two times that it is proven who reads
 
-Step = Generator[Command, Any, Response]
+ResponseStep = Generator[Command, Any, Response]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Slow:
     One that only `waits`, or reads, is turned away before others are.
     """
 
-    step: Step
+    step: ResponseStep
     waits: bool = False
 
 
@@ -42,7 +42,7 @@ class Later:
     seconds: float
 
 
-Answer = Response | Step | Slow | Later
+Answer = Response | ResponseStep | Slow | Later
 
 
 class Carrier(Protocol):

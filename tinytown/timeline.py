@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Final, Literal, NotRequired, TypedDict
 
-Outcome = Literal['running', 'completed', 'failed', 'cancelled', 'requeued', 'dead_lettered']
-_ENDS: Final[dict[str, Outcome]] = {
+RunOutcome = Literal['running', 'completed', 'failed', 'cancelled', 'requeued', 'dead_lettered']
+_ENDS: Final[dict[str, RunOutcome]] = {
     'task.completed': 'completed',
     'task.failed': 'failed',
     'task.cancelled': 'cancelled',
@@ -45,7 +45,7 @@ class Run(TypedDict):
     started_at: str
     ended_at: str | None
     secs: float | None
-    outcome: Outcome
+    outcome: RunOutcome
     log_from: int | None
     log_to: int | None
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import BadRequest, UsageError
-from .http1 import Request, problem, render
-from .settings import Mtls, Tls
+from .http1 import Request, problem, render_response
+from .settings import MtlsSettings, TlsSettings
 
 _RECORD: Final = 16384  # the most bytes that one TLS record carries (RFC 8446, 5.1)
 _ROUNDS: Final = 4  # of a handshake in memory; TLS 1.3 needs two
@@ -33,7 +33,7 @@ _REASONS: Final = {
 # ----------------------------------------------------------------------------------------------------------- context
 
 
-def server_context(tls: Tls, mtls: Mtls, root: Path) -> ssl.SSLContext:
+def server_context(tls: TlsSettings, mtls: MtlsSettings, root: Path) -> ssl.SSLContext:
     """A context for the server's side: TLS 1.2 and 1.3, HTTP/1.1, client certificates as `mtls` says.
 
     Relative paths start at `root`. Raises UsageError that names the file and the mend: one that is missing, a key that
@@ -115,7 +115,7 @@ def _step(side: ssl.SSLObject) -> None:
         pass
 
 
-def _ask_for_certificates(context: ssl.SSLContext, mtls: Mtls, root: Path) -> None:
+def _ask_for_certificates(context: ssl.SSLContext, mtls: MtlsSettings, root: Path) -> None:
     authorities = _file(root, 'townhall.mtls.ca_path', mtls.ca_path)
     _load_trusted(context, authorities, 'x509_ca', 'no certificate of an authority')
     now = time.time()
@@ -288,4 +288,4 @@ class TlsSocket:
 def _plain_answer() -> bytes:
     error = BadRequest('this port speaks HTTPS; write https:// in the address', code='tls-required')
     request = Request('-', '-', '', 1, {}, id=os.urandom(8).hex())
-    return render(problem(error, request.id), request, True)
+    return render_response(problem(error, request.id), request, True)

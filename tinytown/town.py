@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return self.town.config
 
 
-def find(start: Path, given: str | None) -> Path:
+def find_town(start: Path, given: str | None) -> Path:
     """The root of the town in `given`, or in the nearest directory from `start` upwards. Raises UsageError."""
     if given is not None:
         root = Path(given).expanduser()

@@ -16,7 +16,7 @@ from .usage import Parser, end_streams, explain, ready_streams, town_root
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
 
-def parser() -> Parser:
+def townhall_parser() -> Parser:
     """The command line of `townhall`. --town and --verbose are taken before and after the mode."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
@@ -67,7 +67,7 @@ def _run(argv: list[str] | None) -> int:
         return service.run(words[1:])
     configuration.take_credentials()
     try:
-        arguments = parser().parse_args(argv)
+        arguments = townhall_parser().parse_args(argv)
     except SystemExit:
         return 0  # --help or --version was answered; what is wrong is a UsageError
     root = town_root(arguments)
@@ -86,13 +86,13 @@ def _run(argv: list[str] | None) -> int:
     }
     from . import redact  # late: --help and a wrong command line need none of it
     from .access import check_start
-    from .hall import Hall
+    from .hall import TownhallProcess
 
     config = configuration.load(root, flags)
     redact.ready_log(root, config)
     say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
     check_start(config, config.townhall.bind)  # before anything is started
-    return Hall(root, config, flags, arguments.mode).run()
+    return TownhallProcess(root, config, flags, arguments.mode).run()
 
 
 def _level(arguments: argparse.Namespace) -> str | None:

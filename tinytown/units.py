@@ -61,7 +61,7 @@ class Plan:
         return f'townhall-{self.name}.socket'
 
 
-def render(plan: Plan) -> dict[str, str]:
+def render_units(plan: Plan) -> dict[str, str]:
     """The text of each unit, by its file name."""
     texts = {plan.town_unit: _town(plan), plan.hall_unit: _hall(plan)}
     if plan.listen:

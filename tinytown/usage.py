@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from .errors import TownError, UsageError
 from .render import clean
-from .town import Town, find, open_town
+from .town import Town, find_town, open_town
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,7 +90,7 @@ def meant_root(arguments: argparse.Namespace) -> Path:
     """The town of --town, of TINYTOWN_TOWN, or of the nearest directory upwards. Raises UsageError."""
     acts_here(arguments)
     given = getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN') or None
-    return find(Path() if given else Path.cwd(), given)
+    return find_town(Path() if given else Path.cwd(), given)
 
 
 def _refuse_root(root: Path) -> None:

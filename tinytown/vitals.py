@@ -33,16 +33,16 @@ class Teller(Protocol):
     def stopping(self) -> None: ...
 
 
-class Server(Loop, Protocol):
+class WatchedServer(Loop, Protocol):
     """What is watched."""
 
     draining: bool
 
 
-class Vitals(threading.Thread):
+class LivenessMonitor(threading.Thread):
     """Has a server show that it lives, once a second until `close`. The first sign is that it is ready."""
 
-    def __init__(self, server: Server, teller: Teller) -> None:
+    def __init__(self, server: WatchedServer, teller: Teller) -> None:
         super().__init__(name='vitals', daemon=True)
         self._server = server
         self._teller = teller
@@ -127,7 +127,7 @@ class Child:
             os.write(self._pipe, bytes((self._number, sign)))
 
 
-class Roll:
+class ChildStatus:
     """The parent's view of `count` processes that serve. Without a service manager (`notifier`) it stays empty."""
 
     def __init__(self, count: int, notifier: Notifier, status: str) -> None:

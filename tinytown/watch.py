@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from .client import Backend
 from .errors import TownError, UsageError
-from .local import say, wants_json
+from .local import report, wants_json
 from .model import Json
 from .operations import BY_NAME
-from .render import as_json, clean, cut, event_line, render
+from .render import as_json, clean, cut, event_line, format_answer
 from .screen import taken, top
 
 _UNITS: Final = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
@@ -107,7 +107,7 @@ def watch_status(arguments: argparse.Namespace, town: Backend, given: Arguments)
     op = BY_NAME['town.get_status']
 
     def draw(answer: Json, columns: int, lines: int) -> list[str]:
-        return [cut(line, columns) for line in render(op.name, answer, _colour()).split('\n')[:lines]]
+        return [cut(line, columns) for line in format_answer(op.name, answer, _colour()).split('\n')[:lines]]
 
     return _watch(arguments, town, given, draw)
 
@@ -133,7 +133,7 @@ def _watch(
     answer = town.run(op, given)
     if not sys.stdout.isatty() or wants_json(arguments):
         print('tt: this is no terminal, so it is shown once', file=sys.stderr)
-        return say(arguments, answer, '' if wants_json(arguments) else '\n'.join(draw(answer, 10_000, 10_000)))
+        return report(arguments, answer, '' if wants_json(arguments) else '\n'.join(draw(answer, 10_000, 10_000)))
     with taken() as screen:
         pulse = _pulse(town)
         trouble = ''

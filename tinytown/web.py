@@ -30,7 +30,7 @@ from .http1 import Peer, Request, Response, problem
 from .listen import BACKLOG
 from .model import rfc3339
 from .say import as_line, is_told, retry, say, write
-from .settings import Townhall
+from .settings import TownhallSettings
 from .store import Command, Store
 from .stream import Done, Later, Slow
 
@@ -47,7 +47,7 @@ MOST_SLOW: Final = 128  # slow operations at once
 _SPARE_DESCRIPTORS: Final = 256  # beside connections: Redis, slow operations, files
 
 
-class Meter(Protocol):
+class RequestMeter(Protocol):
     """What is told of requests and connections (`metrics`)."""
 
     def observe(self, operation: str, method: str, status: int, seconds: float) -> None: ...
@@ -69,12 +69,12 @@ class Server(HTTPServer):
         listener: socket.socket,
         application: Application,
         store: Store,
-        settings: Townhall,
+        settings: TownhallSettings,
         encrypt: Encrypt | None = None,
         reload: Callable[[], None] = lambda: None,
         lifeline: int = -1,
         prepare: Callable[[], None] = lambda: None,
-        meter: Meter | None = None,
+        meter: RequestMeter | None = None,
         before_flush: Callable[[], TownError | None] = lambda: None,
     ) -> None:
         self.application = application
@@ -109,7 +109,7 @@ class Server(HTTPServer):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
-    def apply(self, settings: Townhall, encrypt: Encrypt | None = None) -> None:
+    def apply(self, settings: TownhallSettings, encrypt: Encrypt | None = None) -> None:
         """Takes up settings; for connections that are there already, too, but for `encrypt`, which is for new ones.
 
         Clients with certificates have to connect again, for theirs may have been revoked.
@@ -446,7 +446,7 @@ class _Drive(Generic[T]):
         return self._command.pack(self._store, whole=True)
 
 
-def _access_log(settings: Townhall) -> str:
+def _access_log(settings: TownhallSettings) -> str:
     """The form of the access log: text, json, journal or off."""
     if settings.access_log == 'off' or not is_told('info'):
         return 'off'

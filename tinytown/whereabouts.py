@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from .errors import TownError, Unavailable, UsageError
-from .settings import Redis
+from .settings import RedisSettings
 from .wire import TIMEOUT, Address, RedisError, Wire, as_town_error, gone, pack
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class Cluster:
 # ------------------------------------------------------------------------------------------------ what the URL says
 
 
-def locate(settings: Redis, key: str, root: Path) -> Address:
+def locate(settings: RedisSettings, key: str, root: Path) -> Address:
     """Where the settings say that Redis is. `key` is one of the town's, and paths are taken from `root`.
 
     Raises UsageError that names the part that is wrong, and never shows a password.
@@ -413,7 +413,7 @@ def _query(text: str) -> dict[str, str]:
     return found
 
 
-def _login(user: str, password: str, settings: Redis, root: Path) -> Login:
+def _login(user: str, password: str, settings: RedisSettings, root: Path) -> Login:
     if user and not password and not settings.password_file:
         raise _wrong('there is a user and no password; add :password, or set redis.password_file')
     if password and settings.password_file:
@@ -421,7 +421,7 @@ def _login(user: str, password: str, settings: Redis, root: Path) -> Login:
     return Login(user, password, _secret_file('password_file', settings, root))
 
 
-def _file(name: str, settings: Redis, root: Path) -> Path | None:
+def _file(name: str, settings: RedisSettings, root: Path) -> Path | None:
     """The file that a setting names, which must be one that can be read."""
     given = getattr(settings, name)
     if not given:
@@ -436,7 +436,7 @@ def _file(name: str, settings: Redis, root: Path) -> Path | None:
         raise UsageError(f'redis.{name}: {file}: {e.strerror}') from None
 
 
-def _secret_file(name: str, settings: Redis, root: Path) -> Path | None:
+def _secret_file(name: str, settings: RedisSettings, root: Path) -> Path | None:
     """The same for one that holds a password, which nobody else may change."""
     file = _file(name, settings, root)
     if file:
@@ -447,7 +447,7 @@ def _secret_file(name: str, settings: Redis, root: Path) -> Path | None:
     return file
 
 
-def _tls(is_wanted: bool, settings: Redis, root: Path) -> Tls | None:
+def _tls(is_wanted: bool, settings: RedisSettings, root: Path) -> Tls | None:
     ca, cert, key = files = [_file(name, settings, root) for name in ('tls_ca_path', 'tls_cert_path', 'tls_key_path')]
     if not is_wanted:
         if any(files):

@@ -28,10 +28,10 @@ from .briefing import Letter, Work, compose
 from .clis import Cli
 from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
-from .job import Job, Log
+from .job import CliRun, RunLog
 from .model import rfc3339
 from .processes import (
-    MARK,
+    INSTANCE_VARIABLE,
     become_subreaper,
     identify,
     name_host,
@@ -56,7 +56,7 @@ class Terminated(BaseException):
 class Worker:
     """One process of one agent, from hello to goodbye. `instance` tells it from every other process of that agent."""
 
-    def __init__(self, town: Town, agent_id: str, instance: str, log: Log) -> None:
+    def __init__(self, town: Town, agent_id: str, instance: str, log: RunLog) -> None:
         self.town = town
         self.id = agent_id
         self.instance = instance
@@ -81,7 +81,7 @@ class Worker:
         _, _, found, *_ = self.town.store.call(self.town.store.agent(self.id))
         record = json.loads(found)
         self.name, self.role = record['name'], record['role_id']
-        self.cli = clis.find(self.town.config, record['cli'])  # before anybody takes us for alive
+        self.cli = clis.find_cli(self.town.config, record['cli'])  # before anybody takes us for alive
         reports.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
         signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
@@ -217,12 +217,12 @@ class Worker:
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
-        self.log.secrets = redact.known(self.town.root, self.town.config, os.environ)  # those of today
+        self.log.secrets = redact.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
             env, file = self._environment(work), reports.prompt_file(self.town.root, self.id)
-            job = Job(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
+            job = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
         except OSError as e:
             self._cannot_run(e)
         ended = job.wait(lambda: self._is_over(job, held), self._beat_secs)
@@ -244,7 +244,7 @@ class Worker:
         run = (work.id, work.attempt, self.log.offset) if work else NO_RUN
         self._ask(self.town.store.round_done(self.id, self.instance, acknowledged, run))
 
-    def _is_over(self, job: Job, held: tuple[str, ...]) -> bool:
+    def _is_over(self, job: CliRun, held: tuple[str, ...]) -> bool:
         """Whether a run is to be ended, asked at every heartbeat of it."""
         reap_orphans(but=(job.pid,))
         return self._terminated or self._beat(held)
@@ -279,7 +279,7 @@ class Worker:
         env = clis.environment(self.town.config, os.environ)
         env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
         env |= {
-            MARK: self.instance,
+            INSTANCE_VARIABLE: self.instance,
             'TINYTOWN_TOWN': str(self.town.root),
             'TINYTOWN_AGENT_ID': self.id,
             'TINYTOWN_AGENT_NAME': self.name,
@@ -292,7 +292,7 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------- reports
 
-    def _report(self, work: Work, job: Job) -> None:
+    def _report(self, work: Work, job: CliRun) -> None:
         """Tells the end of a task. It is on disk before it is sent, and stays there until it was received."""
         outcome, result, error = job.outcome()
         report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
@@ -338,10 +338,10 @@ def install_tt(root: Path) -> Path:
 def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = False) -> Worker:
     """A worker in this process, started. Raises TownError."""
     become_subreaper()
-    os.environ[MARK] = instance
+    os.environ[INSTANCE_VARIABLE] = instance
     agent_tokens.issue(town.root, agent_id, instance)
-    secrets = redact.known(town.root, town.config, os.environ)
-    log = Log(worker_log(town.root, name), town.config.retention.log_bytes, secrets, echo)
+    secrets = redact.known_secrets(town.root, town.config, os.environ)
+    log = RunLog(worker_log(town.root, name), town.config.retention.log_bytes, secrets, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()
     return worker

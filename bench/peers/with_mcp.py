@@ -7,7 +7,7 @@ from pathlib import Path
 from mcp.server.mcpserver import MCPServer
 
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.operations import BY_NAME, call, encode
+from tinytown.operations import BY_NAME, call, encode_answer
 from tinytown.town import open_town
 
 server = MCPServer('sdk', log_level='ERROR')
@@ -16,7 +16,7 @@ by = Principal('sdk', ALL_SCOPES)
 
 
 def answer(name, **arguments):
-    return json.loads(encode(town.store.run(call(town, by, BY_NAME[name], arguments))))
+    return json.loads(encode_answer(town.store.run(call(town, by, BY_NAME[name], arguments))))
 
 
 @server.tool()

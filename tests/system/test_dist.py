@@ -340,4 +340,4 @@ def test_a_compiled_file_is_taken_if_it_was_made_for_this_machine(tag: str, fits
     (tmp_path / tag).mkdir()
     file = tmp_path / tag / 'program'
     file.touch()
-    assert native.find('program', tmp_path) == (file if fits else None)
+    assert native.find_bundled('program', tmp_path) == (file if fits else None)

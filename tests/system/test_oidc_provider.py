@@ -19,8 +19,8 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from tinytown import oidc
 from tinytown.errors import Forbidden, Unauthorized, Unavailable
 from tinytown.model import Principal
-from tinytown.oidc import Verifier
-from tinytown.settings import Auth
+from tinytown.oidc import OidcVerifier
+from tinytown.settings import AuthSettings
 
 from ..support import PATIENCE, Place, environment, free_port, make_town
 from ..tokens import Signer
@@ -85,8 +85,8 @@ def providing(packages: Path, *signers: Signer, port: int = 0) -> Iterator[Provi
             started.kill()
 
 
-def auth(provider: Provider, *required: str) -> Auth:
-    return Auth(mode='oidc', issuer=provider.url, audience='urn:town', required_scopes=list(required))
+def auth(provider: Provider, *required: str) -> AuthSettings:
+    return AuthSettings(mode='oidc', issuer=provider.url, audience='urn:town', required_scopes=list(required))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def auth(provider: Provider, *required: str) -> Auth:
 )
 def test_its_tokens_give_the_scopes_that_were_asked_for(packages: Path, signer: Signer) -> None:
     with providing(packages, signer) as provider:
-        verifier = Verifier(auth(provider))
+        verifier = OidcVerifier(auth(provider))
         assert verifier.check() == ''
         found = verifier.known(provider.token('town.read town.write'))
         assert found is not None
@@ -107,14 +107,14 @@ def test_its_tokens_give_the_scopes_that_were_asked_for(packages: Path, signer: 
         with pytest.raises(Unauthorized, match='can not be read'):
             verifier.known(provider.token('admin', 'urn:opaque'))
         with pytest.raises(Forbidden, match=r'lacks the scope town\.write'):
-            Verifier(auth(provider, 'town.write')).verify(provider.token('town.read'))
+            OidcVerifier(auth(provider, 'town.write')).verify(provider.token('town.read'))
 
 
 def test_its_keys_may_change_and_it_may_be_away(packages: Path) -> None:
     now = 1000.0
     old, new = Signer.rsa('old'), Signer.ec('new')
     with providing(packages, old, port=free_port()) as provider:
-        verifier = Verifier(auth(provider), ticks=lambda: now)
+        verifier = OidcVerifier(auth(provider), ticks=lambda: now)
         token = provider.token()
         assert verifier.verify(token)
     now += oidc.KEY_AGE_SECS + oidc.RETRY_SECS

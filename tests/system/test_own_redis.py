@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from tinytown.errors import TownError, Unavailable
-from tinytown.settings import Redis
+from tinytown.settings import RedisSettings
 from tinytown.store import text
 from tinytown.whereabouts import Cluster as ClusterAddress
 from tinytown.whereabouts import Login, Tls, locate
@@ -152,7 +152,7 @@ def test_a_redis_or_a_client_without_the_right_certificate_is_refused(
     if changed.get('tls_ca_path'):
         changed = {'tls_ca_path': str(Authority(directory / 'other').path)}
     nodes = stack.enter_context(Nodes(directory / 'redis', *papers.options, tls=papers.tls))
-    settings = Redis(url=f'rediss://{host}:{nodes.add().port}', **(papers.settings | changed))
+    settings = RedisSettings(url=f'rediss://{host}:{nodes.add().port}', **(papers.settings | changed))
     address = locate(settings, 'tt:{test}:town', directory)
     if not told:
         assert address.open().ask('PING') == b'PONG'
@@ -263,7 +263,7 @@ def test_sentinels_and_servers_behind_tls_and_passwords_are_found(
 def test_a_redis_without_tls_is_told_from_one_that_is_away(directory: Path, stack: ExitStack) -> None:
     node = stack.enter_context(Nodes(directory / 'redis')).add()
     with pytest.raises(Unavailable, match='does not answer to TLS; without TLS write redis in the place of rediss'):
-        locate(Redis(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
+        locate(RedisSettings(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
 
 
 # ----------------------------------------------------------------------------------------------------------- failovers
