@@ -6,8 +6,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from . import docs
 from .support import REPOSITORY
 
@@ -16,17 +14,6 @@ README = (REPOSITORY / 'README.md').read_text()
 
 def test_the_readme_lists_every_operation_as_the_table_has_it() -> None:
     assert docs.operations() in README
-
-
-@pytest.mark.parametrize('path', re.findall(r'`([\w./]+\.(?:py|lua))`', README.split('## Map')[1]))
-def test_every_file_on_the_readme_s_map_exists(path: str) -> None:
-    assert (REPOSITORY / path).exists() or (REPOSITORY / 'tinytown' / path).exists()
-
-
-def test_every_module_is_on_the_readme_s_map() -> None:
-    named = set(re.findall(r'(\w+\.(?:py|lua))`', README.split('## Map')[1]))
-    modules = {file.name for file in (REPOSITORY / 'tinytown').iterdir() if file.suffix in ('.py', '.lua')}
-    assert modules - {'__init__.py'} <= named
 
 
 def tracked_files() -> list[Path]:
