@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from tinytown import agents, recovery, redact
+from tinytown import agents, recovery, redaction
 from tinytown import config as configuration
 from tinytown.access import is_local
 from tinytown.cli import build_parser
@@ -77,7 +77,7 @@ def ready_key(root: Path, words: list[str]) -> None:
     """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
     flags = {'townhall.bind': townhall_parser().parse_args(words).bind}
     config = configuration.load(root, flags)
-    redact.ready_log(root, config)
+    redaction.ready_log(root, config)
     is_chosen = config.townhall.auth.mode != 'none' or 'TINYTOWN_TOWNHALL_AUTH_MODE' in os.environ
     if is_chosen or is_local(config.townhall.bind):
         return

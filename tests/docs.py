@@ -22,7 +22,7 @@ from tinytown.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
 from tinytown.operations import OPERATIONS, Op
 from tinytown.schema import Parameter
-from tinytown.tomledit import to_toml
+from tinytown.toml_edit import to_toml
 
 REPOSITORY: Final = Path(__file__).parents[1]
 PART: Final = re.compile(r'(<!-- made: (\w+) -->\n).*?(<!-- end -->)', re.S)

@@ -23,7 +23,7 @@ from tinytown.errors import TownError
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.operations import BY_NAME, call, encode_answer
 from tinytown.store import Store, text
-from tinytown.tomledit import to_toml
+from tinytown.toml_edit import to_toml
 from tinytown.town import Town, open_town
 
 REPOSITORY = Path(__file__).parents[1]

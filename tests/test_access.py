@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import access, auth, config, keytable, peer
+from tinytown import access, api_key_table, auth, config, peer
 from tinytown.access import Access, check_start
 from tinytown.auth import ApiKey, checksum, generate_key
 from tinytown.errors import Unauthorized, UsageError
@@ -41,7 +41,7 @@ class Keyed:
         auth = {'mode': 'api_key'} | settings.pop('auth', {})
         self.place = make_town(root, townhall__auth=auth, **settings)
         self.file = root / config.FILE
-        text = ''.join('\n' + keytable.written(self.entry(scope)) for scope in self.keys)
+        text = ''.join('\n' + api_key_table.written(self.entry(scope)) for scope in self.keys)
         self.write(self.file.read_text() + text)
 
     def entry(self, scope: str) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def test_a_broken_configuration_keeps_the_old_keys_and_says_so_once(make: Callab
         for _ in range(3):
             assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
             assert hall.get('/v1/status', X_API_Key='x').status == 401
-    keyed.write(text.replace(keytable.written(keyed.entry(READ)), ''))
+    keyed.write(text.replace(api_key_table.written(keyed.entry(READ)), ''))
     assert hall.get('/v1/status', **keyed.bearer(READ)).status == 401
     hall.kill()
     told = re.findall(r'^\S+Z townhall: the keys are not taken up.*', hall.log_file.read_text(), re.M)
@@ -297,7 +297,7 @@ def test_a_key_ends_when_it_expires_and_its_bearer_alone_is_told_so(make: Callab
     hall, made = keyed.place.hall(), generate_key()
     later = config_time(time.time() + 3600)
     entry = {'id': made.id, 'hash': made.hash, 'scopes': [READ], 'expires': later}
-    keyed.write(keyed.file.read_text() + keytable.written(entry))
+    keyed.write(keyed.file.read_text() + api_key_table.written(entry))
     assert hall.get('/v1/status', X_API_Key=made.key).status == 200
     keyed.write(keyed.file.read_text().replace(later, config_time(time.time() - 1)))
     answer = hall.get('/v1/status', X_API_Key=made.key)
@@ -574,7 +574,7 @@ def test_what_would_not_be_in_force_stops_the_start(values: dict[str, Any], says
         ('[townhall.auth]\nmode = "api_key"\n', 'there is no key'),
         ('[townhall]\nbind = "0.0.0.0"\n', 'so only a loopback address is served'),
         (
-            f'[townhall.auth]\nmode = "api_key"\n{keytable.written(KEY | {"hash": "$argon2id$"})}',
+            f'[townhall.auth]\nmode = "api_key"\n{api_key_table.written(KEY | {"hash": "$argon2id$"})}',
             "key '0123abcd': the hash",
         ),
         ('[townhall.audit]\npath = "no/such/place"\n', 'townhall.audit.path: .*no/such/place: No such file'),

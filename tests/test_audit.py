@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, keytable, redis_server
+from tinytown import api_key_table, config, redis_server
 from tinytown.audit import Audit, AuditSubject
 from tinytown.auth import generate_key
 from tinytown.errors import Conflict, Unavailable, UsageError
@@ -71,7 +71,9 @@ def test_every_refusal_is_one_line(directory: Path) -> None:
     place, made = make_town(directory, townhall__auth={'mode': 'api_key'}), generate_key()
     file = directory / config.FILE
     entry = {'id': made.id, 'hash': made.hash, 'scopes': ['town.read']}
-    file.write_text(file.read_text() + '\n[townhall.rate_limit]\nrequests_per_minute = 1\n' + keytable.written(entry))
+    file.write_text(
+        file.read_text() + '\n[townhall.rate_limit]\nrequests_per_minute = 1\n' + api_key_table.written(entry)
+    )
     hall = place.hall()
     key = {'X_API_Key': made.key}
     assert hall.post('/v1/agents/backend/kill', {}, **key).status == 403

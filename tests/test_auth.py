@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import auth, config, keytable
+from tinytown import api_key_table, auth, config
 from tinytown.argon2id import matches
 from tinytown.auth import Checks, Keyring, check_hash, checksum, generate_key
 from tinytown.cli import main
@@ -30,7 +30,7 @@ def settings(text: str) -> AuthSettings:
 
 def entry(**changed: Any) -> str:
     """A [[townhall.auth.keys]] that is right but for what is changed; None leaves a line out."""
-    return keytable.written({name: value for name, value in (FULL | changed).items() if value is not None})
+    return api_key_table.written({name: value for name, value in (FULL | changed).items() if value is not None})
 
 
 # ------------------------------------------------------------------------------------------------------------- making
@@ -97,7 +97,7 @@ def test_a_key_that_is_written_wrong_is_named_without_its_hash(text: str, says: 
 def test_an_expiry_may_be_a_time_or_its_text() -> None:
     for text in ('"2027-01-31T12:00:00Z"', '2027-01-31T12:00:00Z', '2027-01-31T13:00:00+01:00'):
         [key] = settings(entry() + f'expires = {text}\n').keys
-        assert keytable.expiry(key) == datetime(2027, 1, 31, 12, tzinfo=UTC).timestamp()
+        assert api_key_table.expiry(key) == datetime(2027, 1, 31, 12, tzinfo=UTC).timestamp()
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -330,7 +330,7 @@ def test_the_lines_to_paste_are_taken_as_they_are(directory: Path, tt: Tt) -> No
     [key] = found.keys
     assert found.mode == 'api_key'
     assert f'hash  {key["hash"]}\n' in out
-    days = ((keytable.expiry(key) or 0) - datetime.now(UTC).timestamp()) / 86400
+    days = ((api_key_table.expiry(key) or 0) - datetime.now(UTC).timestamp()) / 86400
     assert 89.9 < days <= 90
 
 

@@ -15,7 +15,7 @@ from tinytown.cli import main
 from tinytown.config import FILE, load, parse, settings, template
 from tinytown.errors import UsageError
 from tinytown.settings import AgentSettings, Config
-from tinytown.tomledit import change
+from tinytown.toml_edit import change
 
 ENV = 'TINYTOWN_TOWNHALL_REST_PORT'
 

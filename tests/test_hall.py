@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, tomledit
+from tinytown import config, toml_edit
 
 from .support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of, until
 
@@ -52,7 +52,7 @@ def change(place: Place, **settings: Any) -> None:
     file = place.root / config.FILE
     text = file.read_text()
     for name, value in settings.items():
-        text = tomledit.change(text, ('townhall', *name.split('__')), value)
+        text = toml_edit.change(text, ('townhall', *name.split('__')), value)
     file.write_text(text)
 
 

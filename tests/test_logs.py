@@ -16,7 +16,7 @@ import pytest
 from tinytown.errors import Conflict, Invalid, NotFound
 from tinytown.job import RunLog
 from tinytown.logs import MAX_PAGE_BYTES, LogReader
-from tinytown.redact import REDACTED, Redactor, Secrets, known_secrets
+from tinytown.redaction import REDACTED, Redactor, Secrets, known_secrets
 from tinytown.settings import AgentSettings, Config, RedisSettings
 from tinytown.timeline import Change, runs, with_durations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, keytable
+from tinytown import api_key_table, config
 from tinytown.auth import generate_key
 from tinytown.errors import TooManyRequests
 from tinytown.model import ALL_SCOPES, LOCAL, Principal
@@ -239,7 +239,7 @@ def wait_for_log(hall: Hall, text: str) -> None:
 def test_each_key_has_limits_of_its_own(limited: Place) -> None:
     one, two = generate_key(), generate_key()
     file = limited.root / config.FILE
-    keys = [keytable.written({'id': made.id, 'hash': made.hash, 'scopes': ['admin']}) for made in (one, two)]
+    keys = [api_key_table.written({'id': made.id, 'hash': made.hash, 'scopes': ['admin']}) for made in (one, two)]
     file.write_text(file.read_text() + '\n[townhall.auth]\nmode = "api_key"\n' + ''.join(keys))
     hall = limited.hall()
     for made in (one, two):

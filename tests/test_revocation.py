@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import keytable
+from tinytown import api_key_table
 from tinytown.auth import ApiKey, generate_key
 from tinytown.config import FILE, write_atomically
 
@@ -35,7 +35,7 @@ def keyed(directory: Path) -> Iterator[Keyed]:
     def add(**more: Any) -> ApiKey:
         made = generate_key()
         entry = {'id': made.id, 'hash': made.hash, 'scopes': ['town.read']} | more
-        write_atomically(file, keytable.added(file.read_text(), entry))
+        write_atomically(file, api_key_table.added(file.read_text(), entry))
         return made
 
     add()

@@ -22,7 +22,7 @@ from tinytown import config
 from tinytown.errors import UsageError
 from tinytown.settings import MtlsSettings, TlsSettings, TownhallSettings
 from tinytown.tls import TlsSocket, server_context, subject
-from tinytown.tomledit import to_toml
+from tinytown.toml_edit import to_toml
 
 from .certificates import CLIENT, SERVER, Authority, Pair
 from .support import PATIENCE, read_all, status_of

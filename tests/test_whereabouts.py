@@ -17,7 +17,7 @@ import pytest
 from tinytown import whereabouts
 from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
-from tinytown.redact import exposed, known_secrets
+from tinytown.redaction import exposed, known_secrets
 from tinytown.settings import RedisSettings
 from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
 

@@ -17,7 +17,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from . import argon2id, keytable
+from . import api_key_table, argon2id
 from .argon2id import matches
 from .errors import TooManyRequests, Unavailable, UsageError
 from .model import Principal, Scope
@@ -135,7 +135,7 @@ class Keyring:
 def _entry(key: dict[str, object]) -> Entry:
     key_id, text, scopes = str(key['id']), str(key['hash']), key['scopes']
     assert isinstance(scopes, list)
-    return Entry(key_id, text, Principal(f'key:{key_id}', frozenset(scopes)), keytable.expiry(key) or math.inf)
+    return Entry(key_id, text, Principal(f'key:{key_id}', frozenset(scopes)), api_key_table.expiry(key) or math.inf)
 
 
 # ----------------------------------------------------------------------------------------------------------- checking

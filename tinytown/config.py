@@ -19,11 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
-from . import keytable
+from . import api_key_table
 from .errors import UsageError
 from .model import Scope
 from .settings import CLI_NAME_PATTERN, Config, Section
-from .tomledit import to_toml
+from .toml_edit import to_toml
 
 Made = TypeVar('Made', bound=Section)
 
@@ -61,7 +61,7 @@ class Setting:
             is_hidden = isinstance(value, dict) or self.path in SECRETS or self.path == 'redis.url'
             shown = '' if is_hidden else f' = {value!r}'
             raise UsageError(f'{source}: {self.path}{shown}: {wrong}')
-        return [keytable.with_text_time(key) for key in value] if self.path == KEYS else value
+        return [api_key_table.with_text_time(key) for key in value] if self.path == KEYS else value
 
     def _violation(self, value: Any) -> str:
         kind = self.kind
@@ -81,9 +81,9 @@ class Setting:
                 return 'give a text of printable characters'
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
         if kind == list[Scope]:
-            return keytable.scopes_violation(value)
+            return api_key_table.scopes_violation(value)
         if self.path == KEYS:
-            return keytable.violation(value)
+            return api_key_table.violation(value)
         if get_origin(kind) is list:
             return self._item_violation(value)
         if kind == dict[str, list[Scope]]:
@@ -124,7 +124,7 @@ def _subjects_violation(value: Any) -> str:
     fits = (
         isinstance(value, dict)
         and '' not in value
-        and not any(keytable.scopes_violation(scopes) for scopes in value.values())
+        and not any(api_key_table.scopes_violation(scopes) for scopes in value.values())
     )
     return '' if fits else f'give a table of "name" = [scopes]; scopes are {", ".join(get_args(Scope))}'
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
-from . import hosts, notify, redact, redis_server
+from . import hosts, notify, redaction, redis_server
 from .access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
 from .errors import TownError, UsageError
@@ -62,7 +62,7 @@ class TownhallProcess:
         self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
         self._manager = notify.notifier(os.environ)
         self._host = host_of(self._listeners[0])
-        for warning in (*check_start(config, self._host), *redact.exposed(root, config)):
+        for warning in (*check_start(config, self._host), *redaction.exposed(root, config)):
             _say(warning, 'warning')
         self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
         self._note: Path | None = None
@@ -235,7 +235,7 @@ class TownhallProcess:
             tell_it(f'the configuration is not taken up, the old one stays in force: {e}', 'error', fault)
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
-        redact.ready_log(town.root, config)
+        redaction.ready_log(town.root, config)
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
         tell_it(f'the configuration was taken up again{needs}')

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from . import logs
 from .clis import Cli
 from .processes import GRACE_SECS, identify, stop_tree
-from .redact import Redactor, Secrets
+from .redaction import Redactor, Secrets
 
 TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
 _PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux

@@ -14,14 +14,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from . import api_key_table
 from . import config as configuration
-from . import keytable
 from .errors import TownError, UsageError
 from .local import Add, live_townhalls, report, tell_townhalls
 from .model import ADMIN, READ
 from .ping import ask
 from .redis_server import private_directory
-from .tomledit import change
+from .toml_edit import change
 from .usage import acts_here, town_root
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _create(arguments: argparse.Namespace) -> int:
     entry: dict[str, Any] = {'scopes': [part.strip() for part in arguments.scopes.split(',')]}
-    if wrong := keytable.scopes_violation(entry['scopes']):
+    if wrong := api_key_table.scopes_violation(entry['scopes']):
         raise UsageError(f'--scopes {arguments.scopes}: {wrong}, with commas between')
     if arguments.expires is not None:
         entry['expires'] = _expiry(arguments.expires)
@@ -82,11 +82,11 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
         configuration.write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False, keep_owner=False)
     if not arguments.write:
         paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
-        return _show(arguments, made, '\n'.join([*paste, keytable.written(entry).rstrip()]))
+        return _show(arguments, made, '\n'.join([*paste, api_key_table.written(entry).rstrip()]))
     file = town_root(arguments) / configuration.FILE
     with _changing(file) as draft:
         draft.entries.append(entry)
-        draft.text = keytable.added(draft.text, entry)
+        draft.text = api_key_table.added(draft.text, entry)
         draft.turn_on()
     return _show(arguments, made, f'Written to {file}, mode 0600.{draft.advice}')
 
@@ -110,7 +110,7 @@ def _expiry(given: str) -> str:
     if match := re.fullmatch(r'([1-9][0-9]{0,4})([mhdw])', given):
         ends = datetime.now(UTC) + timedelta(**{_UNITS[match[2]]: int(match[1])})
         return ends.strftime('%Y-%m-%dT%H:%M:%SZ')
-    moment = keytable.expiry({'expires': given})
+    moment = api_key_table.expiry({'expires': given})
     if moment is None:
         raise UsageError(f'--expires {given}: give 90d, 12h, or a time as 2027-01-31T12:00:00Z')
     if moment <= time.time():
@@ -133,7 +133,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _line(key: dict[str, Any]) -> str:
     parts = [key['id'], ','.join(key['scopes'])]
     if 'expires' in key:
-        over = (keytable.expiry(key) or 0) <= time.time()
+        over = (api_key_table.expiry(key) or 0) <= time.time()
         parts.append(f'{"expired" if over else "until"} {key["expires"]}')
     return '  '.join([*parts, key.get('note', '')]).rstrip()
 
@@ -142,7 +142,7 @@ def _rotate(arguments: argparse.Namespace) -> int:
     file = town_root(arguments) / configuration.FILE
     made = _new_key(_known(file, arguments.id))
     with _changing(file) as draft:
-        draft.text = keytable.rekeyed(draft.text, made.id, made.hash)
+        draft.text = api_key_table.rekeyed(draft.text, made.id, made.hash)
         draft.entries = [key | {'hash': made.hash} if key['id'] == made.id else key for key in draft.entries]
     _show(arguments, made, f'Written to {file}. The old key of this id is not taken any more.')
     _check_taken_up(file.parent, f'the new key of {made.id} is in {file}', 'the old one')
@@ -153,7 +153,7 @@ def _revoke(arguments: argparse.Namespace) -> int:
     file = town_root(arguments) / configuration.FILE
     key_id = _known(file, arguments.id)
     with _changing(file) as draft:
-        draft.text = keytable.removed(draft.text, key_id)
+        draft.text = api_key_table.removed(draft.text, key_id)
         draft.entries = [key for key in draft.entries if key['id'] != key_id]
     _check_taken_up(file.parent, f'{key_id} is not in {file} any more', 'it')
     return report(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')

@@ -37,11 +37,11 @@ from .processes import (
     this_host,
     verdict,
 )
-from .redact import masked
+from .redaction import masked
 from .render import as_json, counted
 from .settings import Config
 from .store import Step
-from .tomledit import change, to_toml
+from .toml_edit import change, to_toml
 from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, NotRequired, TypedDict
 
-from . import hosts, redact
+from . import hosts, redaction
 from .agents import worker_log
 from .config import write_atomically
 from .errors import Invalid
 from .model import AgentRef, Field
-from .redact import REDACTED, Secrets
+from .redaction import REDACTED, Secrets
 from .store import Step, text
 from .town import Call
 
@@ -245,7 +245,7 @@ def open_log(call: Call, agent: str) -> Step[LogReader]:
     file = worker_log(call.town.root, name)
     if hosts.is_other_host(host):
         yield from hosts.check_here(call, f"The log of '{name}'", host, file.exists())
-    return LogReader(name, file, redact.known_secrets(call.town.root, call.config, os.environ))
+    return LogReader(name, file, redaction.known_secrets(call.town.root, call.config, os.environ))
 
 
 def read_log(

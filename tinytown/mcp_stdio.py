@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from . import agent_tokens, redact, redis_server
+from . import agent_tokens, redaction, redis_server
 from . import config as configuration
 from .caretaker import Supervisor
 from .errors import Unavailable, UsageError
@@ -203,7 +203,7 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     """Serves the town in `root` to whoever started us, until our input ends. The exit status. Raises UsageError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = configuration.load(root, flags)
-    redact.ready_log(root, config)
+    redaction.ready_log(root, config)
     settings = config.townhall
     town = _Opening(root, flags, not settings.read_only)
     store = Store(redis_server.address(root, config), config.name, config.retention.events)

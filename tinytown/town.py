@@ -13,7 +13,7 @@ from . import redis_server
 from .errors import UsageError
 from .model import Agent, Cursor, Field, Limit, Principal, new_id
 from .processes import name_host
-from .redact import masked
+from .redaction import masked
 from .settings import Config
 from .store import Page, Step, Store, text
 

@@ -84,12 +84,12 @@ def _run(argv: list[str] | None) -> int:
         'townhall.read_only': arguments.read_only,
         'townhall.log.level': _level(arguments),
     }
-    from . import redact  # late: --help and a wrong command line need none of it
+    from . import redaction  # late: --help and a wrong command line need none of it
     from .access import check_start
     from .hall import TownhallProcess
 
     config = configuration.load(root, flags)
-    redact.ready_log(root, config)
+    redaction.ready_log(root, config)
     say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
     check_start(config, config.townhall.bind)  # before anything is started
     return TownhallProcess(root, config, flags, arguments.mode).run()

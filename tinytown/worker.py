@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import agent_tokens, clis, redact, redis_server, reports
+from . import agent_tokens, clis, redaction, redis_server, reports
 from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import Cli
@@ -217,7 +217,7 @@ class Worker:
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
-        self.log.secrets = redact.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
+        self.log.secrets = redaction.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
@@ -340,7 +340,7 @@ def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = 
     become_subreaper()
     os.environ[INSTANCE_VARIABLE] = instance
     agent_tokens.issue(town.root, agent_id, instance)
-    secrets = redact.known_secrets(town.root, town.config, os.environ)
+    secrets = redaction.known_secrets(town.root, town.config, os.environ)
     log = RunLog(worker_log(town.root, name), town.config.retention.log_bytes, secrets, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Final, get_args
 
 from .model import Scope
-from .tomledit import Statement, statements, to_toml, with_value
+from .toml_edit import Statement, statements, to_toml, with_value
 
 KEYS_TABLE: Final = ('townhall', 'auth', 'keys')
 ID_PATTERN: Final = r'[0-9a-f]{8}'
