@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tinytown import clis
 from tinytown.briefing import Letter, Work, compose, fits_role
+from tinytown.clis import registry
 from tinytown.settings import Config
 
 WORK = Work('t-1', 2, 'Mend the parser.\n\nIt drops the last line.', ['parser', 'bug'])
@@ -101,7 +101,7 @@ def test_a_task_fits_a_role_unless_it_is_tagged_for_others(role: str | None, tag
 
 
 def run_demo(task: str) -> subprocess.CompletedProcess[str]:
-    demo = clis.find_cli(Config(name='t'), 'demo')
+    demo = registry.find_cli(Config(name='t'), 'demo')
     text = prompt(Work('t-1', 1, task, []))
     return subprocess.run(demo.argv, input=text, capture_output=True, text=True, check=False, timeout=20)
 
@@ -116,22 +116,22 @@ def test_the_demo_does_what_its_task_says() -> None:
 
 
 def test_the_demo_runs_on_messages_alone() -> None:
-    demo = clis.find_cli(Config(name='t'), None if Config().default_cli == 'demo' else 'demo')
+    demo = registry.find_cli(Config(name='t'), None if Config().default_cli == 'demo' else 'demo')
     text = prompt(None, Letter('query', 'ann', 'can you fail? sleep 99', False))
     done = subprocess.run(demo.argv, input=text, capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stdout) == (0, 'demo: done: the messages\n')
 
 
 def test_a_prompt_is_never_an_argument_of_a_built_in_cli() -> None:
-    for cli in clis.known_clis(Config(name='t')).values():
+    for cli in registry.known_clis(Config(name='t')).values():
         assert cli.install
         assert cli.takes_file is any('{prompt_file}' in part for part in cli.argv)
-    assert clis.known_clis(Config(name='t'))['demo'].argv[0] == sys.executable
+    assert registry.known_clis(Config(name='t'))['demo'].argv[0] == sys.executable
 
 
 def test_a_towns_own_cli_replaces_a_built_in_one() -> None:
     own = Config(name='t', agent_clis={'claude': "sh -c 'cat {prompt_file}'"}, default_cli='claude')
-    found = clis.find_cli(own, None)
+    found = registry.find_cli(own, None)
     assert found.takes_file
     assert [part.replace('/x', '{prompt_file}') for part in found.argv] == ['sh', '-c', 'cat {prompt_file}']
 
@@ -140,4 +140,4 @@ def test_a_cli_sees_an_allow_list_of_the_environment_and_what_the_town_passes_on
     config = Config(name='t')
     given = {'HOME': '/h', 'LC_TIME': 'C', 'XDG_CACHE_HOME': '/c', 'ANTHROPIC_API_KEY': 'k', 'https_proxy': 'p'}
     secret = {'DATABASE_URL': 's', 'TINYTOWN_REDIS_URL': 's', 'PYTHONPATH': 's', 'LD_PRELOAD': 's', 'AWS_SECRET': 's'}
-    assert clis.environment(config, given | secret) == given
+    assert registry.environment(config, given | secret) == given

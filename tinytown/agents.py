@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
 
-from . import clis, hosts, keeper, reports
 from . import config as configuration
+from . import hosts, keeper, reports
+from .clis import registry
 from .errors import Conflict, HostSilent, Internal, Invalid, NotFound, TownError, Unavailable
 from .model import (
     AT_REST,
@@ -217,7 +218,7 @@ def enlist(
         detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox or reads as an id"
         raise Invalid(detail, errors=[{'pointer': '/name', 'detail': detail}])
     there = hosts.is_other_host(host)
-    chosen = cli or call.config.default_cli if there else clis.find_cli(call.config, cli).name
+    chosen = cli or call.config.default_cli if there else registry.find_cli(call.config, cli).name
     parent_id = (yield from look_up(call, parent)).id if parent else None
     agent_id, instance = new_id(), new_id()
     spawned: Spawned = {
@@ -359,7 +360,7 @@ def restart(call: Call, *, agent: AgentRef, host: HostName | None = None) -> Ste
     found = yield from look_up(call, agent)
     there = host or found.process.host
     if not hosts.is_other_host(there):
-        clis.find_cli(call.config, json.loads(found.json)['cli'])
+        registry.find_cli(call.config, json.loads(found.json)['cli'])
     yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
     yield from revive(call, found.id, found.name, start_worker, there)
     return {'status': 'restarted', 'agent': found.name}
@@ -443,7 +444,7 @@ def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
 def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
     log = worker_log(town.root, name)
-    env = clis.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
+    env = registry.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
     env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # by which doctor knows it
     try:
         ours, its = socket.socketpair()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from . import logs
-from .clis import Cli
+from .clis.registry import Cli
 from .processes import GRACE_SECS, identify, stop_tree
 from .redaction import Redactor, Secrets
 

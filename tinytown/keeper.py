@@ -27,8 +27,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import clis, notify
 from . import config as configuration
+from . import notify
+from .clis import registry
 from .errors import UsageError
 from .processes import python, python_path, reap, start_detached
 from .settings import Config
@@ -180,7 +181,7 @@ class _Keeper:
     def _start(self, order: dict[str, Any], keep: Sequence[int]) -> int:
         self._look()
         if order['mark'] and self._config:  # what is marked is an agent's
-            order['env'] |= clis.environment(self._config, os.environ)
+            order['env'] |= registry.environment(self._config, os.environ)
         return _start(order, keep)
 
     def end(self) -> subprocess.Popen[bytes]:

@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, clis, doctor, redis_server, reports
+from . import agents, doctor, redis_server, reports
 from . import config as configuration
+from .clis import registry
 from .errors import TownError, UsageError
 from .hosts import claim_host
 from .model import ALL_SCOPES, Principal
@@ -411,7 +412,7 @@ def _worker(arguments: argparse.Namespace) -> int:
 
     def ready(start: Any) -> Step[None]:
         found = yield from agents.look_up(call, arguments.name)
-        clis.find_cli(town.config, json.loads(found.json)['cli'])
+        registry.find_cli(town.config, json.loads(found.json)['cli'])
         yield from agents.revive(call, found.id, found.name, start)
 
     return run_here(town, ready)

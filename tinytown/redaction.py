@@ -17,7 +17,7 @@ from typing import Final
 from urllib.parse import unquote, unquote_plus
 
 from . import say
-from .clis import key_names
+from .clis.registry import key_names
 from .config import FILE, read_settings
 from .settings import Config
 

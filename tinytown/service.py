@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from . import clis, redis_server, units
 from . import config as configuration
+from . import redis_server, units
+from .clis import registry
 from .errors import TownError, UsageError
 from .listen import UNIX
 from .processes import python_path
@@ -353,7 +354,7 @@ def _warnings(arguments: argparse.Namespace, plan: Plan, config: Config) -> list
     found = []
     if plan.user == 'root':
         found.append(f'the town in {plan.root} belongs to root, so its agents run as root; chown -R it to a user')
-    cli = clis.known_clis(config).get(config.default_cli)
+    cli = registry.known_clis(config).get(config.default_cli)
     if cli and not shutil.which(cli.argv[0], path=plan.path):
         found.append(
             f"'{cli.argv[0]}' (default_cli) is not on the PATH that the units have ({plan.path}); "

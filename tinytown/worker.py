@@ -22,10 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import agent_tokens, clis, redaction, redis_server, reports
+from . import agent_tokens, redaction, redis_server, reports
 from .agents import worker_log
 from .briefing import Letter, Work, compose
-from .clis import Cli
+from .clis import registry
+from .clis.registry import Cli
 from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .job import CliRun, RunLog
@@ -81,7 +82,7 @@ class Worker:
         _, _, found, *_ = self.town.store.call(self.town.store.agent(self.id))
         record = json.loads(found)
         self.name, self.role = record['name'], record['role_id']
-        self.cli = clis.find_cli(self.town.config, record['cli'])  # before anybody takes us for alive
+        self.cli = registry.find_cli(self.town.config, record['cli'])  # before anybody takes us for alive
         reports.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
         signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
@@ -276,7 +277,7 @@ class Worker:
 
     def _environment(self, work: Work | None) -> dict[str, str]:
         """What the CLI sees: the allow-list, who it is, and our `tt` first on its PATH."""
-        env = clis.environment(self.town.config, os.environ)
+        env = registry.environment(self.town.config, os.environ)
         env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
         env |= {
             INSTANCE_VARIABLE: self.instance,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .errors import Invalid
-from .settings import Config
+from ..errors import Invalid
+from ..settings import Config
 
 PROMPT_FILE: Final = '{prompt_file}'
 
@@ -88,7 +88,7 @@ _BUILT_IN: Final = (
         'GITHUB_TOKEN',
     ),
     _cli('cursor', 'cursor-agent -p --force --trust', 'see cursor.com/cli', 'CURSOR_API_KEY'),
-    Cli('demo', (sys.executable, '-I', str(Path(__file__).with_name('demo.py'))), 'it is part of Tinytown'),
+    Cli('demo', (sys.executable, '-I', str(Path(__file__).with_name('demo_cli.py'))), 'it is part of Tinytown'),
 )
 
 

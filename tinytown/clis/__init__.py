@@ -1,0 +1,1 @@
+"""The coding CLIs that an agent can run: one description each. Start with `registry`."""
