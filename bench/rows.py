@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tinytown.auth import generate_key
-from tinytown.store import text
+from tinytown.state.store import text
 
 from .load import Ask, Load, Wrong, newcomers, percentile, timed, wrk
 from .report import Row, Spread, ratio_row

@@ -14,8 +14,8 @@ from tests.ground import redis
 from tests.support import make_town
 from tinytown import redis_server
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.store import Command, scripts
-from tinytown.wire import _MORE, Wire
+from tinytown.state.client import _MORE, Wire
+from tinytown.state.store import Command, scripts
 
 AGENTS, MESSAGES, BACKLOG = 100, 10, 100
 READER, WRITER = 'agent-001', 'agent-002'

@@ -35,7 +35,7 @@ from typing import Any, Final, NamedTuple
 from tinytown import redis_server
 from tinytown.errors import TownError
 from tinytown.processes import INSTANCE_VARIABLE
-from tinytown.store import Command, text
+from tinytown.state.store import Command, text
 
 from .proxy import Fate, Proxy, accepts
 from .support import Hall, Place, make_town

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tinytown.store import Command
+from tinytown.state.store import Command
 
 from .streams import Listen, Listener
 from .support import Hall, Place, make_town

@@ -12,9 +12,9 @@ from typing import Any
 from tinytown.agents import enlist as enlist_step
 from tinytown.model import CONDUCTOR_ID, LIVE, new_id
 from tinytown.processes import Identity
-from tinytown.store import Command, text
+from tinytown.state.client import _MORE, Part, RedisError
+from tinytown.state.store import Command, text
 from tinytown.town import Call, Town
-from tinytown.wire import _MORE, Part, RedisError
 
 from .support import OPERATOR, Place
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 from tinytown.mcp import LEVELS, Ask, Cancel, Manner, McpServer, Notify
 from tinytown.mcp_messages import INTERNAL, INVALID_PARAMS, META_PREFIX, MISSING_CAPABILITY, NO_RESOURCE, Fault
 from tinytown.model import Json, Principal
-from tinytown.store import Step
+from tinytown.state.store import Step
 
 PNG: Final = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=='
 WAV: Final = 'UklGRiQAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQAAAAA='

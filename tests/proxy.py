@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tinytown.store import scripts, text
-from tinytown.wire import _MORE, Reader, pack
+from tinytown.state.client import _MORE, Reader, pack
+from tinytown.state.store import scripts, text
 
 
 class Fate(NamedTuple):

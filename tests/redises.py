@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from tinytown import redis_server
-from tinytown.store import text
-from tinytown.whereabouts import Login, Server, Tls
+from tinytown.state.endpoints import Login, Server, Tls
+from tinytown.state.store import text
 
 from .support import LONG, PATIENCE, until
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tinytown.model import new_id
-from tinytown.store import text
+from tinytown.state.store import text
 
 from .ground import pipeline
 from .support import PATIENCE, Place, Service
@@ -171,7 +171,7 @@ def ids(place: Place) -> list[str]:
 
 
 def trim(place: Place, keep: int) -> None:
-    from tinytown.store import Command
+    from tinytown.state.store import Command
 
     place.store.call(Command(None, ('XTRIM', place.store.prefix + b'events', 'MAXLEN', keep)))
 

@@ -22,7 +22,7 @@ from tinytown import config, redis_server
 from tinytown.errors import TownError
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.operations import BY_NAME, call, encode_answer
-from tinytown.store import Store, text
+from tinytown.state.store import Store, text
 from tinytown.toml_edit import to_toml
 from tinytown.town import Town, open_town
 
@@ -103,7 +103,7 @@ class Place:
 
     def history(self) -> list[dict[str, Any]]:
         """Every event of the town, oldest first."""
-        from tinytown.store import Command
+        from tinytown.state.store import Command
 
         rows = self.store.call(Command(None, ('XRANGE', self.store.prefix + b'events', '-', '+')))
         return [{'id': text(row[0])} | json.loads(b'{' + row[1][1] + b'}') for row in rows]

@@ -17,7 +17,7 @@ from tinytown import redis_server
 from tinytown.agents import start_worker
 from tinytown.caretaker import Supervisor
 from tinytown.processes import identify, marked
-from tinytown.store import Command, scripts, text
+from tinytown.state.store import Command, scripts, text
 from tinytown.town import Town
 
 from .ground import check, enlist

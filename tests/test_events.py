@@ -15,7 +15,7 @@ import pytest
 
 from tinytown.errors import Conflict, Invalid
 from tinytown.model import CONDUCTOR_ID, Principal, new_id
-from tinytown.store import Command
+from tinytown.state.store import Command
 
 from .ground import enlist, redis
 from .raw import HOST, read_answer

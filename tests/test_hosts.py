@@ -23,8 +23,8 @@ from tinytown.local import running_townhalls
 from tinytown.model import new_id
 from tinytown.processes import identify, name_host, this_boot, this_host
 from tinytown.render import format_answer
+from tinytown.state.store import Command, Step, scripts, text
 from tinytown.steward import HostOrders
-from tinytown.store import Command, Step, scripts, text
 from tinytown.town import Call, Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis

@@ -20,7 +20,7 @@ from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
 from tinytown.operations import OPERATIONS
 from tinytown.probes import ROUTES
-from tinytown.store import Command
+from tinytown.state.store import Command
 
 from .ground import enlist, redis
 from .support import PATIENCE, REPOSITORY, Hall, Place, Service, make_town, redis_pid

@@ -299,7 +299,7 @@ def test_an_idempotency_key_must_be_plain(rest: Hall, key: str) -> None:
 
 
 def test_an_error_of_redis_is_a_500_problem(place: Place, hall: Hall) -> None:
-    from tinytown.store import Command
+    from tinytown.state.store import Command
 
     place.store.call(Command(None, ('SET', place.store.prefix + b'tasks', 'not a set')))
     assert_problem(hall.get('/v1/tasks'), 500, 'redis-error')

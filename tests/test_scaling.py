@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinytown import census
-from tinytown.store import Command
+from tinytown.state.store import Command
 
 from .ground import Puppet, enlist, redis
 from .support import Hall, Place, make_town, read_all, redis_pid, status_of

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from tinytown.errors import Invalid
 from tinytown.model import AgentRef, Cursor, Field, Limit, Nickname, Tags, TaskText
 from tinytown.schema import Parameter, input_schema, json_schema, output_schema, signature, validate
-from tinytown.store import Page, Step
+from tinytown.state.store import Page, Step
 
 Word = Annotated[str, Field('A word', '[a-z]+', 'lower-case letters', max_length=5)]
 Few = Annotated[int, Field('A few', minimum=0, maximum=9)]

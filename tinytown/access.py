@@ -30,7 +30,7 @@ from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
 from .say import say
 from .settings import AuthSettings, Config
-from .store import Step
+from .state.store import Step
 from .stream import Stream
 from .town import Call, Town
 

@@ -22,7 +22,7 @@ from .errors import Conflict, NotFound, Unauthorized
 from .model import READ, UUID_PATTERN, WRITE, Principal, Scope
 from .redis_server import private_directory
 from .settings import Config
-from .store import Step
+from .state.store import Step
 from .town import Call, Town
 
 TOKEN_PREFIX: Final = 'tta_'

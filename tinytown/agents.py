@@ -52,7 +52,7 @@ from .processes import (
     stop_tree,
     this_host,
 )
-from .store import Command, Page, Step, text
+from .state.store import Command, Page, Step, text
 from .tasks import listing
 from .town import Call, Town
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict
 
 from .model import AgentRef, Assigned, Cursor, Limit, Tags, TaskId, TaskText
-from .store import Page, Step, text
+from .state.store import Page, Step, text
 from .tasks import assigned, listing, record
 from .town import Call
 

@@ -28,7 +28,7 @@ from .hosts import Presence
 from .model import new_id
 from .processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from .say import say
-from .store import Command, text
+from .state.store import Command, text
 from .town import Town
 
 TICK_SECS: Final = 1.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from .model import LIVE
-from .store import Step, text
+from .state.store import Step, text
 from .town import Town
 
 Recommendation = Literal['scale_up', 'steady', 'scale_down', 'scale_to_zero']

@@ -10,7 +10,7 @@ from . import hosts, recovery, reports
 from .errors import TownError
 from .model import LIVE
 from .processes import Identity, agents_processes, stop_tree
-from .store import text
+from .state.store import text
 from .town import Call
 
 _QUIET_MS = 15_000  # three heartbeats

@@ -12,16 +12,16 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from . import feed
 from .access import is_slow
 from .errors import Invalid, Unavailable
 from .events import Filter, as_page, choose, type_of, whole
-from .feed import PAGE, Event, EventFeed
 from .http1 import Request, Response, problem
 from .model import WaitSeconds
 from .operations import Op, encode_answer
 from .schema import Parameter, signature, validate
-from .store import Step, Store
+from .state import event_feed
+from .state.event_feed import PAGE, Event, EventFeed
+from .state.store import Step, Store
 from .stream import Answer, Later, Slow, Stream
 from .town import Town
 
@@ -102,13 +102,13 @@ class EventFollower:
         self._feed = changes
         self._store = store
         self._sink = sink
-        self._leave: feed.Unsubscribe | None = None
+        self._leave: event_feed.Unsubscribe | None = None
         self.position = position
         stream.on_close = self._pause
 
     def page(self) -> None:
         """Fetches the next page."""
-        self._stream.run(feed.page(self._store, self.position), self._paged)
+        self._stream.run(event_feed.page(self._store, self.position), self._paged)
 
     def _paged(self, found: tuple[list[Event], str] | None, _error: Exception | None) -> None:
         if found is None:

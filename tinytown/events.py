@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
-from . import feed
-from .feed import Event
 from .model import AgentRef, Field, Limit, TaskId, is_uuid
-from .store import Page, Step, Store, text
+from .state import event_feed
+from .state.event_feed import Event
+from .state.store import Page, Step, Store, text
 from .town import Call, TownEvent
 
 MOST_EXAMINED: Final = 1000  # events that one page looks at, however few of them are wanted
@@ -124,7 +124,7 @@ def list_events(
     is_all = not (agent or task or type)
     most = limit + 1 if is_all else MOST_EXAMINED
     gap, newest, found, *rows = yield call.store.events_after(whole(after), most, agent or '')
-    examined = feed.events_of(rows)
+    examined = event_feed.events_of(rows)
     fits = wanted(text(found), agent, task, type).fits
     events = [event for event in examined if fits(event)]
     more, position = len(examined) >= most, examined[-1].id if examined else text(newest)
@@ -150,5 +150,5 @@ def latest(call: Call, *, agent: AgentRef | None = None, limit: Limit = 50) -> S
     """Tell what has happened last in the town, or to one agent, oldest first. It looks at the last 1,000 events."""
     found, *rows = yield call.store.latest_events(MOST_EXAMINED if agent else limit, agent or '')
     fits = wanted(text(found), agent, None, ()).fits
-    events = [event.data for event in feed.events_of(rows) if fits(event)][:limit]
+    events = [event.data for event in event_feed.events_of(rows) if fits(event)][:limit]
     return Page(b'{"events":[%b]}' % b','.join(reversed(events)))

@@ -17,7 +17,6 @@ from . import hosts, notify, redaction, redis_server
 from .access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
 from .errors import TownError, UsageError
-from .feed import EventFeed
 from .http1 import Request, Response
 from .listen import UNIX, host_of, is_passed, open_sockets, url_of
 from .local import note_townhall
@@ -27,6 +26,7 @@ from .prefork import Prefork
 from .rest import Guarded, RestApp
 from .say import Level, say
 from .settings import Config, RedisSettings, TownhallSettings
+from .state.event_feed import EventFeed
 from .steward import HostOrders
 from .stream import Answer
 from .town import Town, open_town

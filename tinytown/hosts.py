@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 from .errors import Conflict, HostSilent, Internal, TownError, Unavailable, UsageError
 from .model import new_id
 from .processes import this_host, this_place
-from .store import Command, Step, Store, scripts, text
+from .state.client import Part
+from .state.store import Command, Step, Store, scripts, text
 from .town import Call, Town
-from .wire import Part
 
 SILENCE_SECS: Final = 7  # after which a townhall is silent; each says once a second that it is there
 PATIENCE_SECS: Final = 15.0  # for a start on another host; for a stop, beside the grace

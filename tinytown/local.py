@@ -41,7 +41,7 @@ from .processes import (
 from .redaction import masked
 from .render import as_json, counted
 from .settings import Config
-from .store import Step
+from .state.store import Step
 from .toml_edit import change, to_toml
 from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
@@ -347,7 +347,7 @@ def _without_password(path: str, value: Any) -> Any:
 def _check_url(path: str, value: Any) -> None:
     """Raises UsageError for a redis.url that can't be one."""
     if path == 'redis.url' and value:
-        from .whereabouts import read_url  # late: it is seldom changed
+        from .state.endpoints import read_url  # late: it is seldom changed
 
         read_url(value)
 

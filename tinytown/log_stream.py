@@ -15,7 +15,7 @@ from .http1 import Request, Response
 from .logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
 from .model import READ, Principal
 from .operations import Op, encode_answer
-from .store import Step
+from .state.store import Step
 from .stream import Answer, Slow, Stream
 from .town import Call
 

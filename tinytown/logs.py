@@ -21,7 +21,7 @@ from .config import write_atomically
 from .errors import Invalid
 from .model import AgentRef, Field
 from .redaction import REDACTED, Secrets
-from .store import Step, text
+from .state.store import Step, text
 from .town import Call
 
 MAX_PAGE_BYTES: Final = 262144  # bytes of one page

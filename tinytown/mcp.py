@@ -33,7 +33,7 @@ from .mcp_messages import (
 from .model import Json, Principal
 from .operations import CallLimits
 from .say import say
-from .store import Step
+from .state.store import Step
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
 _LIST_TTL_MS: Final = 60_000

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Final
 
-from . import __version__, feed, mcp_content
+from . import __version__, mcp_content
 from .errors import TownError, UsageError
-from .feed import Event, EventFeed
 from .mcp import Ask, Cancel, Manner, Notify
 from .mcp_messages import INVALID_PARAMS, NO_RESOURCE, Fault
 from .model import READ, Json, Principal
 from .operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
-from .store import Step
+from .state import event_feed
+from .state.event_feed import Event, EventFeed
+from .state.store import Step
 from .town import Town
 
 # Further names for an operation with some of its arguments given.
@@ -264,7 +265,7 @@ class Catalog:
         return {'resourceSubscriptions': uris} if uris and self._changes and by.may(READ) else {}
 
     def position(self) -> Step[str]:
-        events, position = yield from feed.page(self._town().store, '$', 1)
+        events, position = yield from event_feed.page(self._town().store, '$', 1)
         assert not events
         return position
 

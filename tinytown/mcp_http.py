@@ -30,7 +30,7 @@ from .mcp_messages import (
 from .mcp_sessions import Open, Sessions
 from .model import Json, Principal
 from .say import say
-from .store import Step
+from .state.store import Step
 from .stream import Answer, Later, Slow, Stream
 
 PATH: Final = '/mcp'

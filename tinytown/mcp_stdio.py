@@ -21,12 +21,12 @@ from . import agent_tokens, redaction, redis_server
 from . import config as configuration
 from .caretaker import Supervisor
 from .errors import Unavailable, UsageError
-from .feed import EventFeed
 from .mcp import Ask, McpServer, Session, not_batched
 from .mcp_catalogue import Catalog
 from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode_message, error_reply
 from .model import ALL_SCOPES, LOCAL, READ, Json, Principal
-from .store import Step, Store
+from .state.event_feed import EventFeed
+from .state.store import Step, Store
 from .town import Town, open_town
 
 MOST_THREADS: Final = 32

@@ -19,7 +19,7 @@ from .audit import AuditSubject
 from .errors import Forbidden, TownError
 from .model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
 from .schema import Parameter, input_schema, output_schema, signature, validate
-from .store import Command, Page, Step
+from .state.store import Command, Page, Step
 from .town import Call, Town
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from .errors import TownError
 from .http1 import Request, Response
 from .metrics import CONTENT_TYPE, Meter, render_metrics
 from .operations import encode_answer, enter
-from .store import Command
+from .state.store import Command
 from .stream import Answer, Slow
 from .town import Town
 

@@ -10,7 +10,7 @@ from .agents import MAX_MOVED, look_up, prune, stop_process
 from .errors import Conflict, NotFound
 from .model import AT_REST, LIVE, AgentRef, Field
 from .processes import GRACE_SECS, Identity, is_beside, stop_tree
-from .store import Step, text
+from .state.store import Step, text
 from .town import Call
 
 ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]

@@ -21,7 +21,7 @@ from .config import make_directory, write_atomically
 from .errors import TownError, UsageError
 from .processes import identify, reap, start_time, verdict
 from .settings import Config
-from .wire import Address, RedisError, UnixSocket, pack
+from .state.client import Address, RedisError, UnixSocket, pack
 
 OLDEST: Final = (7, 0)
 REDIS_START_SECS: Final = 10.0
@@ -32,7 +32,7 @@ _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 10
 def address(root: Path, config: Config) -> Address:
     """Where the town's Redis is. Raises UsageError for a `redis.url` that can't be used."""
     if config.redis.url:
-        from .whereabouts import locate  # late: a town with its own Redis starts faster without it
+        from .state.endpoints import locate  # late: a town with its own Redis starts faster without it
 
         return locate(config.redis, f'tt:{{{config.name}}}:town', root)
     return _own(root)

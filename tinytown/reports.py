@@ -32,7 +32,7 @@ from .processes import (
     this_host,
     verdict,
 )
-from .store import Step, Store, text
+from .state.store import Step, Store, text
 
 
 def prompt_file(root: Path, agent_id: str) -> Path:

@@ -15,7 +15,6 @@ from urllib.parse import parse_qsl
 from .access import Access, is_slow
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from .event_stream import EventStreams
-from .feed import EventFeed
 from .http1 import Peer, Request, Response, options
 from .log_stream import LogStreams
 from .metrics import Meter
@@ -24,7 +23,8 @@ from .operations import OPERATIONS, Op, call, encode_answer
 from .probes import ROUTES, HealthRoutes
 from .router import Router
 from .schema import Parameter
-from .store import Command
+from .state.event_feed import EventFeed
+from .state.store import Command
 from .stream import Answer, Slow
 from .town import Town
 

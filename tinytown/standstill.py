@@ -21,7 +21,7 @@ from .model import ALL_SCOPES, Principal
 from .processes import GRACE_SECS, agents_processes, name_host, stop_tree
 from .say import say
 from .settings import Config
-from .store import Step, Store
+from .state.store import Step, Store
 from .town import Call, Town
 from .usage import complain
 

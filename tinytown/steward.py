@@ -19,7 +19,7 @@ from .hosts import Presence
 from .model import ALL_SCOPES, Principal
 from .processes import identify, stop_tree
 from .say import say
-from .store import Step, text
+from .state.store import Step, text
 from .town import Call, Town
 
 HOST_ORDERS: Final = 'steward'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 from .http1 import Request, Response
-from .store import Command
+from .state.store import Command
 
 T = TypeVar('T')
 Done = Callable[[T | None, Exception | None], None]  # is given what a step gave, or raised

@@ -23,10 +23,10 @@ from .model import (
     new_id,
     to_json,
 )
-from .store import Page, Step, text
+from .state.client import Part
+from .state.store import Page, Step, text
 from .timeline import Change, Run, runs, with_durations
 from .town import Call
-from .wire import Part
 
 
 class PendingTask(TypedDict):

@@ -15,7 +15,7 @@ from .model import Agent, Cursor, Field, Limit, Principal, new_id
 from .processes import name_host
 from .redaction import masked
 from .settings import Config
-from .store import Page, Step, Store, text
+from .state.store import Page, Step, Store, text
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from .notify import Notifier
-from .store import Command
+from .state.store import Command
 from .stream import Loop
 
 _START_TICK_SECS: Final = 0.05

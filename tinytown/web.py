@@ -23,7 +23,6 @@ from http.server import HTTPServer
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from . import wire
 from .connection import IN, OUT, Application, Connection, Sock
 from .errors import Internal, TownError, Unavailable
 from .http1 import Peer, Request, Response, problem
@@ -31,7 +30,8 @@ from .listen import BACKLOG
 from .model import rfc3339
 from .say import as_line, is_told, retry, say, write
 from .settings import TownhallSettings
-from .store import Command, Store
+from .state import client
+from .state.store import Command, Store
 from .stream import Done, Later, Slow
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Server(HTTPServer):
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self.link = wire.Link(store.address, self.call_soon, self._watch_redis, prepare)
+        self.link = client.Link(store.address, self.call_soon, self._watch_redis, prepare)
         super().__init__(listener.getsockname(), Connection, bind_and_activate=False)  # type: ignore[arg-type]
         self.socket.close()  # which http.server has made
         self.socket = listener
@@ -143,7 +143,7 @@ class Server(HTTPServer):
 
     def _await_redis(self) -> None:
         """Leaves clients in the backlog until Redis is connected, or was given its time: no needless 503 at start."""
-        deadline = time.monotonic() + wire.TIMEOUT
+        deadline = time.monotonic() + client.TIMEOUT
         while not self.link.is_up and not self._stops and time.monotonic() < deadline:
             self._turn()
 
@@ -414,7 +414,7 @@ class _Drive(Generic[T]):
 
     __slots__ = ('_command', '_done', '_link', '_step', '_store')
 
-    def __init__(self, link: wire.Link, store: Store, step: Generator[Command, Any, T], done: Done[T]) -> None:
+    def __init__(self, link: client.Link, store: Store, step: Generator[Command, Any, T], done: Done[T]) -> None:
         self._link = link
         self._store = store
         self._step = step
@@ -431,7 +431,7 @@ class _Drive(Generic[T]):
         except Exception as e:  # a request must not end the server
             _finish(self._done, None, e)
         else:
-            self._link.submit(wire.Request(data, self._whole if command.script else None, self._resume))
+            self._link.submit(client.Request(data, self._whole if command.script else None, self._resume))
 
     def _resume(self, reply: Any) -> None:
         try:

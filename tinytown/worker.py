@@ -42,7 +42,7 @@ from .processes import (
     stop_tree,
     tree,
 )
-from .store import NO_RUN, Command, Store, text
+from .state.store import NO_RUN, Command, Store, text
 from .town import Town
 
 BEAT_SECS: Final = 5.0  # at most; and three fit into a lease

@@ -112,11 +112,11 @@ def test_what_an_image_s_build_copies_is_all_that_its_installation_needs(tmp_pat
         str(entry),
         sys.executable,
         '-c',
-        'import tinytown.store as s; print(s.__file__, s.scripts())',
+        'import tinytown.state.store as s; print(s.__file__, s.scripts())',
     ]
     env = {'PYTHONPATH': str(target), 'TINYTOWN_TOWN': str(tmp_path)}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True, cwd='/')
-    assert done.stdout.startswith(f'{target}/tinytown/store.py')
+    assert done.stdout.startswith(f'{target}/tinytown/state/store.py')
     assert {file.name for file in (target / 'tinytown').iterdir()} >= {file.name for file in copied_files(source)}
 
 

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tinytown.model import MANAGE, READ, WRITE
-from tinytown.store import Command
+from tinytown.state.store import Command
 
 from ..ground import enlist, pipeline
 from ..support import Hall, Place, free_port, make_town, shell_cli

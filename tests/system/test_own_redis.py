@@ -25,9 +25,9 @@ import pytest
 
 from tinytown.errors import TownError, Unavailable
 from tinytown.settings import RedisSettings
-from tinytown.store import text
-from tinytown.whereabouts import Cluster as ClusterAddress
-from tinytown.whereabouts import Login, Tls, locate
+from tinytown.state.endpoints import Cluster as ClusterAddress
+from tinytown.state.endpoints import Login, Tls, locate
+from tinytown.state.store import text
 from tinytown.worker import install_tt
 
 from ..certificates import CLIENT, Authority
@@ -327,7 +327,7 @@ def present(place: Place) -> set[str]:
 
 
 def _all_tasks(place: Place) -> Any:
-    from tinytown.store import Command
+    from tinytown.state.store import Command
 
     return (yield Command(None, ('ZRANGE', place.store.prefix + b'tasks', 0, -1)))
 

@@ -51,9 +51,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from .errors import TownError, refusal
-from .model import lua_sets
-from .wire import ASTRAY, TIMEOUT, Address, Part, RedisError, Wire, as_town_error, bulks, pack
+from ..errors import TownError, refusal
+from ..model import lua_sets
+from .client import ASTRAY, TIMEOUT, Address, Part, RedisError, Wire, as_town_error, bulks, pack
 
 T = TypeVar('T')
 

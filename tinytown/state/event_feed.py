@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .errors import TownError
+from ..errors import TownError
 from .store import Step, Store, text
 
 MOST_KEPT: Final = 1000  # events that a subscriber may be behind when it joins

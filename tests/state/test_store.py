@@ -21,16 +21,17 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, hosts, redis_server, store
+from tinytown import config, hosts, redis_server
 from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
 from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
-from tinytown.store import Store, scripts, text
+from tinytown.state import store
+from tinytown.state.client import _MORE, Address, Reader, RedisError, as_town_error, pack
+from tinytown.state.endpoints import Server, locate
+from tinytown.state.store import Store, scripts, text
 from tinytown.town import Town, open_town
-from tinytown.whereabouts import Server, locate
-from tinytown.wire import _MORE, Address, Reader, RedisError, as_town_error, pack
 
-from .ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
-from .support import PATIENCE, REPOSITORY, Hall, Place, make_town, redis_pid
+from ..ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
+from ..support import PATIENCE, REPOSITORY, Hall, Place, make_town, redis_pid
 
 LUA = (REPOSITORY / 'tinytown' / 'scripts.lua').read_text()
 

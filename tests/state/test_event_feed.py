@@ -11,12 +11,12 @@ from queue import Queue
 
 import pytest
 
-from tinytown import feed
-from tinytown.feed import Event, EventFeed
-from tinytown.store import Command
+from tinytown.state import event_feed
+from tinytown.state.event_feed import Event, EventFeed
+from tinytown.state.store import Command
 
-from .support import PATIENCE, Place, redis_pid, start_redis
-from .test_worker import await_exit
+from ..support import PATIENCE, Place, redis_pid, start_redis
+from ..test_worker import await_exit
 
 
 class Listener:
@@ -49,7 +49,7 @@ def source(ground: Place) -> Iterator[EventFeed]:
 
 def here(place: Place) -> str:
     """Where the events are now."""
-    return place.store.run(feed.page(place.store, '$'))[1]
+    return place.store.run(event_feed.page(place.store, '$'))[1]
 
 
 def add(place: Place, *names: str) -> list[str]:
@@ -59,19 +59,19 @@ def add(place: Place, *names: str) -> list[str]:
 def test_a_page_holds_what_came_after_an_event_and_says_where_to_go_on(ground: Place) -> None:
     start = here(ground)
     tasks = add(ground, 'a', 'b', 'c')
-    events, position = ground.store.run(feed.page(ground.store, start, 2))
+    events, position = ground.store.run(event_feed.page(ground.store, start, 2))
     assert [event.fields['task_id'] for event in events] == tasks[:2]
     assert position == events[-1].id
-    events, position = ground.store.run(feed.page(ground.store, position, 2))
+    events, position = ground.store.run(event_feed.page(ground.store, position, 2))
     assert [event.fields['task_id'] for event in events] == tasks[2:]
-    assert ground.store.run(feed.page(ground.store, position, 2)) == ([], position)
+    assert ground.store.run(event_feed.page(ground.store, position, 2)) == ([], position)
     assert events[0].fields['id'] == events[0].id
 
 
 @pytest.mark.parametrize('after', ['0-0', '1-1'])
 def test_a_page_from_before_the_beginning_holds_everything(ground: Place, after: str) -> None:
     tasks = add(ground, 'a', 'b')
-    events, _ = ground.store.run(feed.page(ground.store, after))
+    events, _ = ground.store.run(event_feed.page(ground.store, after))
     assert [event.fields['task_id'] for event in events] == tasks
 
 
@@ -81,22 +81,22 @@ def test_a_page_tells_that_events_are_gone(ground: Place) -> None:
     add(ground, 'b', 'c')
     key = ground.store.prefix + b'events'
     ground.store.call(Command(None, ('XTRIM', key, 'MAXLEN', 1)))
-    events, _ = ground.store.run(feed.page(ground.store, old))
+    events, _ = ground.store.run(event_feed.page(ground.store, old))
     assert [event.is_gap for event in events] == [True, False]
     ground.store.call(Command(None, ('XTRIM', key, 'MAXLEN', 0)))
-    [gap], position = ground.store.run(feed.page(ground.store, old))
+    [gap], position = ground.store.run(event_feed.page(ground.store, old))
     assert gap.is_gap
-    assert ground.store.run(feed.page(ground.store, position)) == ([], position)
+    assert ground.store.run(event_feed.page(ground.store, position)) == ([], position)
     ground.store.call(Command(None, ('DEL', key)))
-    [gap], position = ground.store.run(feed.page(ground.store, old))
+    [gap], position = ground.store.run(event_feed.page(ground.store, old))
     assert (gap.is_gap, position) == (True, '0-0')
-    assert ground.store.run(feed.page(ground.store, '$')) == ([], '0-0')
+    assert ground.store.run(event_feed.page(ground.store, '$')) == ([], '0-0')
 
 
 def test_a_page_tells_that_the_stream_began_anew_with_lower_ids(ground: Place) -> None:
     [task] = add(ground, 'a')
     later = f'{int(time.time() * 1000) + 100_000}-0'
-    events, position = ground.store.run(feed.page(ground.store, later))
+    events, position = ground.store.run(event_feed.page(ground.store, later))
     assert [event.is_gap for event in events] == [True, False]
     assert events[1].fields['task_id'] == task
     assert position == here(ground)
@@ -119,7 +119,7 @@ def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(
 def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_of_a_gap(
     ground: Place, source: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, 'MOST_KEPT', 3)
+    monkeypatch.setattr(event_feed, 'MOST_KEPT', 3)
     start = here(ground)
     first = Listener(source, start)
     add(ground, *'abcdef')

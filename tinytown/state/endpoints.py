@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote
 
-from .errors import TownError, Unavailable, UsageError
-from .settings import RedisSettings
-from .wire import TIMEOUT, Address, RedisError, Wire, as_town_error, gone, pack
+from ..errors import TownError, Unavailable, UsageError
+from ..settings import RedisSettings
+from .client import TIMEOUT, Address, RedisError, Wire, as_town_error, gone, pack
 
 if TYPE_CHECKING:
     import ssl

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
-from .errors import TownError, Unavailable
-from .say import say
+from ..errors import TownError, Unavailable
+from ..say import say
 
 TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
 _MORE: Final = object()  # the reader has no whole reply yet

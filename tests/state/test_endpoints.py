@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from tinytown import whereabouts
 from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
 from tinytown.redaction import exposed, known_secrets
 from tinytown.settings import RedisSettings
-from tinytown.whereabouts import Cluster, Login, Sentinels, Server, Tls, locate
+from tinytown.state import endpoints
+from tinytown.state.endpoints import Cluster, Login, Sentinels, Server, Tls, locate
 
-from .redises import HOST, Node, Nodes
-from .support import PATIENCE, Place, make_town, until
+from ..redises import HOST, Node, Nodes
+from ..support import PATIENCE, Place, make_town, until
 
 KEY = 'tt:{test}:town'
 
@@ -250,7 +250,7 @@ def test_a_wait_for_events_survives_that_its_server_became_a_replica(
 @pytest.fixture
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sentinel is not passed over because it is slow."""
-    monkeypatch.setattr(whereabouts, '_ASK_SECS', PATIENCE)
+    monkeypatch.setattr(endpoints, '_ASK_SECS', PATIENCE)
 
 
 def watcher(directory: Path, stack: ExitStack, master: Node) -> Node:
