@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tinytown import __version__, redis_server
+from tinytown import __version__
+from tinytown.host import managed_redis
 
 from . import install
 
@@ -95,7 +96,7 @@ def machine() -> dict[str, Any]:
             'townhall': __version__,
             'python': platform.python_version(),
             'node': _says('node', '--version'),
-            'redis-server': _says(str(redis_server.find_server()), '--version'),
+            'redis-server': _says(str(managed_redis.find_server()), '--version'),
             **install.versions(),
         },
     }

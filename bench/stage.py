@@ -12,7 +12,7 @@ from types import TracebackType
 
 from tests.ground import redis
 from tests.support import make_town
-from tinytown import redis_server
+from tinytown.host import managed_redis
 from tinytown.model import CONDUCTOR_ID, new_id
 from tinytown.state.client import _MORE, Wire
 from tinytown.state.store import Command, scripts
@@ -42,18 +42,18 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._owns_redis:
-            redis_server.stop_redis(self.root)
+            managed_redis.stop_redis(self.root)
         self.place.store.close()
         shutil.rmtree(self.root, ignore_errors=True)
 
     @property
     def url(self) -> str:
-        return f'unix://{redis_server.socket_path(self.root)}'
+        return f'unix://{managed_redis.socket_path(self.root)}'
 
     def _settings(self) -> None:
         """Writes what a peer must know, in the file that it is given."""
         store = self.place.store
-        sock = str(redis_server.socket_path(self.root))
+        sock = str(managed_redis.socket_path(self.root))
         told = {'socket': sock, 'prefix': store.prefix.decode(), 'events': store.events}
         told |= {'conductor': CONDUCTOR_ID} | {name: scripts()[name].text.decode() for name in ('inbox', 'assign')}
         self.settings = self.root / 'peer.json'

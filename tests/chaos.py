@@ -32,9 +32,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tinytown import redis_server
 from tinytown.errors import TownError
-from tinytown.processes import INSTANCE_VARIABLE
+from tinytown.host import managed_redis
+from tinytown.host.processes import INSTANCE_VARIABLE
 from tinytown.state.store import Command, text
 
 from .proxy import Fate, Proxy, accepts
@@ -143,7 +143,7 @@ class Town:
         (root / 'cli').write_text(CLI)
         for name in ('runs', 'letters'):
             (root / name).touch()
-        self.socket = redis_server.socket_path(self.place.town.root)
+        self.socket = managed_redis.socket_path(self.place.town.root)
         self.halls: list[Hall] = []
         self._fates: list[Fate] = []
         self._proxy: Proxy | None = None

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinytown.agents import enlist as enlist_step
+from tinytown.host.processes import Identity
 from tinytown.model import CONDUCTOR_ID, LIVE, new_id
-from tinytown.processes import Identity
 from tinytown.state.client import _MORE, Part, RedisError
 from tinytown.state.store import Command, text
 from tinytown.town import Call, Town

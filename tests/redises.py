@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinytown import redis_server
+from tinytown.host import managed_redis
 from tinytown.state.endpoints import Login, Server, Tls
 from tinytown.state.store import text
 
@@ -54,7 +54,7 @@ class Node:
         return f'{HOST}:{self.port}'
 
     def start(self) -> None:
-        program = str(redis_server.find_server())
+        program = str(managed_redis.find_server())
         with open(self.directory / 'log', 'ab') as log:
             command = [program, str(self.directory / 'conf'), *self._mode]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinytown import config, redis_server
+from tinytown import config
 from tinytown.errors import TownError
+from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.operations import BY_NAME, call, encode_answer
 from tinytown.state.store import Store, text
@@ -305,4 +306,4 @@ def redis_pid(place: Place) -> int:
 
 
 def start_redis(place: Place) -> None:
-    redis_server.ensure(place.root, place.town.config)
+    managed_redis.ensure(place.root, place.town.config)

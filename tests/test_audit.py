@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from tinytown import api_key_table, config, redis_server
+from tinytown import api_key_table, config
 from tinytown.audit import Audit, AuditSubject
 from tinytown.auth import generate_key
 from tinytown.errors import Conflict, Unavailable, UsageError
+from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal
 
 from .proxy import Proxy
@@ -115,7 +116,7 @@ def test_with_a_full_disk_nothing_is_changed_and_readiness_ends(directory: Path)
 
 def test_a_change_stands_in_the_file_before_redis_is_told_of_it(tmp_path: Path) -> None:
     bed = make_town(tmp_path / 'bed', name='bed')
-    proxy = Proxy(tmp_path / 'proxy', redis_server.socket_path(bed.town.root))
+    proxy = Proxy(tmp_path / 'proxy', managed_redis.socket_path(bed.town.root))
     place = make_town(tmp_path / 'town', redis={'url': f'unix://{tmp_path}/proxy'})
     hall = place.hall()
     early: list[bool] = []

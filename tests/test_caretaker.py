@@ -18,8 +18,8 @@ import pytest
 
 from tinytown.caretaker import GAP_SECS, TAKE_OVER_SECS, Supervisor
 from tinytown.errors import Conflict, TownError, Unavailable
+from tinytown.host.processes import Identity, identify, this_boot, this_host
 from tinytown.model import new_id
-from tinytown.processes import Identity, identify, this_boot, this_host
 from tinytown.town import Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis, snapshot

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tinytown import config, redis_server
-from tinytown.processes import python, python_path
+from tinytown import config
+from tinytown.host import managed_redis
+from tinytown.host.processes import python, python_path
 
 from .certificates import SERVER, Authority
 from .proxy import accepts
@@ -101,7 +102,7 @@ def test_a_townhall_finds_the_writes_of_the_redis_in_the_compose_file_safe(direc
     """It is started with the same words, by the server that is here."""
     words = [word if word != '/data' else str(directory) for word in COMPOSE['services']['redis']['command'][1:]]
     path = directory / 'r.sock'
-    with subprocess.Popen([redis_server.find_server(), *words, '--port', '0', '--unixsocket', str(path)]) as redis:
+    with subprocess.Popen([managed_redis.find_server(), *words, '--port', '0', '--unixsocket', str(path)]) as redis:
         try:
             until(lambda: accepts(path))
             place = make_town(directory, redis={'url': f'unix://{path}'})

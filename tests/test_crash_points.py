@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tinytown import redis_server
 from tinytown.agents import start_worker
 from tinytown.caretaker import Supervisor
-from tinytown.processes import identify, marked
+from tinytown.host import managed_redis
+from tinytown.host.processes import identify, marked
 from tinytown.state.store import Command, scripts, text
 from tinytown.town import Town
 
@@ -120,7 +120,7 @@ class Stage:
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Proxy]]:
     root = tmp_path_factory.mktemp('c')
     bed = make_town(root / 'bed', name='bed')
-    proxy = Proxy(root / 'proxy', redis_server.socket_path(bed.town.root))
+    proxy = Proxy(root / 'proxy', managed_redis.socket_path(bed.town.root))
     place = make_town(
         root / 'town',
         default_cli='noting',

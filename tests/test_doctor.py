@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tinytown.host.processes import INSTANCE_VARIABLE
 from tinytown.model import new_id
-from tinytown.processes import INSTANCE_VARIABLE
 
 from .support import PATIENCE, Place, make_town
 from .test_worker import await_exit

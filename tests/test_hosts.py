@@ -19,9 +19,9 @@ import pytest
 
 from tinytown import agents, hosts, recovery
 from tinytown.errors import TownError, UsageError
+from tinytown.host.processes import identify, name_host, this_boot, this_host
 from tinytown.local import running_townhalls
 from tinytown.model import new_id
-from tinytown.processes import identify, name_host, this_boot, this_host
 from tinytown.render import format_answer
 from tinytown.state.store import Command, Step, scripts, text
 from tinytown.steward import HostOrders

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import config, keeper, units
+from tinytown import config, units
 from tinytown.errors import UsageError
-from tinytown.processes import identify, reap, stop_tree, verdict
+from tinytown.host import spawner
+from tinytown.host.processes import identify, reap, stop_tree, verdict
 
+from .host.test_sd_notify import Manager
 from .support import PATIENCE, Place, environment, make_town, redis_pid
-from .test_notify import Manager
 
 _CTL = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -249,7 +250,7 @@ def test_a_credential_that_is_missing_or_no_text_ends_the_start(tmp_path: Path) 
 def kept(place: Place, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The keeper of `place`, ready."""
     ear = Manager(str(directory / 'notify'))
-    argv = [sys.executable, '-m', 'tinytown.keeper', str(place.root)]
+    argv = [sys.executable, '-m', 'tinytown.host.spawner', str(place.root)]
     env = environment(NOTIFY_SOCKET=ear.address, ANTHROPIC_API_KEY='of the keeper')
     with subprocess.Popen(argv, env=env) as process:
         assert ear.hears()['READY'] == '1'
@@ -299,13 +300,13 @@ def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(
     place: Place, kept: subprocess.Popen[bytes]
 ) -> None:
     second = subprocess.run(
-        [sys.executable, '-m', 'tinytown.keeper', str(place.root)],
+        [sys.executable, '-m', 'tinytown.host.spawner', str(place.root)],
         env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
     assert (second.returncode, 'has a keeper already' in second.stderr) == (1, True)
     kept.send_signal(signal.SIGKILL)
     kept.wait()
-    pid = keeper.start(place.root, ['sleep', '60'], place.root, dict(os.environ), place.root / 'log')
+    pid = spawner.start(place.root, ['sleep', '60'], place.root, dict(os.environ), place.root / 'log')
     assert parent(pid) == os.getpid()
     stop_tree(identify(pid), '', 0)
     reap()
@@ -314,7 +315,7 @@ def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(
 def test_the_keeper_answers_what_it_can_not_start_and_goes_on(place: Place, kept: subprocess.Popen[bytes]) -> None:
     del kept
     with pytest.raises(OSError, match='No such file or directory'):
-        keeper.start(place.root, ['/nowhere/program'], place.root, {}, place.root / 'log')
+        spawner.start(place.root, ['/nowhere/program'], place.root, {}, place.root / 'log')
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(place.root / '.tt' / 'run' / 'keeper.sock'))
         sock.sendall(b'nonsense')
@@ -322,8 +323,8 @@ def test_the_keeper_answers_what_it_can_not_start_and_goes_on(place: Place, kept
         assert 'error' in json.loads(sock.recv(4096))
     ours, its = socket.socketpair()
     with ours, its:
-        argv = [sys.executable, '-c', 'import os, sys; os.write(int(sys.argv[1]), b"hello")', keeper.FD]
-        keeper.start(place.root, argv, place.root, dict(os.environ), place.root / 'log', [its.fileno()])
+        argv = [sys.executable, '-c', 'import os, sys; os.write(int(sys.argv[1]), b"hello")', spawner.FD]
+        spawner.start(place.root, argv, place.root, dict(os.environ), place.root / 'log', [its.fileno()])
         its.close()
         ours.settimeout(PATIENCE)
         assert ours.recv(16) == b'hello'

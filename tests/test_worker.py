@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from tinytown import reports
 from tinytown.errors import TownError
+from tinytown.host import report_spool
+from tinytown.host.processes import GRACE_SECS, identify, start_time, verdict
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.processes import GRACE_SECS, identify, start_time, verdict
 
 from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis, until
 
@@ -518,7 +518,7 @@ def test_a_report_that_its_worker_left_is_delivered_before_its_task_is_freed(
     task_id = give(place, GATE)
     gate.pid()
     report = {'task': task_id, 'attempt': '1', 'outcome': 'completed', 'result': 'kept', 'error': None}
-    reports.keep(place.root, agent(place)['id'], report)
+    report_spool.keep(place.root, agent(place)['id'], report)
     os.kill(worker, signal.SIGKILL)
     await_exit(worker)
     if verb == 'recovery.recover_agents':

@@ -19,8 +19,8 @@ from typing import Final
 from . import agents
 from .config import write_atomically, write_once
 from .errors import Conflict, NotFound, Unauthorized
+from .host.managed_redis import private_directory
 from .model import READ, UUID_PATTERN, WRITE, Principal, Scope
-from .redis_server import private_directory
 from .settings import Config
 from .state.store import Step
 from .town import Call, Town

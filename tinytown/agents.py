@@ -13,9 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
 
 from . import config as configuration
-from . import hosts, keeper, reports
+from . import hosts
 from .clis import registry
 from .errors import Conflict, HostSilent, Internal, Invalid, NotFound, TownError, Unavailable
+from .host import report_spool, spawner
+from .host.processes import (
+    GRACE_SECS,
+    INSTANCE_VARIABLE,
+    Identity,
+    identify,
+    is_beside,
+    python,
+    python_path,
+    stop_tree,
+    this_host,
+)
 from .model import (
     AT_REST,
     CONDUCTOR_NAMES,
@@ -40,17 +52,6 @@ from .model import (
     WaitSeconds,
     is_uuid,
     new_id,
-)
-from .processes import (
-    GRACE_SECS,
-    INSTANCE_VARIABLE,
-    Identity,
-    identify,
-    is_beside,
-    python,
-    python_path,
-    stop_tree,
-    this_host,
 )
 from .state.store import Command, Page, Step, text
 from .tasks import listing
@@ -121,10 +122,10 @@ def look_up(call: Call, ref: str) -> Step[Known]:
 def of_this_directory(call: Call) -> Step[list[Known]]:
     """The live agents whose workers were started in the town's directory here, whatever this host was called then."""
     root = call.town.root
-    running, known = reports.workers(root), []
+    running, known = report_spool.workers(root), []
     for row in (yield call.store.evidence(LIVE))[1]:
         agent_id, instance = text(row[0]), text(row[3] or b'')
-        if instance in running or (instance and reports.noted(root, agent_id)[0] == instance):
+        if instance in running or (instance and report_spool.noted(root, agent_id)[0] == instance):
             with suppress(NotFound):
                 found = yield from look_up(call, agent_id)
                 known.append(replace(found, process=replace(found.process, host=this_host())))
@@ -267,7 +268,7 @@ def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
         yield call.store.remove(agent_id)
     except Conflict:
         return
-    reports.forget(call.town.root, agent_id)
+    report_spool.forget(call.town.root, agent_id)
 
 
 def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
@@ -297,7 +298,7 @@ def stop_process(
     if found.state in LIVE:
         if hosts.is_other_host(found.process.host):
             return (yield from _stop_there(call, found, why, grace, to, abandon))
-        judged = reports.judge(call.town.root, found.id, found.instance, found.process)
+        judged = report_spool.judge(call.town.root, found.id, found.instance, found.process)
         if is_beside(found.process) and judged != 'dead':
             return (yield from _stop_beside(call, found, why, to, abandon))
         draining = call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
@@ -311,7 +312,7 @@ def stop_process(
                 f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user"
             )
     if found.state in LIVE:
-        yield from reports.deliver_all(call.store, call.town.root, found.id)
+        yield from report_spool.deliver_all(call.store, call.town.root, found.id)
         yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
 
 
@@ -403,7 +404,7 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
             yield call.store.remove(found.id, this_host())
         except (Conflict, NotFound, HostSilent):
             continue  # alive again, gone meanwhile, or on a host that is silent: it stays out of the list
-        reports.forget(call.town.root, found.id)
+        report_spool.forget(call.town.root, found.id)
         removed.append(found.name)
     pruned: Pruned = {'removed': len(removed), 'agents': removed}
     return pruned | {'left': left} if left else pruned
@@ -449,8 +450,8 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     try:
         ours, its = socket.socketpair()
         with ours, its:
-            argv = python('tinytown.worker', name, '--fd', keeper.FD)
-            keeper.start(town.root, argv, town.root, env, log, [its.fileno()], instance)
+            argv = python('tinytown.worker', name, '--fd', spawner.FD)
+            spawner.start(town.root, argv, town.root, env, log, [its.fileno()], instance)
             its.close()
             ours.settimeout(WORKER_START_SECS)
             ours.sendall(_charter(town, agent_id, instance))

@@ -12,8 +12,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from . import native
 from .errors import UsageError
+from .host import bundled
 
 if TYPE_CHECKING:
     from ctypes import CDLL  # at runtime late: it costs memory, and an installed argon2 does without
@@ -72,7 +72,7 @@ def _library() -> CDLL:
     from ctypes import CDLL
 
     why = 'it is not in this build for this machine'
-    if file := native.find_bundled(LIBRARY):
+    if file := bundled.find_bundled(LIBRARY):
         try:
             return _declared(CDLL(str(file)))
         except OSError as e:

@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final
 
-from . import reports
 from .agents import WORKER_START_SECS, start_worker
 from .errors import TownError, UsageError
+from .host import report_spool
+from .host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from .hosts import Presence
 from .model import new_id
-from .processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from .say import say
 from .state.store import Command, text
 from .town import Town
@@ -162,7 +162,7 @@ class Supervisor(threading.Thread):
 
     def _is_dead(self, agent_id: str, instance: str, process: Identity, quiet: float) -> bool:
         """Whether a worker is dead. One of an earlier container of this host may not be seen: a lease has to do."""
-        found = reports.judge(self.town.root, agent_id, instance, process)
+        found = report_spool.judge(self.town.root, agent_id, instance, process)
         return found == 'dead' or (
             found == 'unknown' and is_beside(process) and quiet >= self.town.config.agent.lease_secs
         )
@@ -171,7 +171,9 @@ class Supervisor(threading.Thread):
         """Ends what a dead worker has left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
         store = self.town.store
-        store.run(reports.deliver_all(store, self.town.root, agent_id), SUPERVISOR)  # finished work is not done again
+        store.run(
+            report_spool.deliver_all(store, self.town.root, agent_id), SUPERVISOR
+        )  # finished work is not done again
         self._died(agent_id, instance, 'its process died')
         say(SUPERVISOR, f"the worker of '{name}' died; what it held is queued again")
 

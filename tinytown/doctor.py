@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import hosts, recovery, reports
+from . import hosts, recovery
 from .errors import TownError
+from .host import report_spool
+from .host.processes import Identity, agents_processes, stop_tree
 from .model import LIVE
-from .processes import Identity, agents_processes, stop_tree
 from .state.store import text
 from .town import Call
 
@@ -87,7 +88,7 @@ def _ghosts(call: Call, rows: list[list[str]]) -> list[Finding]:
     found = []
     for agent_id, name, state, instance, host, boot, pid, start, age in rows:
         process = Identity(host, boot, int(pid or 0), start)
-        if pid and reports.judge(call.town.root, agent_id, instance, process) == 'dead':
+        if pid and report_spool.judge(call.town.root, agent_id, instance, process) == 'dead':
             what = f"agent '{name}' is {state}, but its process {pid} is gone"
             found.append(Finding('dead worker', what, 'tt recover, or tt doctor --fix, frees what it held', recover))
         elif age and int(age) > _QUIET_MS:

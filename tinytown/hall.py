@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
-from . import hosts, notify, redaction, redis_server
+from . import hosts, redaction
 from .access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
 from .errors import TownError, UsageError
+from .host import managed_redis, sd_notify
 from .http1 import Request, Response
 from .listen import UNIX, host_of, is_passed, open_sockets, url_of
 from .local import note_townhall
@@ -60,7 +61,7 @@ class TownhallProcess:
         self._verifier, self._encrypt = _verifier(config, ask=True), _encryption(config, root)
         self._is_passed = is_passed(os.environ)
         self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
-        self._manager = notify.notifier(os.environ)
+        self._manager = sd_notify.notifier(os.environ)
         self._host = host_of(self._listeners[0])
         for warning in (*check_start(config, self._host), *redaction.exposed(root, config)):
             _say(warning, 'warning')
@@ -138,7 +139,7 @@ class TownhallProcess:
 
         server = Server(
             self._listener(number), rest, town.store, self._share(), self._encrypt, reload, lifeline,
-            prepare=lambda: redis_server.ensure(town.root, town.config), meter=self._meter,
+            prepare=lambda: managed_redis.ensure(town.root, town.config), meter=self._meter,
             before_flush=self._access.audit.flush,
         )  # fmt: skip
         rest.probes.is_draining = lambda: server.draining

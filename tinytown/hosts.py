@@ -17,8 +17,8 @@ from typing import Any, Final, TypedDict
 from urllib.parse import urlsplit
 
 from .errors import Conflict, HostSilent, Internal, TownError, Unavailable, UsageError
+from .host.processes import this_host, this_place
 from .model import new_id
-from .processes import this_host, this_place
 from .state.client import Part
 from .state.store import Command, Step, Store, scripts, text
 from .town import Call, Town

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from . import logs
 from .clis.registry import Cli
-from .processes import GRACE_SECS, identify, stop_tree
+from .host.processes import GRACE_SECS, identify, stop_tree
 from .redaction import Redactor, Secrets
 
 TAIL_BYTES: Final = 4096  # of the output, as a task's result or error

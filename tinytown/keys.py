@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 from . import api_key_table
 from . import config as configuration
 from .errors import TownError, UsageError
+from .host.managed_redis import private_directory
 from .local import Add, live_townhalls, report, tell_townhalls
 from .model import ADMIN, READ
 from .ping import ask
-from .redis_server import private_directory
 from .toml_edit import change
 from .usage import acts_here, town_root
 

@@ -14,13 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, doctor, redis_server, reports
+from . import agents, doctor
 from . import config as configuration
 from .clis import registry
 from .errors import TownError, UsageError
-from .hosts import claim_host
-from .model import ALL_SCOPES, Principal
-from .processes import (
+from .host import managed_redis, report_spool
+from .host.processes import (
     GRACE_SECS,
     INSTANCE_VARIABLE,
     Identity,
@@ -38,6 +37,8 @@ from .processes import (
     this_host,
     verdict,
 )
+from .hosts import claim_host
+from .model import ALL_SCOPES, Principal
 from .redaction import masked
 from .render import as_json, counted
 from .settings import Config
@@ -111,7 +112,7 @@ def _init(arguments: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
     configuration.write_atomically(file, configuration.template(name, given), mode)
-    private = redis_server.private_directory(root)
+    private = managed_redis.private_directory(root)
     configuration.write_atomically(private / '.gitignore', '*\n')
     if arguments.join:
         try:
@@ -181,7 +182,7 @@ def note_townhall(root: Path, url: str) -> Path:
     """Writes down that this process serves the town at `url`. The file, to be removed when it ends."""
     me = identify(os.getpid())
     directory = _run_directory(root)
-    redis_server.private_directory(root)
+    managed_redis.private_directory(root)
     configuration.make_directory(directory)
     file = directory / f'townhall-{me.pid}.json'
     record = {'host': me.host, 'boot': me.boot, 'pid': me.pid, 'start': me.start, 'url': url}
@@ -233,7 +234,7 @@ def _stop(arguments: argparse.Namespace) -> int:
     halls, left = stop_townhalls(root, config)
     stopped, others, failed = _stop_workers(root, config)
     left += failed
-    redis = arguments.redis and redis_server.stop_redis(root)
+    redis = arguments.redis and managed_redis.stop_redis(root)
     answer = {'townhalls': halls, 'agents': stopped, 'left': left, 'redis': redis}
     answer |= {'others': others} if others else {}
     parts = [counted(halls, 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
@@ -262,12 +263,12 @@ def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]
     names: list[str] = []
     left: list[str] = []
     try:
-        if config.redis.url or redis_server.socket_path(root).exists():
+        if config.redis.url or managed_redis.socket_path(root).exists():
             names, left = _stop_known(root)
     except (TownError, UsageError) as e:
         left = [f'{e}']
     others = 0
-    for instance, process in reports.workers(root).items():
+    for instance, process in report_spool.workers(root).items():
         if instance != os.environ.get(INSTANCE_VARIABLE):
             pids = stop_tree(process, instance)
             left += [f'Processes {pids} could not be ended; they may belong to another user'] if pids else []

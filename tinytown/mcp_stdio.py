@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from . import agent_tokens, redaction, redis_server
+from . import agent_tokens, redaction
 from . import config as configuration
 from .caretaker import Supervisor
 from .errors import Unavailable, UsageError
+from .host import managed_redis
 from .mcp import Ask, McpServer, Session, not_batched
 from .mcp_catalogue import Catalog
 from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode_message, error_reply
@@ -206,7 +207,7 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     redaction.ready_log(root, config)
     settings = config.townhall
     town = _Opening(root, flags, not settings.read_only)
-    store = Store(redis_server.address(root, config), config.name, config.retention.events)
+    store = Store(managed_redis.address(root, config), config.name, config.retention.events)
     catalogue = Catalog(town, EventFeed(store), settings.mcp.tools, settings.mcp.read_only)
     try:
         by = _caller(town, settings.read_only)

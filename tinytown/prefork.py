@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Final
 
 from .errors import UsageError
-from .processes import reap
+from .host.processes import reap
 from .say import finish, last_words, say
 from .vitals import ChildStatus
 

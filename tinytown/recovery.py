@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
-from . import hosts, reports
+from . import hosts
 from .agents import MAX_MOVED, look_up, prune, stop_process
 from .errors import Conflict, NotFound
+from .host import report_spool
+from .host.processes import GRACE_SECS, Identity, is_beside, stop_tree
 from .model import AT_REST, LIVE, AgentRef, Field
-from .processes import GRACE_SECS, Identity, is_beside, stop_tree
 from .state.store import Step, text
 from .town import Call
 
@@ -62,7 +63,7 @@ def recover(call: Call) -> Step[Recovered]:
     checked, found = reply
     recovered = []
     for agent_id, name, _, instance, process in _evidence(found):
-        if process.pid and reports.judge(call.town.root, agent_id, instance, process) == 'dead':
+        if process.pid and report_spool.judge(call.town.root, agent_id, instance, process) == 'dead':
             stop_tree(None, instance)  # what it left behind
             try:
                 yield from _free(call, agent_id, instance, 'its process died')
@@ -73,7 +74,7 @@ def recover(call: Call) -> Step[Recovered]:
 
 
 def _free(call: Call, agent_id: str, instance: str, why: str) -> Step[None]:
-    yield from reports.deliver_all(call.store, call.town.root, agent_id)
+    yield from report_spool.deliver_all(call.store, call.town.root, agent_id)
     yield call.store.died(agent_id, instance, why, call.config.agent.retry_backoff_secs, 0)
 
 
@@ -95,7 +96,7 @@ def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[
         if not found:
             return
         _, _, age, instance, process = found[0]
-        judged = reports.judge(call.town.root, wanted, instance, process)
+        judged = report_spool.judge(call.town.root, wanted, instance, process)
         if age <= before or judged != 'unknown' or not is_beside(process):
             return
         before = age

@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from .host.processes import this_host
 from .logs import MAX_PAGE_BYTES as MOST_LOG
 from .model import CONDUCTOR_ID
-from .processes import this_host
 
 JsonObject = dict[str, Any]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from . import config as configuration
-from . import redis_server, units
+from . import units
 from .clis import registry
 from .errors import TownError, UsageError
+from .host import managed_redis
+from .host.processes import python_path
 from .listen import UNIX
-from .processes import python_path
 from .settings import Config
 from .units import Plan
 from .usage import Parser, meant_root
@@ -179,7 +180,7 @@ def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
     user = '' if arguments.user else _owner(root).pw_name
     credentials, paths = _credentials(arguments.credential)
     writable, runtime = _places(arguments, root, config, user)
-    if redis_server.is_redis_elsewhere(root) and not config.redis.url:
+    if managed_redis.is_redis_elsewhere(root) and not config.redis.url:
         writable.append('/tmp')  # noqa: S108  in which the directory of its socket is made, anew if that was emptied
     return Plan(
         name=_name(arguments),

@@ -13,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from . import agents, redis_server
+from . import agents
 from . import config as configuration
 from .errors import TownError, UsageError
+from .host import managed_redis
+from .host.processes import GRACE_SECS, agents_processes, name_host, stop_tree
 from .local import stop_townhalls
 from .model import ALL_SCOPES, Principal
-from .processes import GRACE_SECS, agents_processes, name_host, stop_tree
 from .say import say
 from .settings import Config
 from .state.store import Step, Store
@@ -38,7 +39,7 @@ def stop_town(root: Path, began: Config | None) -> int:
     left = stop_townhalls(root, config)[1] + _stop_workers(root, config)
     for what in left:
         say('townhall', what, 'error')
-    redis_server.stop_redis(root)
+    managed_redis.stop_redis(root)
     return 1 if left else 0
 
 
@@ -58,10 +59,10 @@ def _in_force(root: Path, began: Config | None) -> Config:
 
 def _stop_workers(root: Path, config: Config) -> list[str]:
     """Stops the workers of this directory, if the Redis is there that tells of them. What could not be, and why."""
-    if not config.redis.url and not redis_server.socket_path(root).exists():
+    if not config.redis.url and not managed_redis.socket_path(root).exists():
         return []
-    redis_server.ensure(root, config)
-    town = Town(root, config, Store(redis_server.address(root, config), config.name, config.retention.events))
+    managed_redis.ensure(root, config)
+    town = Town(root, config, Store(managed_redis.address(root, config), config.name, config.retention.events))
     call = Call(town, Principal('service', ALL_SCOPES))
     comes_back = config.agent.restart != 'never'
 
@@ -88,7 +89,7 @@ def main(root: Path) -> int:
         for instance in agents_processes(str(root)):  # no record tells of them, but they are told to end
             stop_tree(None, instance, GRACE_SECS)
         with suppress(TownError):
-            redis_server.stop_redis(root)
+            managed_redis.stop_redis(root)
         return complain('townhall', e)
 
 

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from . import hosts, reports
+from . import hosts
 from .agents import look_up, put_down, start_worker, stop_process, unmake
 from .errors import Conflict, Internal, NotFound, TownError, Unavailable
+from .host import report_spool
+from .host.processes import identify, stop_tree
 from .hosts import Presence
 from .model import ALL_SCOPES, Principal
-from .processes import identify, stop_tree
 from .say import say
 from .state.store import Step, text
 from .town import Call, Town
@@ -87,7 +88,7 @@ class HostOrders(threading.Thread):
     def _step(self, order: Order, answer: str) -> Step[None]:
         call = Call(self.town, Principal(order['by'] or HOST_ORDERS, ALL_SCOPES))
         if order['verb'] == 'forget':
-            reports.forget(self.town.root, order['agent'])
+            report_spool.forget(self.town.root, order['agent'])
         elif order['verb'] == 'stop':
             yield from _stop(call, order, answer)
         elif answer == 'void':

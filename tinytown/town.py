@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from . import config as configuration
-from . import redis_server
 from .errors import UsageError
+from .host import managed_redis
+from .host.processes import name_host
 from .model import Agent, Cursor, Field, Limit, Principal, new_id
-from .processes import name_host
 from .redaction import masked
 from .settings import Config
 from .state.store import Page, Step, Store, text
@@ -33,7 +33,7 @@ class Town:
     @property
     def redis_url(self) -> str:
         """Where the state is, without a password."""
-        return masked(self.config.redis.url or f'unix://{redis_server.socket_path(self.root)}')
+        return masked(self.config.redis.url or f'unix://{managed_redis.socket_path(self.root)}')
 
 
 class Call(NamedTuple):
@@ -90,8 +90,8 @@ def join(root: Path, check: Callable[[Town], None]) -> Town:
 
 def _connect(root: Path, config: Config) -> Town:
     name_host(config.host)
-    redis_server.ensure(root, config)
-    return Town(root, config, Store(redis_server.address(root, config), config.name, config.retention.events))
+    managed_redis.ensure(root, config)
+    return Town(root, config, Store(managed_redis.address(root, config), config.name, config.retention.events))
 
 
 def _identity(root: Path) -> str:
@@ -100,7 +100,7 @@ def _identity(root: Path) -> str:
 
 
 def _identity_file(root: Path) -> Path:
-    return redis_server.private_directory(root) / 'town-id'
+    return managed_redis.private_directory(root) / 'town-id'
 
 
 # -------------------------------------------------------------------------------------------------------- operations

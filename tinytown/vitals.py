@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from .notify import Notifier
+from .host.sd_notify import Notifier
 from .state.store import Command
 from .stream import Loop
 

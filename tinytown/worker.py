@@ -22,16 +22,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import agent_tokens, redaction, redis_server, reports
+from . import agent_tokens, redaction
 from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import registry
 from .clis.registry import Cli
 from .config import from_values, write_atomically
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
-from .job import CliRun, RunLog
-from .model import rfc3339
-from .processes import (
+from .host import managed_redis, report_spool
+from .host.processes import (
     INSTANCE_VARIABLE,
     become_subreaper,
     identify,
@@ -42,6 +41,8 @@ from .processes import (
     stop_tree,
     tree,
 )
+from .job import CliRun, RunLog
+from .model import rfc3339
 from .state.store import NO_RUN, Command, Store, text
 from .town import Town
 
@@ -77,13 +78,13 @@ class Worker:
 
     def start(self) -> None:
         """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
-        for file, report in reports.waiting(self.town.root, self.id):
+        for file, report in report_spool.waiting(self.town.root, self.id):
             self._deliver(file, report)
         _, _, found, *_ = self.town.store.call(self.town.store.agent(self.id))
         record = json.loads(found)
         self.name, self.role = record['name'], record['role_id']
         self.cli = registry.find_cli(self.town.config, record['cli'])  # before anybody takes us for alive
-        reports.note_process(self.town.root, self.id, self.instance)
+        report_spool.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
         signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
         signal.signal(signal.SIGINT, self._on_signal)
@@ -159,7 +160,7 @@ class Worker:
         self.note(f'stopping: {why}')
         self._clean_up()
         try:
-            self.town.store.run(reports.deliver_all(self.town.store, self.town.root, self.id))
+            self.town.store.run(report_spool.deliver_all(self.town.store, self.town.root, self.id))
             self.town.store.call(self.town.store.depart(self.id, self.instance, state, why, 'backlog'))
         except TownError as e:
             self.note(f'could not say so: {e.detail}')
@@ -222,7 +223,7 @@ class Worker:
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
-            env, file = self._environment(work), reports.prompt_file(self.town.root, self.id)
+            env, file = self._environment(work), report_spool.prompt_file(self.town.root, self.id)
             job = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
         except OSError as e:
             self._cannot_run(e)
@@ -299,14 +300,14 @@ class Worker:
         report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
         file = None
         try:
-            file = reports.keep(self.town.root, self.id, report)
+            file = report_spool.keep(self.town.root, self.id, report)
         except OSError as e:
             self.note(f'task {work.id}: its report could not be kept: {e}')
         self._deliver(file, report)
 
     def _deliver(self, file: Path | None, report: dict[str, Any]) -> None:
         def once() -> str:
-            return self.town.store.run(reports.deliver(self.town.store, report, self.name or self.id))
+            return self.town.store.run(report_spool.deliver(self.town.store, report, self.name or self.id))
 
         self.note(self._insist(once))
         if file:
@@ -360,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
             root = Path(told['root'])
             config = from_values(told['settings'], root)
             name_host(config.host)
-            store = Store(redis_server.address(root, config), config.name, config.retention.events)
+            store = Store(managed_redis.address(root, config), config.name, config.retention.events)
             worker = open_here(Town(root, config, store), told['agent_id'], arguments.name, told['instance'])
         except (TownError, UsageError) as e:
             starter.sendall(str(e).encode())

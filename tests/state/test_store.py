@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, hosts, redis_server
+from tinytown import config, hosts
 from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
+from tinytown.host import managed_redis
 from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
 from tinytown.state import store
 from tinytown.state.client import _MORE, Address, Reader, RedisError, as_town_error, pack
@@ -729,10 +730,10 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
         with pytest.raises(Unavailable):
             place.do('town.get_status')
         assert time.monotonic() - began < 1
-    redis_server.ensure(place.root, place.town.config)
+    managed_redis.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'
-    assert redis_server.stop_redis(place.root)
-    redis_server.ensure(place.root, place.town.config)
+    assert managed_redis.stop_redis(place.root)
+    managed_redis.ensure(place.root, place.town.config)
     assert place.do('task.get', task_id=task)['state'] == 'pending'  # the idle connection was replaced
 
 
@@ -749,7 +750,7 @@ def cutter(place: Place) -> Iterator[tuple[Address, list[bytes]]]:
                 except OSError:
                     return
                 with client, socket.socket(socket.AF_UNIX) as behind:
-                    behind.connect(str(redis_server.socket_path(place.root)))
+                    behind.connect(str(managed_redis.socket_path(place.root)))
                     if command := client.recv(1 << 20):
                         seen.append(command)
                         behind.sendall(command)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import PATIENCE, REPOSITORY, Place, make_town
-from tinytown.processes import python_path
+from tinytown.host.processes import python_path
 
 # Makes what a container has: a name, a root that can't be written to (nor can /tmp), the volume; and then drops every
 # right. /proc is mounted anew, for the processes of this container alone.

@@ -18,7 +18,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from tinytown import __version__, argon2id, native
+from tinytown import __version__, argon2id
+from tinytown.host import bundled
 
 from ..support import PATIENCE, REPOSITORY, Hall, Place
 
@@ -340,4 +341,4 @@ def test_a_compiled_file_is_taken_if_it_was_made_for_this_machine(tag: str, fits
     (tmp_path / tag).mkdir()
     file = tmp_path / tag / 'program'
     file.touch()
-    assert native.find_bundled('program', tmp_path) == (file if fits else None)
+    assert bundled.find_bundled('program', tmp_path) == (file if fits else None)

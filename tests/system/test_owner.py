@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tinytown.config import write_atomically
-from tinytown.processes import python
+from tinytown.host.processes import python
 
 from ..support import PATIENCE, REPOSITORY, environment
 

@@ -21,8 +21,8 @@ from typing import Any, Final
 
 import pytest
 
-from tinytown import redis_server
-from tinytown.processes import this_host
+from tinytown.host import managed_redis
+from tinytown.host.processes import this_host
 
 from ..support import PATIENCE, Hall, Reply, make_town, shell_cli
 from ..test_worker import await_exit
@@ -126,7 +126,7 @@ class Country:
         self.hub, a, b = (self._network(stack, name) for name in ('hub', 'alpha', 'beta'))
         a.cable(self.hub, '10.77.1')
         b.cable(self.hub, '10.77.2')
-        server = redis_server.find_server()
+        server = managed_redis.find_server()
         with self.hub.inside():
             redis = subprocess.Popen(
                 [server, '--bind', '*', '--requirepass', _SECRET, '--save', '', '--appendonly', 'yes',

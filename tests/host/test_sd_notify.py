@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import notify
+from tinytown.host import sd_notify
 
-from .support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_pid, status_of, until
+from ..support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_pid, status_of, until
 
 
 class Manager:
@@ -74,7 +74,7 @@ def ear(directory: Path) -> Iterator[Manager]:
 
 def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(manager: Manager) -> None:
     environ = {'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': str(os.getpid()), 'A': 'b'}
-    told = notify.notifier(environ)
+    told = sd_notify.notifier(environ)
     assert environ == {'A': 'b'}
     assert (bool(told), told.watchdog_secs) == (True, 3.0)
     told.reloading()  # says nothing before it is ready
@@ -96,13 +96,13 @@ def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(m
     ],
 )
 def test_a_watchdog_counts_if_it_is_ours(environ: dict[str, str], watchdog: float) -> None:
-    told = notify.notifier(environ)
+    told = sd_notify.notifier(environ)
     assert (bool(told), told.watchdog_secs) == (False, watchdog)
     told.ready('nobody hears it')
 
 
 def test_a_manager_that_is_gone_ends_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    notify.Notifier('/nowhere/notify').ready('open')
+    sd_notify.Notifier('/nowhere/notify').ready('open')
     assert 'can not be told READY=1: No such file' in capfd.readouterr().err
 
 

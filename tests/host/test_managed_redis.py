@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import config, redis_server
+from tinytown import config
 from tinytown.errors import UsageError
-from tinytown.redis_server import find_server
+from tinytown.host import managed_redis
+from tinytown.host.managed_redis import find_server
 
-from .support import PATIENCE, Place, environment, make_town, redis_pid, start_redis, until
+from ..support import PATIENCE, Place, environment, make_town, redis_pid, start_redis, until
+from ..test_worker import await_exit
 from .test_processes import descriptors
-from .test_worker import await_exit
 
 OPEN = (
     'import sys; from pathlib import Path; from tinytown.town import open_town\n'
@@ -78,7 +79,7 @@ def test_eight_who_come_together_end_with_one_server_that_outlives_them(director
         assert redis_pid(place) in pids
     finally:
         place.close()
-        short = redis_server.socket_path(place.root).parent
+        short = managed_redis.socket_path(place.root).parent
         if short != place.root / '.tt':
             assert short.stat().st_mode & 0o777 == 0o700
             short.rmdir()
@@ -118,11 +119,11 @@ def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: st
 def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
     pid = redis_pid(place)
     began = time.monotonic()
-    assert redis_server.stop_redis(place.root) is True
-    assert time.monotonic() - began < redis_server.STOP_SECS, 'a zombie is not waited for'
+    assert managed_redis.stop_redis(place.root) is True
+    assert time.monotonic() - began < managed_redis.STOP_SECS, 'a zombie is not waited for'
     assert servers(place) == []
     await_exit(pid)
-    assert redis_server.stop_redis(place.root) is False
+    assert managed_redis.stop_redis(place.root) is False
     start_redis(place)
     assert len(servers(place)) == 1
 
@@ -145,7 +146,7 @@ def test_a_server_whose_socket_was_removed_gets_no_second_one_beside_it(
     pid = redis_pid(place)
     (place.root / '.tt' / 'redis.sock').unlink()
     with monkeypatch.context() as hurried:
-        hurried.setattr(redis_server, 'START_SECS', 0.2)
+        hurried.setattr(managed_redis, 'START_SECS', 0.2)
         with pytest.raises(UsageError, match=f'kill {pid}'):
             start_redis(place)
     assert servers(place) == [pid]
@@ -165,11 +166,11 @@ def test_a_server_that_does_not_start_is_quoted_at_once(place: Place, monkeypatc
     began = time.monotonic()
     with pytest.raises(UsageError, match=r'did not start; .*redis\.log ends with: no such luck'):
         start_redis_of(place.root)
-    assert time.monotonic() - began < redis_server.REDIS_START_SECS
+    assert time.monotonic() - began < managed_redis.REDIS_START_SECS
 
 
 def start_redis_of(root: Path) -> None:
-    redis_server.ensure(root, config.load(root))
+    managed_redis.ensure(root, config.load(root))
 
 
 # ----------------------------------------------------------------------------------------------------- which server

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import processes
-from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.processes import (
+from tinytown.host import processes
+from tinytown.host.processes import (
     INSTANCE_VARIABLE,
     identify,
     marked,
@@ -27,8 +26,9 @@ from tinytown.processes import (
     tree,
     verdict,
 )
+from tinytown.model import CONDUCTOR_ID, new_id
 
-from .support import PATIENCE, environment, until
+from ..support import PATIENCE, environment, until
 
 SAYS = 'sh -c "echo \\$\\$; read w <&3; :"'  # says its pid, and lives for as long as the input of its starter
 Start = Callable[..., 'subprocess.Popen[bytes]']
@@ -214,7 +214,7 @@ def test_a_detached_process_outlives_its_starter_and_holds_nothing_of_its(direct
     os.mkfifo(directory / 'gate')
     gate = os.open(directory / 'gate', os.O_RDWR)
     script = (
-        'import os, sys; from pathlib import Path; from tinytown.processes import start_detached\n'
+        'import os, sys; from pathlib import Path; from tinytown.host.processes import start_detached\n'
         'held = os.open("/", os.O_RDONLY); os.set_inheritable(held, True); before = os.listdir("/proc/self/fd")\n'
         'here = Path(sys.argv[1])\n'
         'print(start_detached(["sh", "-c", "exec cat gate"], here, {"PATH": os.environ["PATH"]}, here / "log"))\n'
@@ -243,7 +243,7 @@ def test_a_detached_process_outlives_its_starter_and_holds_nothing_of_its(direct
 
 def test_orphans_are_collected_and_the_child_that_is_waited_for_is_not() -> None:
     script = (
-        'import os, subprocess; from tinytown.processes import *\n'
+        'import os, subprocess; from tinytown.host.processes import *\n'
         'become_subreaper()\n'
         'child = subprocess.Popen(["sh", "-c", "exec 3<&0; (read x <&3; exit 1) & echo $!; read x"],\n'
         '    stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n'

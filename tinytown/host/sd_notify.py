@@ -12,7 +12,7 @@ import time
 from collections.abc import MutableMapping
 from typing import Final
 
-from .say import say
+from ..say import say
 
 _TIMEOUT: Final = 0.5  # seconds for the manager to take a datagram
 _DRAIN_STEP_SECS: Final = 10  # so much more time a stop asks for, each time that it says it is still draining

@@ -27,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
-from .model import is_uuid, new_id
+from ..model import is_uuid, new_id
 
 Verdict = Literal['alive', 'dead', 'unknown']
 HAS_PROC: Final = Path('/proc/self/stat').exists()
@@ -207,7 +207,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 def python_path() -> str:
     """The PYTHONPATH under which `python` finds what this process found."""
-    return os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH')]))
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get('PYTHONPATH')]))
 
 
 def start_detached(

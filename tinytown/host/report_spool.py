@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import write_atomically
-from .errors import Conflict, NotFound
+from ..config import write_atomically
+from ..errors import Conflict, NotFound
+from ..state.store import Step, Store, text
 from .processes import (
     Identity,
     Verdict,
@@ -32,7 +33,6 @@ from .processes import (
     this_host,
     verdict,
 )
-from .state.store import Step, Store, text
 
 
 def prompt_file(root: Path, agent_id: str) -> Path:
