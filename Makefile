@@ -30,7 +30,7 @@ test: .venv/dev
 
 test-system: .venv/dev .venv/tools
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/system
-	FUZZ=3000 FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/test_fuzz.py
+	FUZZ=3000 FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/http/test_fuzz.py
 
 conformance: .venv/dev
 	$(BIN)/python -m pytest -q tests/system/test_conformance.py

@@ -22,7 +22,7 @@ from tinytown import access, api_key_table, auth, config, peer
 from tinytown.access import Access, check_start
 from tinytown.auth import ApiKey, checksum, generate_key
 from tinytown.errors import Unauthorized, UsageError
-from tinytown.http1 import Peer, Request
+from tinytown.http.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
 from tinytown.operations import OPERATIONS, Op
 from tinytown.settings import Config

@@ -470,7 +470,7 @@ def test_a_hundred_idle_streams_do_not_slow_requests_down(place: Place, listen: 
 
 def test_a_silent_stream_has_a_heartbeat(place: Place, listen: Listen) -> None:
     """A shorter one than usual: the townhall imports a module first that sets it."""
-    (place.root / 'sitecustomize.py').write_text('import tinytown.stream as s\ns.HEARTBEAT_SECS = 0.1\n')
+    (place.root / 'sitecustomize.py').write_text('import tinytown.http.replies as s\ns.HEARTBEAT_SECS = 0.1\n')
     path = f'{Path(__file__).parents[1]}{os.pathsep}{place.root}'
     hall = place.hall(PYTHONPATH=path)
     listener = listen(hall, NOW).ready()

@@ -23,7 +23,8 @@ from . import config as configuration
 from .audit import Audit, AuditSubject
 from .auth import Checks, Entry, Keyring
 from .errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
-from .http1 import Peer, Request
+from .http.http1 import Peer, Request
+from .http.replies import Stream
 from .model import ALL_SCOPES, LOCAL, READ, Principal
 from .operations import CallLimits
 from .peer import CAN_TELL, own_uids, uid_of
@@ -31,7 +32,6 @@ from .ratelimit import Buckets, Throttle
 from .say import say
 from .settings import AuthSettings, Config
 from .state.store import Step
-from .stream import Stream
 from .town import Call, Town
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'

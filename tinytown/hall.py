@@ -18,8 +18,10 @@ from .access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
 from .errors import TownError, UsageError
 from .host import managed_redis, sd_notify
-from .http1 import Request, Response
-from .listen import UNIX, host_of, is_passed, open_sockets, url_of
+from .http.http1 import Request, Response
+from .http.listener import UNIX, host_of, is_passed, open_sockets, url_of
+from .http.replies import Answer
+from .http.server import Encrypt, Server
 from .local import note_townhall
 from .metrics import Meter
 from .operations import OPERATIONS
@@ -29,10 +31,8 @@ from .say import Level, say
 from .settings import Config, RedisSettings, TownhallSettings
 from .state.event_feed import EventFeed
 from .steward import HostOrders
-from .stream import Answer
 from .town import Town, open_town
 from .vitals import ChildStatus, LivenessMonitor, Single
-from .web import Encrypt, Server
 
 if TYPE_CHECKING:
     from .mcp import McpServer
@@ -275,7 +275,7 @@ def _encryption(config: Config, root: Path) -> Encrypt | None:
                 'townhall.mtls is set, but townhall.tls is not; set cert_path and key_path below [townhall.tls]'
             )
         return None
-    from .tls import TlsSocket, server_context  # late: ssl costs time and memory
+    from .http.tls import TlsSocket, server_context  # late: ssl costs time and memory
 
     context = server_context(config.townhall.tls, config.townhall.mtls, root)
     return lambda sock: TlsSocket(sock, context)

@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import Any, Final
 
 from .event_stream import RETRY, Door, last_event_id, page_response, stream_response, wants_stream
-from .http1 import Request, Response
+from .http.http1 import Request, Response
+from .http.replies import Answer, Slow, Stream
 from .logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
 from .model import READ, Principal
 from .operations import Op, encode_answer
 from .state.store import Step
-from .stream import Answer, Slow, Stream
 from .town import Call
 
 LOOK_SECS: Final = 0.25

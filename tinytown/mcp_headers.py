@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
-from .http1 import Request
+from .http.http1 import Request
 from .mcp_messages import (
     HEADER_MISMATCH,
     INTERNAL,

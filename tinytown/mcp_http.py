@@ -12,7 +12,8 @@ from urllib.parse import parse_qs
 
 from .access import Access, is_slow
 from .errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailable
-from .http1 import Request, Response, problem
+from .http.http1 import Request, Response, problem
+from .http.replies import Answer, Later, Slow, Stream
 from .mcp import Ask, McpServer, Session, not_batched
 from .mcp_headers import EVENTS, JSON, accepts, check_accept, check_headers, check_type, says_its_version, status_of
 from .mcp_messages import (
@@ -31,7 +32,6 @@ from .mcp_sessions import Open, Sessions
 from .model import Json, Principal
 from .say import say
 from .state.store import Step
-from .stream import Answer, Later, Slow, Stream
 
 PATH: Final = '/mcp'
 SSE_PATH: Final = '/sse'

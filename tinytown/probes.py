@@ -9,11 +9,11 @@ from typing import Any, Final
 from . import census
 from .access import Access, is_slow
 from .errors import TownError
-from .http1 import Request, Response
+from .http.http1 import Request, Response
+from .http.replies import Answer, Slow
 from .metrics import CONTENT_TYPE, Meter, render_metrics
 from .operations import encode_answer, enter
 from .state.store import Command
-from .stream import Answer, Slow
 from .town import Town
 
 ROUTES: Final = {

@@ -15,17 +15,17 @@ from urllib.parse import parse_qsl
 from .access import Access, is_slow
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from .event_stream import EventStreams
-from .http1 import Peer, Request, Response, options
+from .http.http1 import Peer, Request, Response, options
+from .http.replies import Answer, Slow
+from .http.router import Router
 from .log_stream import LogStreams
 from .metrics import Meter
 from .model import Principal
 from .operations import OPERATIONS, Op, call, encode_answer
 from .probes import ROUTES, HealthRoutes
-from .router import Router
 from .schema import Parameter
 from .state.event_feed import EventFeed
 from .state.store import Command
-from .stream import Answer, Slow
 from .town import Town
 
 MOST_DEPTH: Final = 32

@@ -20,7 +20,7 @@ from .clis import registry
 from .errors import TownError, UsageError
 from .host import managed_redis
 from .host.processes import python_path
-from .listen import UNIX
+from .http.listener import UNIX
 from .settings import Config
 from .units import Plan
 from .usage import Parser, meant_root

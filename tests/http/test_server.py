@@ -20,15 +20,27 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import http1
 from tinytown.errors import BadRequest
-from tinytown.http1 import Request, Response
+from tinytown.http import http1
+from tinytown.http.http1 import Request, Response
 from tinytown.model import new_id
 from tinytown.operations import OPERATIONS
 
-from .ground import Puppet, enlist
-from .raw import GET, HOST, add, answers, await_descriptors, backlog, connections, descriptors, post, read_answer, timed
-from .support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, shell_cli, status_of
+from ..ground import Puppet, enlist
+from ..raw import (
+    GET,
+    HOST,
+    add,
+    answers,
+    await_descriptors,
+    backlog,
+    connections,
+    descriptors,
+    post,
+    read_answer,
+    timed,
+)
+from ..support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, shell_cli, status_of
 
 SMUGGLED = add('smuggled')
 

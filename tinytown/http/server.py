@@ -23,16 +23,16 @@ from http.server import HTTPServer
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
+from ..errors import Internal, TownError, Unavailable
+from ..model import rfc3339
+from ..say import as_line, is_told, retry, say, write
+from ..settings import TownhallSettings
+from ..state import client
+from ..state.store import Command, Store
 from .connection import IN, OUT, Application, Connection, Sock
-from .errors import Internal, TownError, Unavailable
 from .http1 import Peer, Request, Response, problem
-from .listen import BACKLOG
-from .model import rfc3339
-from .say import as_line, is_told, retry, say, write
-from .settings import TownhallSettings
-from .state import client
-from .state.store import Command, Store
-from .stream import Done, Later, Slow
+from .listener import BACKLOG
+from .replies import Done, Later, Slow
 
 if TYPE_CHECKING:
     from .tls import TlsSocket

@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
-from .errors import UsageError
+from ..errors import UsageError
 
 BACKLOG: Final = 1024
 UNIX: Final = 'unix:'

@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tinytown import config
 from tinytown.errors import UsageError
+from tinytown.http.tls import TlsSocket, server_context, subject
 from tinytown.settings import MtlsSettings, TlsSettings, TownhallSettings
-from tinytown.tls import TlsSocket, server_context, subject
 from tinytown.toml_edit import to_toml
 
-from .certificates import CLIENT, SERVER, Authority, Pair
-from .support import PATIENCE, read_all, status_of
+from ..certificates import CLIENT, SERVER, Authority, Pair
+from ..support import PATIENCE, read_all, status_of
 
 IN, OUT = select.POLLIN, select.POLLOUT
 

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
-from .errors import (
+from ..errors import (
     BadRequest,
     Forbidden,
     HeadTooLarge,

@@ -26,9 +26,9 @@ import pytest
 
 from tinytown.operations import OPERATIONS
 
-from .mutations import Case, make
-from .raw import texts
-from .support import Hall, Place, Reply
+from ..mutations import Case, make
+from ..raw import texts
+from ..support import Hall, Place, Reply
 
 COUNT: Final = int(os.environ.get('FUZZ') or 300)
 SEED: Final = int(os.environ.get('FUZZ_SEED') or 1)

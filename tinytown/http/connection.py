@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from .errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
+from ..errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
+from ..settings import LimitSettings
 from .http1 import (
     MOST_HEAD,
     MOST_LINE,
@@ -31,8 +32,7 @@ from .http1 import (
     problem,
     render_response,
 )
-from .settings import LimitSettings
-from .stream import Answer, Later, Loop, Stream
+from .replies import Answer, Later, Loop, Stream
 
 if TYPE_CHECKING:
     from .tls import TlsSocket  # which imports ssl: only where TLS is on

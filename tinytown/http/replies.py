@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+from ..state.store import Command
 from .http1 import Request, Response
-from .state.store import Command
 
 T = TypeVar('T')
 Done = Callable[[T | None, Exception | None], None]  # is given what a step gave, or raised

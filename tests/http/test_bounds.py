@@ -16,8 +16,8 @@ from statistics import median
 
 import pytest
 
-from .raw import GET, HOST, Load, add, connections, descriptors, post, read_answer, texts, timed
-from .support import PATIENCE, REPOSITORY, Hall, Place, make_town, read_all, redis_pid, status_of
+from ..raw import GET, HOST, Load, add, connections, descriptors, post, read_answer, texts, timed
+from ..support import PATIENCE, REPOSITORY, Hall, Place, make_town, read_all, redis_pid, status_of
 
 STATUS = b'GET /v1/status HTTP/1.1\r\n' + HOST + b'\r\n'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from .errors import MethodNotAllowed, NotFound
+from ..errors import MethodNotAllowed, NotFound
 
 T = TypeVar('T')
 Places: TypeAlias = tuple[tuple[int, str], ...]  # the placeholders of a route: which segment, and its name

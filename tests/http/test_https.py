@@ -22,9 +22,9 @@ import pytest
 
 from tinytown.auth import generate_key
 
-from .certificates import CLIENT, SERVER, Authority, Pair
-from .support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, status_of
-from .tokens import Issuer, Signer, issuing
+from ..certificates import CLIENT, SERVER, Authority, Pair
+from ..support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, status_of
+from ..tokens import Issuer, Signer, issuing
 
 EC = Signer.ec('one')
 SPAWN = {'name': 'a'}

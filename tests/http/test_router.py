@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinytown.errors import MethodNotAllowed, NotFound
-from tinytown.router import Router
+from tinytown.http.router import Router
 
 
 @pytest.fixture

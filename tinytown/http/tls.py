@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import BadRequest, UsageError
+from ..errors import BadRequest, UsageError
+from ..settings import MtlsSettings, TlsSettings
 from .http1 import Request, problem, render_response
-from .settings import MtlsSettings, TlsSettings
 
 _RECORD: Final = 16384  # the most bytes that one TLS record carries (RFC 8446, 5.1)
 _ROUNDS: Final = 4  # of a handshake in memory; TLS 1.3 needs two

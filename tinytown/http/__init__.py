@@ -1,0 +1,4 @@
+"""An HTTP/1.1 server for one thread and many connections. It knows nothing of towns.
+
+Start with `server`; `http1` is the strict parser, `connection` one client.
+"""
