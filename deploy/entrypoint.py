@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from tinytown import agents, recovery, redaction
 from tinytown import config as configuration
+from tinytown import redaction
 from tinytown.access import is_local
 from tinytown.cli import build_parser
+from tinytown.core import agents, recovery
+from tinytown.core.town import Call, open_town
 from tinytown.errors import NotFound, TownError, UsageError
 from tinytown.host.processes import python
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.say import begin, last_words, say
-from tinytown.town import Call, open_town
 from tinytown.townhall import townhall_parser
 from tinytown.usage import explain
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
 from tinytown import cli, config, errors, hall, mcp_catalogue, mcp_content, openapi, probes, service, townhall
-from tinytown.census import Stats
+from tinytown.core.operations import OPERATIONS, Op
+from tinytown.core.stats import Stats
 from tinytown.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
-from tinytown.operations import OPERATIONS, Op
 from tinytown.schema import Parameter
 from tinytown.toml_edit import to_toml
 

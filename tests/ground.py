@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinytown.agents import enlist as enlist_step
+from tinytown.core.agents import enlist as enlist_step
+from tinytown.core.town import Call, Town
 from tinytown.host.processes import Identity
 from tinytown.model import CONDUCTOR_ID, LIVE, new_id
 from tinytown.state.client import _MORE, Part, RedisError
 from tinytown.state.store import Command, text
-from tinytown.town import Call, Town
 
 from .support import OPERATOR, Place
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinytown import config
+from tinytown.core.operations import BY_NAME, call, encode_answer
+from tinytown.core.town import Town, open_town
 from tinytown.errors import TownError
 from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.operations import BY_NAME, call, encode_answer
 from tinytown.state.store import Store, text
 from tinytown.toml_edit import to_toml
-from tinytown.town import Town, open_town
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 20.0  # seconds after which something that should have happened has not

@@ -21,10 +21,10 @@ import pytest
 from tinytown import access, api_key_table, auth, config, peer
 from tinytown.access import Access, check_start
 from tinytown.auth import ApiKey, checksum, generate_key
+from tinytown.core.operations import OPERATIONS, Op
 from tinytown.errors import Unauthorized, UsageError
 from tinytown.http.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
-from tinytown.operations import OPERATIONS, Op
 from tinytown.settings import Config
 
 from .support import PATIENCE, Hall, Place, environment, make_town, read_all

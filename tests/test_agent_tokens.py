@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tinytown import agent_tokens, config
-from tinytown.agents import look_up
+from tinytown.core.agents import look_up
+from tinytown.core.town import Call
 from tinytown.errors import TownError, Unauthorized
 from tinytown.model import CONDUCTOR_ID
-from tinytown.town import Call
 
 from .support import LONG, OPERATOR, Place, make_town, shell_cli, until
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from tinytown.caretaker import GAP_SECS, TAKE_OVER_SECS, Supervisor
+from tinytown.core.town import Town
 from tinytown.errors import Conflict, TownError, Unavailable
 from tinytown.host.processes import Identity, identify, this_boot, this_host
 from tinytown.model import new_id
-from tinytown.town import Town
 
 from .ground import ELSEWHERE, Puppet, check, enlist, redis, snapshot
 from .support import PATIENCE, Hall, Place, make_town, redis_pid, shell_cli

@@ -19,9 +19,9 @@ import pytest
 
 from tinytown.auth import checksum
 from tinytown.cli import main
+from tinytown.core.operations import BY_NAME, OPERATIONS, Op
 from tinytown.host.processes import start_time
 from tinytown.model import CONDUCTOR_ID
-from tinytown.operations import BY_NAME, OPERATIONS, Op
 
 from .ground import enlist
 from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tinytown.agents import start_worker
 from tinytown.caretaker import Supervisor
+from tinytown.core.agents import start_worker
+from tinytown.core.town import Town
 from tinytown.host import managed_redis
 from tinytown.host.processes import identify, marked
 from tinytown.state.store import Command, scripts, text
-from tinytown.town import Town
 
 from .ground import check, enlist
 from .proxy import Fate, Proxy

@@ -28,8 +28,8 @@ from typing import Any, Final
 import pytest
 
 from tinytown import cli, config, mcp_content
+from tinytown.core.operations import BY_NAME, OPERATIONS
 from tinytown.model import ALL_SCOPES
-from tinytown.operations import BY_NAME, OPERATIONS
 
 from . import docs
 from .support import REPOSITORY, Place, environment, free_port

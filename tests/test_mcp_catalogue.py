@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 
 from tinytown import mcp_catalogue, mcp_content
+from tinytown.core.operations import BY_NAME, OPERATIONS
 from tinytown.mcp import Ask, McpServer
 from tinytown.mcp_catalogue import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalog
 from tinytown.mcp_messages import LEGACY
 from tinytown.model import ALL_SCOPES, MANAGE, READ, WRITE, Json, Principal, Scope
-from tinytown.operations import BY_NAME, OPERATIONS
 from tinytown.state.event_feed import Event, EventFeed
 
 from .support import OPERATOR, REPOSITORY, Place

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tinytown import mcp_messages as codes
+from tinytown.core.operations import OPERATIONS
 from tinytown.mcp_messages import BATCHING, LEGACY, META_PREFIX, MODERN
 from tinytown.model import Json
-from tinytown.operations import OPERATIONS
 
 from .ground import enlist
 from .mcp_client import CLIENT, META, Http, events, since

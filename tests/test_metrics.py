@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tinytown import auth
+from tinytown.core.operations import OPERATIONS
 from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
-from tinytown.operations import OPERATIONS
 from tinytown.probes import ROUTES
 from tinytown.state.store import Command
 

@@ -11,10 +11,10 @@ from typing import get_args
 
 import pytest
 
+from tinytown.core.events import EventType
+from tinytown.core.operations import BY_NAME
 from tinytown.errors import Invalid
-from tinytown.events import EventType
 from tinytown.model import STEERING, UUID_PATTERN, brief, new_id, rfc3339
-from tinytown.operations import BY_NAME
 from tinytown.schema import validate
 
 MANY = 1000  # more than are made ready at once

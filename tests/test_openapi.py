@@ -12,9 +12,9 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from tinytown import openapi
+from tinytown.core.operations import OPERATIONS, Op
 from tinytown.event_stream import WAIT
 from tinytown.model import ADMIN, READ
-from tinytown.operations import OPERATIONS, Op
 from tinytown.probes import ROUTES
 
 from .ground import enlist

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tinytown.core.operations import OPERATIONS
 from tinytown.model import CONDUCTOR_ID
-from tinytown.operations import OPERATIONS
 from tinytown.render import as_json, clean, format_answer, table
 
 from .support import Place, environment

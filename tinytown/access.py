@@ -22,17 +22,17 @@ from . import agent_tokens
 from . import config as configuration
 from .audit import Audit, AuditSubject
 from .auth import Checks, Entry, Keyring
+from .core.operations import CallLimits
+from .core.town import Call, Town
 from .errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
 from .http.http1 import Peer, Request
 from .http.replies import Stream
 from .model import ALL_SCOPES, LOCAL, READ, Principal
-from .operations import CallLimits
 from .peer import CAN_TELL, own_uids, uid_of
 from .ratelimit import Buckets, Throttle
 from .say import say
 from .settings import AuthSettings, Config
 from .state.store import Step
-from .town import Call, Town
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
 _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')

@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, agent_tokens, agents, keys, local, ping
+from . import __version__, agent_tokens, keys, local, ping
 from .client import Backend, Local, Remote
+from .core import agents
+from .core.operations import BY_NAME, OPERATIONS, Op
+from .core.town import Call, Town
 from .errors import Invalid, TownError, UsageError
 from .model import ALL_SCOPES, Principal
-from .operations import BY_NAME, OPERATIONS, Op
 from .render import format_answer
 from .schema import Parameter, validate
-from .town import Call, Town
 from .usage import Parser, complain, end_streams, note, open_meant, ready_streams
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
-from . import hosts, redaction
+from . import redaction
 from .access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
+from .core import hosts
+from .core.operations import OPERATIONS
+from .core.town import Town, open_town
 from .errors import TownError, UsageError
 from .host import managed_redis, sd_notify
 from .http.http1 import Request, Response
@@ -24,14 +27,12 @@ from .http.replies import Answer
 from .http.server import Encrypt, Server
 from .local import note_townhall
 from .metrics import Meter
-from .operations import OPERATIONS
 from .prefork import Prefork
 from .rest import Guarded, RestApp
 from .say import Level, say
 from .settings import Config, RedisSettings, TownhallSettings
 from .state.event_feed import EventFeed
 from .steward import HostOrders
-from .town import Town, open_town
 from .vitals import ChildStatus, LivenessMonitor, Single
 
 if TYPE_CHECKING:

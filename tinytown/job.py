@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
-from . import logs
 from .clis.registry import Cli
+from .core import agent_logs
 from .host.processes import GRACE_SECS, identify, stop_tree
 from .redaction import Redactor, Secrets
 
@@ -37,7 +37,7 @@ class RunLog:
     def _open(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._size = os.fstat(descriptor).st_size
-        self._begin = logs.begin_of(self._file)
+        self._begin = agent_logs.begin_of(self._file)
 
     @property
     def offset(self) -> int:
@@ -63,7 +63,7 @@ class RunLog:
 
     def _rotate(self) -> None:
         before = self._descriptor
-        self._open(logs.rotate(self._file))
+        self._open(agent_logs.rotate(self._file))
         for output in (1, 2):  # a detached worker's own output goes to the same file
             with suppress(OSError):
                 if os.path.samestat(os.fstat(output), os.fstat(before)):

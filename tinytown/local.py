@@ -14,9 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import agents, doctor
 from . import config as configuration
+from . import doctor
 from .clis import registry
+from .core import agents
+from .core.hosts import claim_host
+from .core.town import Call, Town, join, open_town
 from .errors import TownError, UsageError
 from .host import managed_redis, report_spool
 from .host.processes import (
@@ -37,14 +40,12 @@ from .host.processes import (
     this_host,
     verdict,
 )
-from .hosts import claim_host
 from .model import ALL_SCOPES, Principal
 from .redaction import masked
 from .render import as_json, counted
 from .settings import Config
 from .state.store import Step
 from .toml_edit import change, to_toml
-from .town import Call, Town, join, open_town
 from .usage import Parser, acts_here, open_meant, town_root
 
 TOWNHALL_START_SECS: Final = 10.0

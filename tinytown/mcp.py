@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
+from .core.operations import CallLimits
 from .errors import TownError
 from .mcp_messages import (
     INTERNAL,
@@ -31,7 +32,6 @@ from .mcp_messages import (
     unsupported,
 )
 from .model import Json, Principal
-from .operations import CallLimits
 from .say import say
 from .state.store import Step
 

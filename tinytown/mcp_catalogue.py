@@ -14,15 +14,15 @@ from functools import cache
 from typing import Any, Final
 
 from . import __version__, mcp_content
+from .core.operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
+from .core.town import Town
 from .errors import TownError, UsageError
 from .mcp import Ask, Cancel, Manner, Notify
 from .mcp_messages import INVALID_PARAMS, NO_RESOURCE, Fault
 from .model import READ, Json, Principal
-from .operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
 from .state import event_feed
 from .state.event_feed import Event, EventFeed
 from .state.store import Step
-from .town import Town
 
 # Further names for an operation with some of its arguments given.
 PRESETS: Final[dict[str, tuple[str, Json]]] = {'agent.list_open': ('agent.list', {'open': True})}

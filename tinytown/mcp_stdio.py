@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final
 from . import agent_tokens, redaction
 from . import config as configuration
 from .caretaker import Supervisor
+from .core.town import Town, open_town
 from .errors import Unavailable, UsageError
 from .host import managed_redis
 from .mcp import Ask, McpServer, Session, not_batched
@@ -28,7 +29,6 @@ from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, en
 from .model import ALL_SCOPES, LOCAL, READ, Json, Principal
 from .state.event_feed import EventFeed
 from .state.store import Step, Store
-from .town import Town, open_town
 
 MOST_THREADS: Final = 32
 _EDGE: Final = 400  # bytes at each end of a line that is too long, in which its id is looked for

@@ -14,16 +14,16 @@ from http import HTTPStatus
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from . import __version__
-from .census import Dispatcher, Scaling
-from .deadletter import DeadLetter
+from .core.dead_letters import DeadLetter
+from .core.operations import OPERATIONS, Op
+from .core.stats import Dispatcher, Scaling
+from .core.task_history import Change
+from .core.town import TownEvent
 from .errors import TownError
 from .event_stream import WAIT
 from .metrics import CONTENT_TYPE
 from .model import Agent, Assigned, Json, Task
-from .operations import OPERATIONS, Op
 from .schema import json_schema
-from .timeline import Change
-from .town import TownEvent
 
 _JSON: Final = 'application/json'
 _PROBLEM: Final = 'application/problem+json'

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
-from . import census
 from .access import Access, is_slow
+from .core import stats
+from .core.operations import encode_answer, enter
+from .core.town import Town
 from .errors import TownError
 from .http.http1 import Request, Response
 from .http.replies import Answer, Slow
 from .metrics import CONTENT_TYPE, Meter, render_metrics
-from .operations import encode_answer, enter
 from .state.store import Command
-from .town import Town
 
 ROUTES: Final = {
     '/health': 'health',
@@ -64,12 +64,12 @@ class HealthRoutes:
         found: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
         began = time.monotonic()
         try:
-            counted = yield from census.take_census(self._town())
+            counted = yield from stats.take_census(self._town())
         except TownError as e:
             found = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
         else:
             found['redis_latency_ms'] = round((time.monotonic() - began) * 1000, 3)
-            found['dispatcher'] = census.dispatcher(counted)
+            found['dispatcher'] = stats.dispatcher(counted)
         if self._access.keys_are_old:
             found |= {'keys': 'old', 'detail': 'the keys are not taken up, old ones stay in force; the log says why'}
         draining, audit = self.is_draining(), self._access.audit
@@ -92,14 +92,14 @@ class HealthRoutes:
         began = time.monotonic()
         counted, error = None, ''
         try:
-            counted = yield from census.take_census(self._town())
+            counted = yield from stats.take_census(self._town())
         except TownError as e:
             error = e.detail
         text = render_metrics(self._meter, counted, time.monotonic() - began, error)
         return _readiness(not error, text.encode(), CONTENT_TYPE)
 
     def _scaling(self) -> Reply:
-        return Response(200, encode_answer((yield from census.scaling(self._town()))))
+        return Response(200, encode_answer((yield from stats.scaling(self._town()))))
 
 
 def _readiness(ready: bool, body: bytes, content_type: str = 'application/json') -> Response:

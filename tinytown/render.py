@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from .core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
 from .host.processes import this_host
-from .logs import MAX_PAGE_BYTES as MOST_LOG
 from .model import CONDUCTOR_ID
 
 JsonObject = dict[str, Any]

@@ -13,6 +13,8 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from .access import Access, is_slow
+from .core.operations import OPERATIONS, Op, call, encode_answer
+from .core.town import Town
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from .event_stream import EventStreams
 from .http.http1 import Peer, Request, Response, options
@@ -21,12 +23,10 @@ from .http.router import Router
 from .log_stream import LogStreams
 from .metrics import Meter
 from .model import Principal
-from .operations import OPERATIONS, Op, call, encode_answer
 from .probes import ROUTES, HealthRoutes
 from .schema import Parameter
 from .state.event_feed import EventFeed
 from .state.store import Command
-from .town import Town
 
 MOST_DEPTH: Final = 32
 _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')

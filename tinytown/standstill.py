@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from . import agents
 from . import config as configuration
+from .core import agents
+from .core.town import Call, Town
 from .errors import TownError, UsageError
 from .host import managed_redis
 from .host.processes import GRACE_SECS, agents_processes, name_host, stop_tree
@@ -23,7 +24,6 @@ from .model import ALL_SCOPES, Principal
 from .say import say
 from .settings import Config
 from .state.store import Step, Store
-from .town import Call, Town
 from .usage import complain
 
 WHY: Final = 'the town was stopped'

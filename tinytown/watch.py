@@ -13,10 +13,10 @@ from datetime import datetime
 from typing import Any, Final
 
 from .client import Backend
+from .core.operations import BY_NAME
 from .errors import TownError, UsageError
 from .local import report, wants_json
 from .model import Json
-from .operations import BY_NAME
 from .render import as_json, clean, cut, event_line, format_answer
 from .screen import taken, top
 

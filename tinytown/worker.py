@@ -23,11 +23,12 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from . import agent_tokens, redaction
-from .agents import worker_log
 from .briefing import Letter, Work, compose
 from .clis import registry
 from .clis.registry import Cli
 from .config import from_values, write_atomically
+from .core.agents import worker_log
+from .core.town import Town
 from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from .host import managed_redis, report_spool
 from .host.processes import (
@@ -44,7 +45,6 @@ from .host.processes import (
 from .job import CliRun, RunLog
 from .model import rfc3339
 from .state.store import NO_RUN, Command, Store, text
-from .town import Town
 
 BEAT_SECS: Final = 5.0  # at most; and three fit into a lease
 MOST_MESSAGES: Final = 100

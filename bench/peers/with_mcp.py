@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mcp.server.mcpserver import MCPServer
 
+from tinytown.core.operations import BY_NAME, call, encode_answer
+from tinytown.core.town import open_town
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.operations import BY_NAME, call, encode_answer
-from tinytown.town import open_town
 
 server = MCPServer('sdk', log_level='ERROR')
 town = open_town(Path(sys.argv[2]))

@@ -23,7 +23,7 @@ from ..test_worker import await_exit
 from .test_processes import descriptors
 
 OPEN = (
-    'import sys; from pathlib import Path; from tinytown.town import open_town\n'
+    'import sys; from pathlib import Path; from tinytown.core.town import open_town\n'
     'town = open_town(Path(sys.argv[1]))\n'
     'print(town.store.call(town.store.info("server")).decode())\n'
 )

@@ -24,7 +24,7 @@ from urllib.parse import unquote_to_bytes
 import h11
 import pytest
 
-from tinytown.operations import OPERATIONS
+from tinytown.core.operations import OPERATIONS
 
 from ..mutations import Case, make
 from ..raw import texts

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 
+from tinytown.core.operations import OPERATIONS
 from tinytown.errors import BadRequest
 from tinytown.http import http1
 from tinytown.http.http1 import Request, Response
 from tinytown.model import new_id
-from tinytown.operations import OPERATIONS
 
 from ..ground import Puppet, enlist
 from ..raw import (

@@ -21,7 +21,9 @@ from typing import Any
 
 import pytest
 
-from tinytown import config, hosts
+from tinytown import config
+from tinytown.core import hosts
+from tinytown.core.town import Town, open_town
 from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
 from tinytown.host import managed_redis
 from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
@@ -29,7 +31,6 @@ from tinytown.state import store
 from tinytown.state.client import _MORE, Address, Reader, RedisError, as_town_error, pack
 from tinytown.state.endpoints import Server, locate
 from tinytown.state.store import Store, scripts, text
-from tinytown.town import Town, open_town
 
 from ..ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
 from ..support import PATIENCE, REPOSITORY, Hall, Place, make_town, redis_pid

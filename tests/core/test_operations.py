@@ -13,13 +13,13 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
+from tinytown.core.operations import BY_NAME, OPERATIONS, Op, call, encode_answer
 from tinytown.errors import Conflict, Forbidden, Invalid, NotFound, TownError
 from tinytown.model import ADMIN, CONDUCTOR_ID, MANAGE, READ, WRITE, Principal, Scope, new_id
-from tinytown.operations import BY_NAME, OPERATIONS, Op, call, encode_answer
 from tinytown.state.store import Command, Step, text
 
-from .ground import Puppet, check, enlist, pipeline, redis, snapshot
-from .support import OPERATOR, Place
+from ..ground import Puppet, check, enlist, pipeline, redis, snapshot
+from ..support import OPERATOR, Place
 
 # --------------------------------------------------------------------------------------------------------- the table
 

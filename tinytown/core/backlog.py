@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from .model import AgentRef, Assigned, Cursor, Limit, Tags, TaskId, TaskText
-from .state.store import Page, Step, text
+from ..model import AgentRef, Assigned, Cursor, Limit, Tags, TaskId, TaskText
+from ..state.store import Page, Step, text
 from .tasks import assigned, listing, record
 from .town import Call
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired, TypedDict
 
-from .errors import Forbidden, Invalid
-from .model import AgentRef, Everything, InboxCursor, Kind, Limit, MessageIds, MessageText, Urgent, new_id, to_json
-from .state.store import Page, Step, text
+from ..errors import Forbidden, Invalid
+from ..model import AgentRef, Everything, InboxCursor, Kind, Limit, MessageIds, MessageText, Urgent, new_id, to_json
+from ..state.store import Page, Step, text
 from .town import Call
 
 # How a kind reads in an inbox, as published.

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, NotRequired, TypedDict
 
-from . import hosts, redaction
+from .. import redaction
+from ..config import write_atomically
+from ..errors import Invalid
+from ..model import AgentRef, Field
+from ..redaction import REDACTED, Secrets
+from ..state.store import Step, text
+from . import hosts
 from .agents import worker_log
-from .config import write_atomically
-from .errors import Invalid
-from .model import AgentRef, Field
-from .redaction import REDACTED, Secrets
-from .state.store import Step, text
 from .town import Call
 
 MAX_PAGE_BYTES: Final = 262144  # bytes of one page

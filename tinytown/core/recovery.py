@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
+from ..errors import Conflict, NotFound
+from ..host import report_spool
+from ..host.processes import GRACE_SECS, Identity, is_beside, stop_tree
+from ..model import AT_REST, LIVE, AgentRef, Field
+from ..state.store import Step, text
 from . import hosts
 from .agents import MAX_MOVED, look_up, prune, stop_process
-from .errors import Conflict, NotFound
-from .host import report_spool
-from .host.processes import GRACE_SECS, Identity, is_beside, stop_tree
-from .model import AT_REST, LIVE, AgentRef, Field
-from .state.store import Step, text
 from .town import Call
 
 ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]

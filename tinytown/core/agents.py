@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
 
-from . import config as configuration
-from . import hosts
-from .clis import registry
-from .errors import Conflict, HostSilent, Internal, Invalid, NotFound, TownError, Unavailable
-from .host import report_spool, spawner
-from .host.processes import (
+from .. import config as configuration
+from ..clis import registry
+from ..errors import Conflict, HostSilent, Internal, Invalid, NotFound, TownError, Unavailable
+from ..host import report_spool, spawner
+from ..host.processes import (
     GRACE_SECS,
     INSTANCE_VARIABLE,
     Identity,
@@ -28,7 +27,7 @@ from .host.processes import (
     stop_tree,
     this_host,
 )
-from .model import (
+from ..model import (
     AT_REST,
     CONDUCTOR_NAMES,
     LIVE,
@@ -53,7 +52,8 @@ from .model import (
     is_uuid,
     new_id,
 )
-from .state.store import Command, Page, Step, text
+from ..state.store import Command, Page, Step, text
+from . import hosts
 from .tasks import listing
 from .town import Call, Town
 

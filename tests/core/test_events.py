@@ -17,11 +17,11 @@ from tinytown.errors import Conflict, Invalid
 from tinytown.model import CONDUCTOR_ID, Principal, new_id
 from tinytown.state.store import Command
 
-from .ground import enlist, redis
-from .raw import HOST, read_answer
-from .streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
-from .support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
-from .test_worker import await_exit
+from ..ground import enlist, redis
+from ..raw import HOST, read_answer
+from ..streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
+from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
+from ..test_worker import await_exit
 
 ALL = '/v1/events?after=0-0'
 NOW = '/v1/events?after=$'

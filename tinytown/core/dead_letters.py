@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from .model import UUID_PATTERN, Cursor, Field, Limit
-from .state.store import Page, Step, text
+from ..model import UUID_PATTERN, Cursor, Field, Limit
+from ..state.store import Page, Step, text
 from .tasks import listing
 from .town import Call
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from .model import LIVE
-from .state.store import Step, text
+from ..model import LIVE
+from ..state.store import Step, text
 from .town import Town
 
 Recommendation = Literal['scale_up', 'steady', 'scale_down', 'scale_to_zero']

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 from urllib.parse import urlsplit
 
-from .errors import Conflict, HostSilent, Internal, TownError, Unavailable, UsageError
-from .host.processes import this_host, this_place
-from .model import new_id
-from .state.client import Part
-from .state.store import Command, Step, Store, scripts, text
+from ..errors import Conflict, HostSilent, Internal, TownError, Unavailable, UsageError
+from ..host.processes import this_host, this_place
+from ..model import new_id
+from ..state.client import Part
+from ..state.store import Command, Step, Store, scripts, text
 from .town import Call, Town
 
 SILENCE_SECS: Final = 7  # after which a townhall is silent; each says once a second that it is there

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
-from . import config as configuration
-from .errors import UsageError
-from .host import managed_redis
-from .host.processes import name_host
-from .model import Agent, Cursor, Field, Limit, Principal, new_id
-from .redaction import masked
-from .settings import Config
-from .state.store import Page, Step, Store, text
+from .. import config as configuration
+from ..errors import UsageError
+from ..host import managed_redis
+from ..host.processes import name_host
+from ..model import Agent, Cursor, Field, Limit, Principal, new_id
+from ..redaction import masked
+from ..settings import Config
+from ..state.store import Page, Step, Store, text
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tinytown import agents, hosts, recovery
+from tinytown.core import agents, hosts, recovery
+from tinytown.core.town import Call, Town
 from tinytown.errors import TownError, UsageError
 from tinytown.host.processes import identify, name_host, this_boot, this_host
 from tinytown.local import running_townhalls
@@ -25,11 +26,10 @@ from tinytown.model import new_id
 from tinytown.render import format_answer
 from tinytown.state.store import Command, Step, scripts, text
 from tinytown.steward import HostOrders
-from tinytown.town import Call, Town
 
-from .ground import ELSEWHERE, Puppet, check, enlist, redis
-from .support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli, until
-from .test_worker import await_exit, worker_pid
+from ..ground import ELSEWHERE, Puppet, check, enlist, redis
+from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli, until
+from ..test_worker import await_exit, worker_pid
 
 LEASE = 15  # longer than it takes to prove a death, and heartbeats are as rare as they may be
 HELD = shell_cli('echo held; sleep 100')

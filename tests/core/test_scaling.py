@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tinytown import census
+from tinytown.core import stats
 from tinytown.state.store import Command
 
-from .ground import Puppet, enlist, redis
-from .support import Hall, Place, make_town, read_all, redis_pid, status_of
+from ..ground import Puppet, enlist, redis
+from ..support import Hall, Place, make_town, read_all, redis_pid, status_of
 
 MOST = 3
 NAMES = (
@@ -142,7 +142,7 @@ def test_the_time_of_a_recommendation_is_that_of_redis(ground: Place) -> None:
 
 
 def test_a_recommendation_is_one_round_trip(ground: Place) -> None:
-    step = census.scaling(ground.town)
+    step = stats.scaling(ground.town)
     reply = ground.store.call(next(step))
     with pytest.raises(StopIteration):
         step.send(reply)

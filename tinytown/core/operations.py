@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from . import agents, backlog, deadletter, events, hosts, logs, messages, recovery, tasks, town
-from .audit import AuditSubject
-from .errors import Forbidden, TownError
-from .model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
-from .schema import Parameter, input_schema, output_schema, signature, validate
-from .state.store import Command, Page, Step
+from ..audit import AuditSubject
+from ..errors import Forbidden, TownError
+from ..model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
+from ..schema import Parameter, input_schema, output_schema, signature, validate
+from ..state.store import Command, Page, Step
+from . import agent_logs, agents, backlog, dead_letters, events, hosts, messages, recovery, tasks, town
 from .town import Call, Town
 
 if TYPE_CHECKING:
-    from .audit import Audit
-    from .ratelimit import Throttle
+    from ..audit import Audit
+    from ..ratelimit import Throttle
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ OPERATIONS: Final = (
     Op('agent.interrupt', agents.interrupt, MANAGE, 'POST', '/v1/agents/{agent}/interrupt', 'interrupt'),
     Op('agent.resume', agents.resume, MANAGE, 'POST', '/v1/agents/{agent}/resume', 'resume'),
     Op('agent.close', agents.close, MANAGE, 'POST', '/v1/agents/{agent}/close', 'close'),
-    Op('agent.logs', logs.read_log, READ, 'GET', '/v1/agents/{agent}/logs', 'logs', slow=True),
+    Op('agent.logs', agent_logs.read_log, READ, 'GET', '/v1/agents/{agent}/logs', 'logs', slow=True),
     Op('agent.wait', agents.wait, READ, 'POST', '/v1/agents/{agent}/wait', 'wait', slow=True),
     Op('agent.inbox', messages.inbox, READ, 'GET', '/v1/agents/{agent}/inbox', 'inbox', also='POST'),
     Op('agent.ack', messages.acknowledge, WRITE, 'POST', '/v1/agents/{agent}/inbox/ack', 'ack'),
@@ -119,9 +119,9 @@ OPERATIONS: Final = (
     Op('backlog.claim', backlog.claim, WRITE, 'POST', '/v1/backlog/{task_id}/claim', 'backlog claim'),
     Op('backlog.remove', backlog.remove, WRITE, 'DELETE', '/v1/backlog/{task_id}', 'backlog remove'),
 
-    Op('deadletter.list', deadletter.list_dead, READ, 'GET', '/v1/deadletter', 'deadletter list'),
-    Op('deadletter.retry', deadletter.retry, WRITE, 'POST', '/v1/deadletter/{id}/retry', 'deadletter retry'),
-    Op('deadletter.drop', deadletter.drop, WRITE, 'POST', '/v1/deadletter/{id}/drop', 'deadletter drop'),
+    Op('deadletter.list', dead_letters.list_dead, READ, 'GET', '/v1/deadletter', 'deadletter list'),
+    Op('deadletter.retry', dead_letters.retry, WRITE, 'POST', '/v1/deadletter/{id}/retry', 'deadletter retry'),
+    Op('deadletter.drop', dead_letters.drop, WRITE, 'POST', '/v1/deadletter/{id}/drop', 'deadletter drop'),
 
     Op('events.list', events.list_events, READ, 'GET', '/v1/events', 'events'),
     Op('events.latest', events.latest, READ, 'GET', '/v1/history', 'history'),

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
-from .model import AgentRef, Field, Limit, TaskId, is_uuid
-from .state import event_feed
-from .state.event_feed import Event
-from .state.store import Page, Step, Store, text
+from ..model import AgentRef, Field, Limit, TaskId, is_uuid
+from ..state import event_feed
+from ..state.event_feed import Event
+from ..state.store import Page, Step, Store, text
 from .town import Call, TownEvent
 
 MOST_EXAMINED: Final = 1000  # events that one page looks at, however few of them are wanted

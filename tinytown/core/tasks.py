@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Literal, NotRequired, TypedDict
 
-from .errors import Invalid
-from .model import (
+from ..errors import Invalid
+from ..model import (
     CONDUCTOR_ID,
     AgentRef,
     Assigned,
@@ -23,9 +23,9 @@ from .model import (
     new_id,
     to_json,
 )
-from .state.client import Part
-from .state.store import Page, Step, text
-from .timeline import Change, Run, runs, with_durations
+from ..state.client import Part
+from ..state.store import Page, Step, text
+from .task_history import Change, Run, runs, with_durations
 from .town import Call
 
 

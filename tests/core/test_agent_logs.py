@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
+from tinytown.core.agent_logs import MAX_PAGE_BYTES, LogReader
+from tinytown.core.task_history import Change, runs, with_durations
 from tinytown.errors import Conflict, Invalid, NotFound
 from tinytown.job import RunLog
-from tinytown.logs import MAX_PAGE_BYTES, LogReader
 from tinytown.redaction import REDACTED, Redactor, Secrets, known_secrets
 from tinytown.settings import AgentSettings, Config, RedisSettings
-from tinytown.timeline import Change, runs, with_durations
 
-from .ground import enlist, redis
-from .raw import HOST
-from .streams import Listen, await_streams
-from .support import Hall, Place, make_town, shell_cli
+from ..ground import enlist, redis
+from ..raw import HOST
+from ..streams import Listen, await_streams
+from ..support import Hall, Place, make_town, shell_cli
 
 KEY = 'sk-ant-0123456789'
 NOTHING = Secrets()
