@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tinytown.auth import generate_key
+from tinytown.auth.api_keys import generate_key
 from tinytown.state.store import text
 
 from .load import Ask, Load, Wrong, newcomers, percentile, timed, wrk

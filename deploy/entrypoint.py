@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from tinytown import config as configuration
 from tinytown import redaction
-from tinytown.access import is_local
+from tinytown.auth.access import is_local
 from tinytown.cli import build_parser
 from tinytown.core import agents, recovery
 from tinytown.core.town import Call, open_town

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import argon2
 import pytest
 
-from tinytown.auth import checksum
+from tinytown.auth.api_keys import checksum
 from tinytown.cli import main
 from tinytown.core.operations import BY_NAME, OPERATIONS, Op
 from tinytown.host.processes import start_time

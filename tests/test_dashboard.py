@@ -12,8 +12,8 @@ import pytest
 
 from tinytown import dashboard
 
+from .auth.test_access import Keyed
 from .support import Hall, Place
-from .test_access import Keyed
 
 PAGE = dashboard.dashboard_page()[0].decode()
 TEXT_ON = ('paper', 'raised', 'tint')

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import auth
+from tinytown.auth import api_keys
 from tinytown.core.operations import OPERATIONS
 from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
@@ -400,7 +400,7 @@ def test_without_redis_the_answer_is_503_and_says_what_is_known(place: Place, ha
 @pytest.fixture(scope='module')
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hall, dict[str, str], Path]]:
     """A townhall whose metrics need a scope, and keys by scope."""
-    made = {scope: auth.generate_key() for scope in ('town.read', 'town.write', 'admin')}
+    made = {scope: api_keys.generate_key() for scope in ('town.read', 'town.write', 'admin')}
     keys = [{'id': key.id, 'hash': key.hash, 'scopes': [scope]} for scope, key in made.items()]
     settings = {'townhall__auth': {'mode': 'api_key', 'keys': keys}, 'townhall__metrics': {'scope': 'town.read'}}
     place = make_town(tmp_path_factory.mktemp('g'), **settings)

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, agent_tokens, keys, local, ping
+from . import __version__, keys, local, ping
+from .auth import agent_tokens
 from .client import Backend, Local, Remote
 from .core import agents
 from .core.operations import BY_NAME, OPERATIONS, Op

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from .access import is_slow
+from .auth.access import is_slow
 from .core.events import Filter, as_page, choose, type_of, whole
 from .core.operations import Op, encode_answer
 from .core.town import Town

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import config as configuration
 from . import redaction
-from .access import Access, TokenVerifier, check_start
+from .auth.access import Access, TokenVerifier, check_start
 from .caretaker import Supervisor
 from .core import hosts
 from .core.operations import OPERATIONS
@@ -260,7 +260,7 @@ def _verifier(config: Config, ask: bool = False) -> TokenVerifier | None:
     """Whoever can say whose a token is, in mode oidc. To `ask` its issuer now takes seconds if that is away."""
     if config.townhall.auth.mode != 'oidc':
         return None
-    from . import oidc
+    from .auth import oidc
 
     made = oidc.OidcVerifier(config.townhall.auth)
     if ask and (warning := made.check()):

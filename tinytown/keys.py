@@ -25,7 +25,7 @@ from .toml_edit import change
 from .usage import acts_here, town_root
 
 if TYPE_CHECKING:
-    from .auth import ApiKey
+    from .auth.api_keys import ApiKey
 
 _MODE: Final = 'townhall.auth.mode'
 _UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
@@ -92,7 +92,7 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
 
 
 def _new_key(key_id: str = '') -> ApiKey:
-    from .auth import generate_key  # late: other commands need none of it
+    from .auth.api_keys import generate_key  # late: other commands need none of it
 
     return generate_key(key_id)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import parse_qs
 
-from .access import Access, is_slow
+from .auth.access import Access, is_slow
 from .errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailable
 from .http.http1 import Request, Response, problem
 from .http.replies import Answer, Later, Slow, Stream

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from . import agent_tokens, redaction
 from . import config as configuration
+from . import redaction
+from .auth import agent_tokens
 from .caretaker import Supervisor
 from .core.town import Town, open_town
 from .errors import Unavailable, UsageError

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
-from .access import Access, is_slow
+from .auth.access import Access, is_slow
 from .core import stats
 from .core.operations import encode_answer, enter
 from .core.town import Town

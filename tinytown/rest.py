@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from .access import Access, is_slow
+from .auth.access import Access, is_slow
 from .core.operations import OPERATIONS, Op, call, encode_answer
 from .core.town import Town
 from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType

@@ -85,7 +85,7 @@ def _run(argv: list[str] | None) -> int:
         'townhall.log.level': _level(arguments),
     }
     from . import redaction  # late: --help and a wrong command line need none of it
-    from .access import check_start
+    from .auth.access import check_start
     from .hall import TownhallProcess
 
     config = configuration.load(root, flags)

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import agent_tokens, redaction
+from . import redaction
+from .auth import agent_tokens
 from .briefing import Letter, Work, compose
 from .clis import registry
 from .clis.registry import Cli

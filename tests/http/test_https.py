@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tinytown.auth import generate_key
+from tinytown.auth.api_keys import generate_key
 
 from ..certificates import CLIENT, SERVER, Authority, Pair
 from ..support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, read_all, status_of

@@ -11,9 +11,9 @@ from playwright.sync_api import Browser, Page, expect
 from tinytown.model import MANAGE, READ, WRITE
 from tinytown.state.store import Command
 
+from ..auth.test_access import Keyed
 from ..ground import enlist, pipeline
 from ..support import Hall, Place, free_port, make_town, shell_cli
-from ..test_access import Keyed
 from . import tools
 from .browser import Visit, chromium
 

@@ -18,7 +18,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from tinytown import __version__, argon2id
+from tinytown import __version__
+from tinytown.auth import argon2id
 from tinytown.host import bundled
 
 from ..support import PATIENCE, REPOSITORY, Hall, Place
@@ -201,7 +202,7 @@ def test_keys_are_checked_with_the_library_that_it_carries(bare: Bare, dist: Pat
 def test_the_library_and_the_package_agree_on_hashes(bare: Bare) -> None:
     bare.tt('--version')
     script = (
-        'import sys; from tinytown.argon2id import hashed, matches; '
+        'import sys; from tinytown.auth.argon2id import hashed, matches; '
         'assert matches(b"secret", sys.argv[1]) and not matches(b"other", sys.argv[1]); print(hashed(b"mine", 2, 8192))'
     )
     done = bare.python('-c', script, argon2id.hashed(b'secret', 1, 8192), PYTHONPATH=str(bare.unpacked()))

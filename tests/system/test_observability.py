@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tinytown import auth
+from tinytown.auth import api_keys
 
 from ..support import REPOSITORY, Hall, Place, make_town
 
@@ -66,7 +66,7 @@ def test_schemathesis_finds_nothing(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('scope', ['admin', 'town.read'])
 def test_schemathesis_finds_nothing_where_a_key_is_asked_for(directory: Path, tmp_path: Path, scope: str) -> None:
-    key = auth.generate_key()
+    key = api_keys.generate_key()
     settings: dict[str, Any] = {'mode': 'api_key', 'keys': [{'id': key.id, 'hash': key.hash, 'scopes': [scope]}]}
     place = make_town(directory, max_agents=2, townhall__auth=settings, townhall__metrics={'scope': 'town.read'})
     try:

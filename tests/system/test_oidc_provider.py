@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from tinytown import oidc
+from tinytown.auth import oidc
+from tinytown.auth.oidc import OidcVerifier
 from tinytown.errors import Forbidden, Unauthorized, Unavailable
 from tinytown.model import Principal
-from tinytown.oidc import OidcVerifier
 from tinytown.settings import AuthSettings
 
 from ..support import PATIENCE, Place, environment, free_port, make_town

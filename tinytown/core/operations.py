@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ..audit import AuditSubject
+from ..auth.audit import AuditSubject
 from ..errors import Forbidden, TownError
 from ..model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
 from ..schema import Parameter, input_schema, output_schema, signature, validate
@@ -23,8 +23,8 @@ from . import agent_logs, agents, backlog, dead_letters, events, hosts, messages
 from .town import Call, Town
 
 if TYPE_CHECKING:
-    from ..audit import Audit
-    from ..ratelimit import Throttle
+    from ..auth.audit import Audit
+    from ..auth.rate_limit import Throttle
 
 
 @dataclass(frozen=True)

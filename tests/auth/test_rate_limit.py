@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from tinytown import api_key_table, config
-from tinytown.auth import generate_key
+from tinytown.auth.api_keys import generate_key
+from tinytown.auth.rate_limit import Buckets, Throttle, network
+from tinytown.auth.shared_table import Table
 from tinytown.errors import TooManyRequests
 from tinytown.model import ALL_SCOPES, LOCAL, Principal
-from tinytown.ratelimit import Buckets, Throttle, network
 from tinytown.settings import RateLimitSettings
-from tinytown.shared import Table
 
-from .support import PATIENCE, Hall, Place, make_town
+from ..support import PATIENCE, Hall, Place, make_town
 
 ALICE, BOB, ANYONE = (Principal(name, ALL_SCOPES) for name in ('alice', 'bob', LOCAL))
 

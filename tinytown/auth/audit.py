@@ -30,8 +30,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from .errors import TownError, Unavailable, UsageError
-from .model import Principal, rfc3339
+from ..errors import TownError, Unavailable, UsageError
+from ..model import Principal, rfc3339
 
 # Arguments and results that say on what an operation acts. Texts of tasks and messages are not among them.
 _TARGETS: Final = frozenset({'agent', 'name', 'to', 'from', 'task_id', 'id', 'agent_id', 'message_id'})

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tinytown import api_key_table
-from tinytown.auth import ApiKey, generate_key
+from tinytown.auth.api_keys import ApiKey, generate_key
 from tinytown.config import FILE, write_atomically
 
-from .mcp_client import Http
-from .streams import Listener, await_streams, happen
-from .support import Hall, Place, make_town
-from .tokens import Signer, issuing
+from ..mcp_client import Http
+from ..streams import Listener, await_streams, happen
+from ..support import Hall, Place, make_town
+from ..tokens import Signer, issuing
 
 SOON = 10.0  # seconds within which a stream has ended, on a busy machine; else it goes on for ever
 PATHS = ['/v1/events', '/v1/agents/a/logs', '/sse']

@@ -16,14 +16,14 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Final
 
-from .config import write_atomically, write_once
-from .core import agents
-from .core.town import Call, Town
-from .errors import Conflict, NotFound, Unauthorized
-from .host.managed_redis import private_directory
-from .model import READ, UUID_PATTERN, WRITE, Principal, Scope
-from .settings import Config
-from .state.store import Step
+from ..config import write_atomically, write_once
+from ..core import agents
+from ..core.town import Call, Town
+from ..errors import Conflict, NotFound, Unauthorized
+from ..host.managed_redis import private_directory
+from ..model import READ, UUID_PATTERN, WRITE, Principal, Scope
+from ..settings import Config
+from ..state.store import Step
 
 TOKEN_PREFIX: Final = 'tta_'
 _TOKEN: Final = re.compile(rf'{TOKEN_PREFIX}({UUID_PATTERN})_({UUID_PATTERN})_[A-Za-z0-9_-]{{43}}')

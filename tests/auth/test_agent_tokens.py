@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from tinytown import agent_tokens, config
+from tinytown import config
+from tinytown.auth import agent_tokens
 from tinytown.core.agents import look_up
 from tinytown.core.town import Call
 from tinytown.errors import TownError, Unauthorized
 from tinytown.model import CONDUCTOR_ID
 
-from .support import LONG, OPERATOR, Place, make_town, shell_cli, until
+from ..support import LONG, OPERATOR, Place, make_town, shell_cli, until
 
 HOLD = shell_cli('cat >/dev/null; tt send conductor holding --info; exec sleep 60')
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
-from .errors import TooManyRequests
-from .model import LOCAL, Principal
-from .settings import RateLimitSettings
-from .shared import Table
+from ..errors import TooManyRequests
+from ..model import LOCAL, Principal
+from ..settings import RateLimitSettings
+from .shared_table import Table
 
 _PLACES: Final = 8192  # callers that are remembered: 256 KiB
 

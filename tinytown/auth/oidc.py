@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from . import __version__
-from .errors import Forbidden, Unauthorized, Unavailable, UsageError
-from .model import ALL_SCOPES, Principal
-from .settings import AuthSettings
+from .. import __version__
+from ..errors import Forbidden, Unauthorized, Unavailable, UsageError
+from ..model import ALL_SCOPES, Principal
+from ..settings import AuthSettings
 
 MOST_TOKEN: Final = 8192  # bytes
 MOST_CACHED: Final = 1024  # verified tokens

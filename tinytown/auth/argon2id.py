@@ -12,8 +12,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
-from .errors import UsageError
-from .host import bundled
+from ..errors import UsageError
+from ..host import bundled
 
 if TYPE_CHECKING:
     from ctypes import CDLL  # at runtime late: it costs memory, and an installed argon2 does without

@@ -17,12 +17,13 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from . import api_key_table, argon2id
+from .. import api_key_table
+from ..errors import TooManyRequests, Unavailable, UsageError
+from ..model import Principal, Scope
+from ..settings import AuthSettings
+from . import argon2id
 from .argon2id import matches
-from .errors import TooManyRequests, Unavailable, UsageError
-from .model import Principal, Scope
-from .ratelimit import Buckets, network
-from .settings import AuthSettings
+from .rate_limit import Buckets, network
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

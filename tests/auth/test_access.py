@@ -18,16 +18,17 @@ from typing import Any
 
 import pytest
 
-from tinytown import access, api_key_table, auth, config, peer
-from tinytown.access import Access, check_start
-from tinytown.auth import ApiKey, checksum, generate_key
+from tinytown import api_key_table, config
+from tinytown.auth import access, api_keys, peer_uid
+from tinytown.auth.access import Access, check_start
+from tinytown.auth.api_keys import ApiKey, checksum, generate_key
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.errors import Unauthorized, UsageError
 from tinytown.http.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
 from tinytown.settings import Config
 
-from .support import PATIENCE, Hall, Place, environment, make_town, read_all
+from ..support import PATIENCE, Hall, Place, environment, make_town, read_all
 
 ID = '00000000-0000-4000-8000-000000000000'
 FLOOD_SECS = float(os.environ.get('FLOOD_SECS', '2'))
@@ -270,7 +271,7 @@ def test_a_key_that_is_revoked_while_it_is_hashed_is_refused(
     request = Request('GET', '/v1/town', '', 1, {b'x-api-key': key.encode()}, peer=Peer('10.0.0.1'))
     inner.admit(request, 'town.get', {})
     with monkeypatch.context() as patched:
-        patched.setattr(auth, 'matches', lambda *_: bool(keyed.place.tt('key', 'revoke', keyed.keys[READ].id)))
+        patched.setattr(api_keys, 'matches', lambda *_: bool(keyed.place.tt('key', 'revoke', keyed.keys[READ].id)))
         with pytest.raises(Unauthorized, match='not valid'):
             town.store.run(inner.prove(request, 'town.get', {}))
 
@@ -463,7 +464,7 @@ def test_who_is_gone_before_the_answer_is_never_taken_for_another(place: Place, 
 
 
 # What the kernel says of a socket: nlmsghdr, inet_diag_msg (sock_diag(7)).
-ENDS = peer._ID.pack(50000, 8787, b'\x7f\0\0\1', b'\x7f\0\0\1', 0, bytes(8))
+ENDS = peer_uid._ID.pack(50000, 8787, b'\x7f\0\0\1', b'\x7f\0\0\1', 0, bytes(8))
 
 
 @pytest.mark.parametrize(
@@ -480,8 +481,8 @@ ENDS = peer._ID.pack(50000, 8787, b'\x7f\0\0\1', b'\x7f\0\0\1', 0, bytes(8))
 def test_only_the_very_socket_tells_whose_it_is(
     state: int, ends: bytes, uid: int, inode: int, kind: int, owner: int | None
 ) -> None:
-    answer = peer._HEADER.pack(88, kind, 0, 1, 0) + peer._ANSWER.pack(2, state, 0, 0) + ends
-    assert peer._owner(answer + peer._REST.pack(0, 0, 0, uid, inode), ENDS) == owner
+    answer = peer_uid._HEADER.pack(88, kind, 0, 1, 0) + peer_uid._ANSWER.pack(2, state, 0, 0) + ends
+    assert peer_uid._owner(answer + peer_uid._REST.pack(0, 0, 0, uid, inode), ENDS) == owner
 
 
 # ---------------------------------------------------------------------------------------------------------- secrets

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from tinytown import api_key_table, config
-from tinytown.audit import Audit, AuditSubject
-from tinytown.auth import generate_key
+from tinytown.auth.api_keys import generate_key
+from tinytown.auth.audit import Audit, AuditSubject
 from tinytown.errors import Conflict, Unavailable, UsageError
 from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal
 
-from .proxy import Proxy
-from .support import Hall, Place, make_town
-from .test_ratelimit import forked
+from ..proxy import Proxy
+from ..support import Hall, Place, make_town
+from .test_rate_limit import forked
 
 BY = Principal('key:0123abcd', ALL_SCOPES)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from tinytown import api_key_table, auth, config
-from tinytown.argon2id import matches
-from tinytown.auth import Checks, Keyring, check_hash, checksum, generate_key
+from tinytown import api_key_table, config
+from tinytown.auth import api_keys
+from tinytown.auth.api_keys import Checks, Keyring, check_hash, checksum, generate_key
+from tinytown.auth.argon2id import matches
+from tinytown.auth.rate_limit import Buckets
 from tinytown.cli import main
 from tinytown.errors import TooManyRequests, Unavailable, UsageError
 from tinytown.model import READ, WRITE
-from tinytown.ratelimit import Buckets
 from tinytown.settings import AuthSettings
 
 HASH = '$argon2id$v=19$m=8192,t=1,p=1$c29tZXNhbHRzb21l$' + 'A' * 43
@@ -129,7 +130,7 @@ def test_the_plain_key_may_do_everything_unless_its_scopes_say_otherwise() -> No
 
 
 @pytest.fixture
-def ring() -> tuple[str, auth.Entry]:
+def ring() -> tuple[str, api_keys.Entry]:
     made = generate_key()
     found = Keyring(AuthSettings(keys=[{'id': made.id, 'hash': made.hash, 'scopes': ['admin']}])).claimed(made.key)
     assert found
@@ -137,7 +138,7 @@ def ring() -> tuple[str, auth.Entry]:
 
 
 def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
-    ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch
+    ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
     hashed = []
@@ -146,7 +147,7 @@ def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
         hashed.append(shown)
         return matches(shown, text)
 
-    monkeypatch.setattr(auth, 'matches', counted)
+    monkeypatch.setattr(api_keys, 'matches', counted)
     checks, answers = Checks(Buckets()), []
     threads = [threading.Thread(target=lambda: answers.append(checks.verify(key, found, 'a'))) for _ in range(12)]
     assert checks.recall(key) == ''
@@ -162,7 +163,7 @@ def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
 
 
 def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
-    ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch
+    ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = ring
     may_go, started, most = threading.Event(), threading.Semaphore(0), []
@@ -177,7 +178,7 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
         under_way -= 1
         return False
 
-    monkeypatch.setattr(auth, 'matches', held)
+    monkeypatch.setattr(api_keys, 'matches', held)
     checks, refused = Checks(Buckets()), threading.Semaphore(0)
 
     def show(number: int) -> None:
@@ -189,7 +190,7 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
     threads = [threading.Thread(target=show, args=(i,)) for i in range(24)]
     for each in threads:
         each.start()
-    for _ in range(24 - auth.MAX_HASHING - auth.MAX_WAITING_HASHES):
+    for _ in range(24 - api_keys.MAX_HASHING - api_keys.MAX_WAITING_HASHES):
         assert refused.acquire(timeout=20)
     assert started.acquire(timeout=20)
     with pytest.raises(Unavailable):
@@ -197,19 +198,19 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
     may_go.set()
     for each in threads:
         each.join()
-    assert max(most) <= auth.MAX_HASHING
+    assert max(most) <= api_keys.MAX_HASHING
     checks.admit(found, 'b')
 
 
 def test_wrong_keys_of_one_address_are_refused_unseen_and_others_go_on(
-    ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch
+    ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
     now = [1000.0]
     checks = Checks(Buckets(lambda: now[0]))
     assert checks.verify(key, found, 'mallory')
-    monkeypatch.setattr(auth, 'matches', lambda *_: False)
-    for i in range(auth.FAILURES):
+    monkeypatch.setattr(api_keys, 'matches', lambda *_: False)
+    for i in range(api_keys.FAILURES):
         checks.admit(found, 'mallory')
         assert not checks.verify(f'wrong {i}', found, 'mallory')
     with pytest.raises(TooManyRequests) as raised:
@@ -222,36 +223,36 @@ def test_wrong_keys_of_one_address_are_refused_unseen_and_others_go_on(
 
 
 def test_wrong_keys_are_counted_by_network_and_for_a_key_over_all_addresses(
-    ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch
+    ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
     checks = Checks(Buckets(lambda: 1000.0))
     assert checks.verify(key, found, '2001:db8::1')
-    monkeypatch.setattr(auth, 'matches', lambda *_: False)
+    monkeypatch.setattr(api_keys, 'matches', lambda *_: False)
 
     def fail(times: int, address: str) -> None:
         for i in range(times):
             checks.admit(found, address.format(i))
             assert not checks.verify(f'wrong {i} {address}', found, address.format(i))
 
-    fail(auth.FAILURES, '2001:db8::{:x}')
+    fail(api_keys.FAILURES, '2001:db8::{:x}')
     with pytest.raises(TooManyRequests, match='too many wrong keys from 2001:db8::/64'):
         checks.admit(found, '2001:db8::ffff')
-    fail(auth.FAILURES_OF_ALL - auth.FAILURES, '2001:db8:{:x}1::1')
+    fail(api_keys.FAILURES_OF_ALL - api_keys.FAILURES, '2001:db8:{:x}1::1')
     with pytest.raises(TooManyRequests, match='too many wrong keys from everywhere for this key'):
         checks.admit(found, '192.0.2.1')
-    checks.admit(auth.Entry('another', found.hash, found.principal), '192.0.2.1')
+    checks.admit(api_keys.Entry('another', found.hash, found.principal), '192.0.2.1')
     assert checks.recall(key) == found.hash
 
 
-def test_what_is_known_of_keys_is_bounded(ring: tuple[str, auth.Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_keys_is_bounded(ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = ring
-    monkeypatch.setattr(auth, 'matches', lambda *_: True)
+    monkeypatch.setattr(api_keys, 'matches', lambda *_: True)
     checks = Checks(Buckets())
-    for i in range(auth.MOST_KNOWN + 5):
+    for i in range(api_keys.MOST_KNOWN + 5):
         assert checks.verify(f'key {i}', found, 'a')
-    known = [i for i in range(auth.MOST_KNOWN + 5) if checks.recall(f'key {i}')]
-    assert known == list(range(5, auth.MOST_KNOWN + 5))
+    known = [i for i in range(api_keys.MOST_KNOWN + 5) if checks.recall(f'key {i}')]
+    assert known == list(range(5, api_keys.MOST_KNOWN + 5))
 
 
 # ----------------------------------------------------------------------------------------------------------- commands

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from tinytown import oidc
+from tinytown.auth import oidc
+from tinytown.auth.oidc import OidcVerifier
 from tinytown.errors import Forbidden, TownError, Unauthorized, Unavailable, UsageError
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.oidc import OidcVerifier
 from tinytown.settings import AuthSettings
 
-from .support import PATIENCE, environment
-from .tokens import Issuer, Signer, base64url, issuing
+from ..support import PATIENCE, environment
+from ..tokens import Issuer, Signer, base64url, issuing
 
 RSA, EC, ED = Signer.rsa('one'), Signer.ec('two'), Signer.ed('three')
 STRANGER, WEAK = Signer.rsa('one'), Signer.rsa('weak', 1024)
@@ -565,7 +565,7 @@ def test_plain_http_is_taken_on_this_machine_only(issuer: str) -> None:
 def test_without_the_extra_the_start_says_what_to_install() -> None:
     script = (
         'import sys; sys.modules["jwt"] = None\n'
-        'from tinytown.settings import Auth; from tinytown.oidc import Verifier\n'
+        'from tinytown.settings import Auth; from tinytown.auth.oidc import Verifier\n'
         'Verifier(Auth(mode="oidc", issuer="https://a.example", audience="b"))'
     )
     done = subprocess.run(
@@ -578,7 +578,7 @@ def test_without_the_extra_the_start_says_what_to_install() -> None:
 
 
 def test_the_packages_of_the_extra_are_not_loaded_without_need() -> None:
-    script = 'import sys, tinytown.townhall, tinytown.rest, tinytown.oidc; sys.exit("jwt" in sys.modules)'
+    script = 'import sys, tinytown.townhall, tinytown.rest, tinytown.auth.oidc; sys.exit("jwt" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', script], env=environment(), timeout=60, check=False).returncode == 0
 
 

@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
+from .. import config as configuration
+from ..core.operations import CallLimits
+from ..core.town import Call, Town
+from ..errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
+from ..http.http1 import Peer, Request
+from ..http.replies import Stream
+from ..model import ALL_SCOPES, LOCAL, READ, Principal
+from ..say import say
+from ..settings import AuthSettings, Config
+from ..state.store import Step
 from . import agent_tokens
-from . import config as configuration
+from .api_keys import Checks, Entry, Keyring
 from .audit import Audit, AuditSubject
-from .auth import Checks, Entry, Keyring
-from .core.operations import CallLimits
-from .core.town import Call, Town
-from .errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
-from .http.http1 import Peer, Request
-from .http.replies import Stream
-from .model import ALL_SCOPES, LOCAL, READ, Principal
-from .peer import CAN_TELL, own_uids, uid_of
-from .ratelimit import Buckets, Throttle
-from .say import say
-from .settings import AuthSettings, Config
-from .state.store import Step
+from .peer_uid import CAN_TELL, own_uids, uid_of
+from .rate_limit import Buckets, Throttle
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
 _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')
