@@ -16,11 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from tinytown import cli, config, errors, hall, mcp_catalogue, mcp_content, openapi, probes, service, townhall
+from tinytown import cli, config, errors, hall, mcp_catalogue, mcp_content, service, townhall
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.core.stats import Stats
-from tinytown.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
+from tinytown.rest import health, openapi
+from tinytown.rest.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.schema import Parameter
 from tinytown.toml_edit import to_toml
 
@@ -337,7 +338,7 @@ def alerts() -> str:
 def served() -> str:
     """The routes that are no operations."""
     rows = [[f'GET `{path}`', what] for path, what in _PLAIN.items()]
-    assert set(_PLAIN) == set(probes.ROUTES)
+    assert set(_PLAIN) == set(health.ROUTES)
     return table('route|what it is', rows)
 
 

@@ -26,9 +26,9 @@ from .http.listener import UNIX, host_of, is_passed, open_sockets, url_of
 from .http.replies import Answer
 from .http.server import Encrypt, Server
 from .local import note_townhall
-from .metrics import Meter
 from .prefork import Prefork
-from .rest import Guarded, RestApp
+from .rest.app import Guarded, RestApp
+from .rest.metrics import Meter
 from .say import Level, say
 from .settings import Config, RedisSettings, TownhallSettings
 from .state.event_feed import EventFeed
@@ -283,7 +283,7 @@ def _encryption(config: Config, root: Path) -> Encrypt | None:
 
 
 def _dashboard(request: Request) -> Response:
-    from . import dashboard
+    from .rest import dashboard
 
     return dashboard.answer(request)
 

@@ -12,21 +12,21 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from .auth.access import Access, is_slow
-from .core.operations import OPERATIONS, Op, call, encode_answer
-from .core.town import Town
-from .errors import BadRequest, Invalid, TownError, UnsupportedMediaType
-from .event_stream import EventStreams
-from .http.http1 import Peer, Request, Response, options
-from .http.replies import Answer, Slow
-from .http.router import Router
-from .log_stream import LogStreams
+from ..auth.access import Access, is_slow
+from ..core.operations import OPERATIONS, Op, call, encode_answer
+from ..core.town import Town
+from ..errors import BadRequest, Invalid, TownError, UnsupportedMediaType
+from ..http.http1 import Peer, Request, Response, options
+from ..http.replies import Answer, Slow
+from ..http.router import Router
+from ..model import Principal
+from ..schema import Parameter
+from ..state.event_feed import EventFeed
+from ..state.store import Command
+from .health import ROUTES, HealthRoutes
 from .metrics import Meter
-from .model import Principal
-from .probes import ROUTES, HealthRoutes
-from .schema import Parameter
-from .state.event_feed import EventFeed
-from .state.store import Command
+from .sse_events import EventStreams
+from .sse_logs import LogStreams
 
 MOST_DEPTH: Final = 32
 _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')

@@ -10,10 +10,10 @@ from itertools import product
 
 import pytest
 
-from tinytown import dashboard
+from tinytown.rest import dashboard
 
-from .auth.test_access import Keyed
-from .support import Hall, Place
+from ..auth.test_access import Keyed
+from ..support import Hall, Place
 
 PAGE = dashboard.dashboard_page()[0].decode()
 TEXT_ON = ('paper', 'raised', 'tint')

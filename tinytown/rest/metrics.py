@@ -12,10 +12,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Final, get_args
 
-from . import __version__
-from .core.operations import OPERATIONS
-from .core.stats import Stats
-from .model import TASK_BOUNDS, AgentState
+from .. import __version__
+from ..core.operations import OPERATIONS
+from ..core.stats import Stats
+from ..model import TASK_BOUNDS, AgentState
 
 CONTENT_TYPE: Final = 'text/plain; version=0.0.4; charset=utf-8'
 HTTP_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
-from .auth.access import Access, is_slow
-from .core import stats
-from .core.operations import encode_answer, enter
-from .core.town import Town
-from .errors import TownError
-from .http.http1 import Request, Response
-from .http.replies import Answer, Slow
+from ..auth.access import Access, is_slow
+from ..core import stats
+from ..core.operations import encode_answer, enter
+from ..core.town import Town
+from ..errors import TownError
+from ..http.http1 import Request, Response
+from ..http.replies import Answer, Slow
+from ..state.store import Command
 from .metrics import CONTENT_TYPE, Meter, render_metrics
-from .state.store import Command
 
 ROUTES: Final = {
     '/health': 'health',

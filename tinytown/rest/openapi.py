@@ -13,17 +13,17 @@ from functools import cache
 from http import HTTPStatus
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
-from . import __version__
-from .core.dead_letters import DeadLetter
-from .core.operations import OPERATIONS, Op
-from .core.stats import Dispatcher, Scaling
-from .core.task_history import Change
-from .core.town import TownEvent
-from .errors import TownError
-from .event_stream import WAIT
+from .. import __version__
+from ..core.dead_letters import DeadLetter
+from ..core.operations import OPERATIONS, Op
+from ..core.stats import Dispatcher, Scaling
+from ..core.task_history import Change
+from ..core.town import TownEvent
+from ..errors import TownError
+from ..model import Agent, Assigned, Json, Task
+from ..schema import json_schema
 from .metrics import CONTENT_TYPE
-from .model import Agent, Assigned, Json, Task
-from .schema import json_schema
+from .sse_events import WAIT
 
 _JSON: Final = 'application/json'
 _PROBLEM: Final = 'application/problem+json'

@@ -17,14 +17,14 @@ import pytest
 
 from tinytown.auth import api_keys
 from tinytown.core.operations import OPERATIONS
-from tinytown.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.model import TASK_BOUNDS
-from tinytown.probes import ROUTES
+from tinytown.rest.health import ROUTES
+from tinytown.rest.metrics import HTTP_BOUNDS, PLAIN, Meter, render_metrics
 from tinytown.state.store import Command
 
-from .ground import enlist, redis
-from .support import PATIENCE, REPOSITORY, Hall, Place, Service, make_town, redis_pid
-from .test_hall import children
+from ..ground import enlist, redis
+from ..support import PATIENCE, REPOSITORY, Hall, Place, Service, make_town, redis_pid
+from ..test_hall import children
 
 _SAMPLE = re.compile(r'(\w+)(?:\{((?:\w+="[^"\\]*",?)*)\})? (\S+)')
 

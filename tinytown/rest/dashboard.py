@@ -8,7 +8,7 @@ import re
 from importlib.resources import files
 from typing import Final
 
-from .http.http1 import Request, Response
+from ..http.http1 import Request, Response
 
 _INLINE: Final = re.compile(r'<(style|script)>(.*?)</\1>', re.S)
 

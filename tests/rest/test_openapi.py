@@ -11,14 +11,14 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from tinytown import openapi
 from tinytown.core.operations import OPERATIONS, Op
-from tinytown.event_stream import WAIT
 from tinytown.model import ADMIN, READ
-from tinytown.probes import ROUTES
+from tinytown.rest import openapi
+from tinytown.rest.health import ROUTES
+from tinytown.rest.sse_events import WAIT
 
-from .ground import enlist
-from .support import Hall, Place, Reply, make_town
+from ..ground import enlist
+from ..support import Hall, Place, Reply, make_town
 
 MODES = ('none', 'api_key', 'oidc')
 NOBODY = '00000000-0000-4000-8000-000000000000'

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .support import PATIENCE, Hall, Place, Reply, make_town, redis_pid
+from ..support import PATIENCE, Hall, Place, Reply, make_town, redis_pid
 
 
 @pytest.fixture(scope='module')

@@ -12,18 +12,18 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from .auth.access import is_slow
-from .core.events import Filter, as_page, choose, type_of, whole
-from .core.operations import Op, encode_answer
-from .core.town import Town
-from .errors import Invalid, Unavailable
-from .http.http1 import Request, Response, problem
-from .http.replies import Answer, Later, Slow, Stream
-from .model import WaitSeconds
-from .schema import Parameter, signature, validate
-from .state import event_feed
-from .state.event_feed import PAGE, Event, EventFeed
-from .state.store import Step, Store
+from ..auth.access import is_slow
+from ..core.events import Filter, as_page, choose, type_of, whole
+from ..core.operations import Op, encode_answer
+from ..core.town import Town
+from ..errors import Invalid, Unavailable
+from ..http.http1 import Request, Response, problem
+from ..http.replies import Answer, Later, Slow, Stream
+from ..model import WaitSeconds
+from ..schema import Parameter, signature, validate
+from ..state import event_feed
+from ..state.event_feed import PAGE, Event, EventFeed
+from ..state.store import Step, Store
 
 HEARTBEAT: Final = b': \n\n'
 RETRY: Final = b'retry: 1000\n\n'  # ms until a client that lost its stream comes back

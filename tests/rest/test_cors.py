@@ -10,7 +10,7 @@ import pytest
 from tinytown.config import load
 from tinytown.errors import UsageError
 
-from .support import Hall, Place, make_town
+from ..support import Hall, Place, make_town
 
 PAGE = 'https://page.example'
 

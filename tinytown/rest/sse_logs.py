@@ -10,14 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from .core.agent_logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
-from .core.operations import Op, encode_answer
-from .core.town import Call
-from .event_stream import RETRY, Door, last_event_id, page_response, stream_response, wants_stream
-from .http.http1 import Request, Response
-from .http.replies import Answer, Slow, Stream
-from .model import READ, Principal
-from .state.store import Step
+from ..core.agent_logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
+from ..core.operations import Op, encode_answer
+from ..core.town import Call
+from ..http.http1 import Request, Response
+from ..http.replies import Answer, Slow, Stream
+from ..model import READ, Principal
+from ..state.store import Step
+from .sse_events import RETRY, Door, last_event_id, page_response, stream_response, wants_stream
 
 LOOK_SECS: Final = 0.25
 _NOBODY: Final = Principal('', frozenset({READ}))  # the door has let the caller in
