@@ -36,7 +36,7 @@ conformance: .venv/dev
 	$(BIN)/python -m pytest -q tests/system/test_conformance.py
 
 chaos: .venv/dev
-	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/test_crash_points.py
+	CRASH_POINTS=all $(BIN)/python -m pytest -q -n auto tests/worker/test_crash_points.py
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 bench: .venv/dev

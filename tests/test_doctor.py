@@ -17,7 +17,7 @@ from tinytown.host.processes import INSTANCE_VARIABLE
 from tinytown.model import new_id
 
 from .support import PATIENCE, Place, make_town
-from .test_worker import await_exit
+from .worker.test_worker import await_exit
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from . import config as configuration
 from . import redaction
 from .auth.access import Access, TokenVerifier, check_start
-from .caretaker import Supervisor
 from .core import hosts
 from .core.operations import OPERATIONS
 from .core.town import Town, open_town
@@ -32,8 +31,9 @@ from .rest.metrics import Meter
 from .say import Level, say
 from .settings import Config, RedisSettings, TownhallSettings
 from .state.event_feed import EventFeed
-from .steward import HostOrders
 from .vitals import ChildStatus, LivenessMonitor, Single
+from .worker.host_orders import HostOrders
+from .worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from .mcp import McpServer

@@ -396,7 +396,7 @@ def _setting(path: str) -> tuple[configuration.Setting, str]:
 
 def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
     """Runs a worker in this process: `step(start)` is what readies its agent, and starts it with `start`."""
-    from .worker import Worker, open_here
+    from .worker.main import Worker, open_here
 
     opened: list[Worker] = []
 

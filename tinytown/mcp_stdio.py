@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Final
 from . import config as configuration
 from . import redaction
 from .auth import agent_tokens
-from .caretaker import Supervisor
 from .core.town import Town, open_town
 from .errors import Unavailable, UsageError
 from .host import managed_redis
@@ -30,6 +29,7 @@ from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, en
 from .model import ALL_SCOPES, LOCAL, READ, Json, Principal
 from .state.event_feed import EventFeed
 from .state.store import Step, Store
+from .worker.supervisor import Supervisor
 
 MOST_THREADS: Final = 32
 _EDGE: Final = 400  # bytes at each end of a line that is too long, in which its id is looked for

@@ -16,9 +16,9 @@ import pytest
 from tinytown.core.agent_logs import MAX_PAGE_BYTES, LogReader
 from tinytown.core.task_history import Change, runs, with_durations
 from tinytown.errors import Conflict, Invalid, NotFound
-from tinytown.job import RunLog
 from tinytown.redaction import REDACTED, Redactor, Secrets, known_secrets
 from tinytown.settings import AgentSettings, Config, RedisSettings
+from tinytown.worker.cli_run import RunLog
 
 from ..ground import enlist, redis
 from ..raw import HOST

@@ -21,7 +21,7 @@ from ..ground import enlist, redis
 from ..raw import HOST, read_answer
 from ..streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
 from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
-from ..test_worker import await_exit
+from ..worker.test_worker import await_exit
 
 ALL = '/v1/events?after=0-0'
 NOW = '/v1/events?after=$'

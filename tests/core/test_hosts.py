@@ -25,11 +25,11 @@ from tinytown.local import running_townhalls
 from tinytown.model import new_id
 from tinytown.render import format_answer
 from tinytown.state.store import Command, Step, scripts, text
-from tinytown.steward import HostOrders
+from tinytown.worker.host_orders import HostOrders
 
 from ..ground import ELSEWHERE, Puppet, check, enlist, redis
 from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli, until
-from ..test_worker import await_exit, worker_pid
+from ..worker.test_worker import await_exit, worker_pid
 
 LEASE = 15  # longer than it takes to prove a death, and heartbeats are as rare as they may be
 HELD = shell_cli('echo held; sleep 100')

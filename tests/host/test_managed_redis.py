@@ -19,7 +19,7 @@ from tinytown.host import managed_redis
 from tinytown.host.managed_redis import find_server
 
 from ..support import PATIENCE, Place, environment, make_town, redis_pid, start_redis, until
-from ..test_worker import await_exit
+from ..worker.test_worker import await_exit
 from .test_processes import descriptors
 
 OPEN = (

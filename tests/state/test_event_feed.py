@@ -16,7 +16,7 @@ from tinytown.state.event_feed import Event, EventFeed
 from tinytown.state.store import Command
 
 from ..support import PATIENCE, Place, redis_pid, start_redis
-from ..test_worker import await_exit
+from ..worker.test_worker import await_exit
 
 
 class Listener:

@@ -28,7 +28,7 @@ from tinytown.settings import RedisSettings
 from tinytown.state.endpoints import Cluster as ClusterAddress
 from tinytown.state.endpoints import Login, Tls, locate
 from tinytown.state.store import text
-from tinytown.worker import install_tt
+from tinytown.worker.main import install_tt
 
 from ..certificates import CLIENT, Authority
 from ..ground import check

@@ -25,7 +25,7 @@ from tinytown.host import managed_redis
 from tinytown.host.processes import this_host
 
 from ..support import PATIENCE, Hall, Reply, make_town, shell_cli
-from ..test_worker import await_exit
+from ..worker.test_worker import await_exit
 
 _KINDS: Final = ('net', 'uts')
 _SECRET: Final = 'of-the-country'

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tinytown.caretaker import Supervisor
 from tinytown.core.agents import start_worker
 from tinytown.core.town import Town
 from tinytown.host import managed_redis
 from tinytown.host.processes import identify, marked
 from tinytown.state.store import Command, scripts, text
+from tinytown.worker.supervisor import Supervisor
 
-from .ground import check, enlist
-from .proxy import Fate, Proxy
-from .support import LONG, PATIENCE, Place, make_town
+from ..ground import check, enlist
+from ..proxy import Fate, Proxy
+from ..support import LONG, PATIENCE, Place, make_town
 
 # What a worker asks Redis while it does the piece: the question goes along with the first task.
 _ROUND = ['pickup', 'beat', 'finish', 'round_done']

@@ -12,16 +12,16 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from .core import hosts
-from .core.agents import look_up, put_down, start_worker, stop_process, unmake
-from .core.hosts import Presence
-from .core.town import Call, Town
-from .errors import Conflict, Internal, NotFound, TownError, Unavailable
-from .host import report_spool
-from .host.processes import identify, stop_tree
-from .model import ALL_SCOPES, Principal
-from .say import say
-from .state.store import Step, text
+from ..core import hosts
+from ..core.agents import look_up, put_down, start_worker, stop_process, unmake
+from ..core.hosts import Presence
+from ..core.town import Call, Town
+from ..errors import Conflict, Internal, NotFound, TownError, Unavailable
+from ..host import report_spool
+from ..host.processes import identify, stop_tree
+from ..model import ALL_SCOPES, Principal
+from ..say import say
+from ..state.store import Step, text
 
 HOST_ORDERS: Final = 'steward'
 _BLOCK_MS: Final = 5000

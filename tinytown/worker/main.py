@@ -22,17 +22,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from . import redaction
-from .auth import agent_tokens
-from .briefing import Letter, Work, compose
-from .clis import registry
-from .clis.registry import Cli
-from .config import from_values, write_atomically
-from .core.agents import worker_log
-from .core.town import Town
-from .errors import Conflict, NotFound, TownError, Unavailable, UsageError
-from .host import managed_redis, report_spool
-from .host.processes import (
+from .. import redaction
+from ..auth import agent_tokens
+from ..clis import registry
+from ..clis.registry import Cli
+from ..config import from_values, write_atomically
+from ..core.agents import worker_log
+from ..core.town import Town
+from ..errors import Conflict, NotFound, TownError, Unavailable, UsageError
+from ..host import managed_redis, report_spool
+from ..host.processes import (
     INSTANCE_VARIABLE,
     become_subreaper,
     identify,
@@ -43,9 +42,10 @@ from .host.processes import (
     stop_tree,
     tree,
 )
-from .job import CliRun, RunLog
-from .model import rfc3339
-from .state.store import NO_RUN, Command, Store, text
+from ..model import rfc3339
+from ..state.store import NO_RUN, Command, Store, text
+from .cli_run import CliRun, RunLog
+from .prompt import Letter, Work, compose
 
 BEAT_SECS: Final = 5.0  # at most; and three fit into a lease
 MOST_MESSAGES: Final = 100

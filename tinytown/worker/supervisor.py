@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final
 
-from .core.agents import WORKER_START_SECS, start_worker
-from .core.hosts import Presence
-from .core.town import Town
-from .errors import TownError, UsageError
-from .host import report_spool
-from .host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
-from .model import new_id
-from .say import say
-from .state.store import Command, text
+from ..core.agents import WORKER_START_SECS, start_worker
+from ..core.hosts import Presence
+from ..core.town import Town
+from ..errors import TownError, UsageError
+from ..host import report_spool
+from ..host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
+from ..model import new_id
+from ..say import say
+from ..state.store import Command, text
 
 TICK_SECS: Final = 1.0
 LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from tinytown.caretaker import GAP_SECS, TAKE_OVER_SECS, Supervisor
 from tinytown.core.town import Town
 from tinytown.errors import Conflict, TownError, Unavailable
 from tinytown.host.processes import Identity, identify, this_boot, this_host
 from tinytown.model import new_id
+from tinytown.worker.supervisor import GAP_SECS, TAKE_OVER_SECS, Supervisor
 
-from .ground import ELSEWHERE, Puppet, check, enlist, redis, snapshot
-from .support import PATIENCE, Hall, Place, make_town, redis_pid, shell_cli
+from ..ground import ELSEWHERE, Puppet, check, enlist, redis, snapshot
+from ..support import PATIENCE, Hall, Place, make_town, redis_pid, shell_cli
 from .test_worker import GATE, Gate, await_exit, give, spawn, when, worker_pid
 
 LEASE, PAUSES = 60, [1, 5, 25]  # the defaults, in seconds
@@ -617,7 +617,7 @@ def test_one_of_two_caretakers_acts_and_the_other_follows_when_it_falls_silent(g
 def test_a_caretaker_that_ends_is_followed_at_once_and_no_fault_ends_it(
     ground: Place, a: Puppet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('tinytown.caretaker.TICK_SECS', 0.01)
+    monkeypatch.setattr('tinytown.worker.supervisor.TICK_SECS', 0.01)
     ticked = threading.Event()
     faults = iter([0.0, ValueError('an unforeseen fault'), TownError('a foreseen one')])
 

@@ -24,7 +24,7 @@ from tinytown.host import report_spool
 from tinytown.host.processes import GRACE_SECS, identify, start_time, verdict
 from tinytown.model import CONDUCTOR_ID, new_id
 
-from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis, until
+from ..support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli, start_redis, until
 
 CLIS = {
     'runs': shell_cli('sed -n "s/^RUN //p" >script.$$; exec sh script.$$ </dev/null'),  # a task's text is a script

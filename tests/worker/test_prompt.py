@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tinytown.briefing import Letter, Work, compose, fits_role
 from tinytown.clis import registry
 from tinytown.settings import Config
+from tinytown.worker.prompt import Letter, Work, compose, fits_role
 
 WORK = Work('t-1', 2, 'Mend the parser.\n\nIt drops the last line.', ['parser', 'bug'])
 

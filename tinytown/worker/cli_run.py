@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
-from .clis.registry import Cli
-from .core import agent_logs
-from .host.processes import GRACE_SECS, identify, stop_tree
-from .redaction import Redactor, Secrets
+from ..clis.registry import Cli
+from ..core import agent_logs
+from ..host.processes import GRACE_SECS, identify, stop_tree
+from ..redaction import Redactor, Secrets
 
 TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
 _PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux
