@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from tinytown import cli, config, errors, hall, mcp_catalogue, mcp_content, service, townhall
+from tinytown import cli, config, errors, hall, service, townhall
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.core.stats import Stats
+from tinytown.mcp import catalog, content
 from tinytown.model import TASK_BOUNDS
 from tinytown.rest import health, openapi
 from tinytown.rest.metrics import HTTP_BOUNDS, Meter, render_metrics
@@ -272,24 +273,24 @@ def _written(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def tools() -> str:
     """Every tool with what its hints say."""
     rows = []
-    for name, tool in mcp_catalogue.tools().items():
+    for name, tool in catalog.tools().items():
         hints = tool['annotations']
         effect = 'reads' if hints['readOnlyHint'] else 'destroys' if hints['destructiveHint'] else 'changes'
         effect += ', repeatable' if hints['idempotentHint'] and not hints['readOnlyHint'] else ''
-        scope = mcp_catalogue._operation(name)[0].scope
+        scope = catalog._operation(name)[0].scope
         rows.append([f'`{tool["name"]}`', first_sentence(tool['description']), effect, f'`{scope}`'])
     return table('tool|what it does|effect|scope', rows)
 
 
 def resources() -> str:
-    rows = [[f'`{each["uri"]}`', each['description']] for each in mcp_content.RESOURCES]
-    rows += [[f'`{each["uriTemplate"]}`', each['description']] for each in mcp_content.TEMPLATES]
+    rows = [[f'`{each["uri"]}`', each['description']] for each in content.RESOURCES]
+    rows += [[f'`{each["uriTemplate"]}`', each['description']] for each in content.TEMPLATES]
     return table('resource|what it holds', rows)
 
 
 def prompts() -> str:
     rows = []
-    for each in mcp_content.PROMPTS:
+    for each in content.PROMPTS:
         named = (a['name'] + ('' if a['required'] else '?') for a in each.get('arguments', ()))
         rows.append([f'`{each["name"]}`', ', '.join(f'`{name}`' for name in named), each['description']])
     return table('prompt|arguments|what it says', rows)

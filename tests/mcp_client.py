@@ -16,7 +16,7 @@ from typing import Any
 from mcp_types import methods
 from mcp_types.jsonrpc import jsonrpc_message_adapter
 
-from tinytown.mcp_messages import LEGACY, META_PREFIX, MODERN
+from tinytown.mcp.jsonrpc import LEGACY, META_PREFIX, MODERN
 from tinytown.model import Json
 
 from .support import PATIENCE, REPOSITORY, Hall, Reply, environment

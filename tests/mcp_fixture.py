@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from tinytown.mcp import LEVELS, Ask, Cancel, Manner, McpServer, Notify
-from tinytown.mcp_messages import INTERNAL, INVALID_PARAMS, META_PREFIX, MISSING_CAPABILITY, NO_RESOURCE, Fault
+from tinytown.mcp.jsonrpc import INTERNAL, INVALID_PARAMS, META_PREFIX, MISSING_CAPABILITY, NO_RESOURCE, Fault
+from tinytown.mcp.protocol import LEVELS, Ask, Cancel, Manner, McpServer, Notify
 from tinytown.model import Json, Principal
 from tinytown.state.store import Step
 

@@ -27,8 +27,9 @@ from typing import Any, Final
 
 import pytest
 
-from tinytown import cli, config, mcp_content
+from tinytown import cli, config
 from tinytown.core.operations import BY_NAME, OPERATIONS
+from tinytown.mcp import content
 from tinytown.model import ALL_SCOPES
 
 from . import docs
@@ -266,7 +267,7 @@ def test_every_page_is_in_the_index() -> None:
 
 PATHS: Final = (
     {*config.settings(), *config.sections(), *BY_NAME, *docs.event_types(), *ALL_SCOPES, 'townhall.py'}
-    | {prompt['name'] for prompt in mcp_content.PROMPTS}
+    | {prompt['name'] for prompt in content.PROMPTS}
 )  # fmt: skip
 OWNED: Final = r'`\[{0,2}((?:townhall|agent|redis|retention)\.[\w.]+)\]{0,2}(?: = [^`]+| [\w, ]+)?`'
 

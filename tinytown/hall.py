@@ -36,7 +36,7 @@ from .worker.host_orders import HostOrders
 from .worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from .mcp import McpServer
+    from .mcp.protocol import McpServer
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
 _FIXED: Final = (
@@ -172,8 +172,8 @@ class TownhallProcess:
     @cached_property
     def mcp(self) -> McpServer:
         """The MCP front end. Raises UsageError for a tool in the settings that is none."""
-        from .mcp import McpServer
-        from .mcp_catalogue import Catalog
+        from .mcp.catalog import Catalog
+        from .mcp.protocol import McpServer
 
         settings = self.town.config.townhall.mcp
         offered = Catalog(lambda: self.town, self._feed, settings.tools, settings.read_only)
@@ -181,7 +181,7 @@ class TownhallProcess:
 
     @cached_property
     def _mcp_handlers(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
-        from .mcp_http import McpHttp
+        from .mcp.streamable_http import McpHttp
 
         served = McpHttp(self.mcp, self._access)
         return {(method, path): handle for method, path, handle in served.routes()}

@@ -72,7 +72,7 @@ def _run(argv: list[str] | None) -> int:
         return 0  # --help or --version was answered; what is wrong is a UsageError
     root = town_root(arguments)
     if arguments.mode == 'mcp-stdio':
-        from .mcp_stdio import serve
+        from .mcp.stdio import serve
 
         return serve(root, {'townhall.read_only': arguments.read_only, 'townhall.log.level': _level(arguments)})
     signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something to be reloaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from .model import Json
+from ..model import Json
 
 MODERN: Final = '2026-07-28'
 LEGACY: Final = ('2025-11-25', '2025-06-18', '2025-03-26', '2024-11-05')

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from .core.operations import CallLimits
-from .errors import TownError
-from .mcp_messages import (
+from ..core.operations import CallLimits
+from ..errors import TownError
+from ..model import Json, Principal
+from ..say import say
+from ..state.store import Step
+from .jsonrpc import (
     INTERNAL,
     INVALID_PARAMS,
     INVALID_REQUEST,
@@ -31,9 +34,6 @@ from .mcp_messages import (
     text_of,
     unsupported,
 )
-from .model import Json, Principal
-from .say import say
-from .state.store import Step
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
 _LIST_TTL_MS: Final = 60_000

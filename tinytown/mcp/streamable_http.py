@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import parse_qs
 
-from .auth.access import Access, is_slow
-from .errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailable
-from .http.http1 import Request, Response, problem
-from .http.replies import Answer, Later, Slow, Stream
-from .mcp import Ask, McpServer, Session, not_batched
-from .mcp_headers import EVENTS, JSON, accepts, check_accept, check_headers, check_type, says_its_version, status_of
-from .mcp_messages import (
+from ..auth.access import Access, is_slow
+from ..errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailable
+from ..http.http1 import Request, Response, problem
+from ..http.replies import Answer, Later, Slow, Stream
+from ..model import Json, Principal
+from ..say import say
+from ..state.store import Step
+from .headers import EVENTS, JSON, accepts, check_accept, check_headers, check_type, says_its_version, status_of
+from .jsonrpc import (
     BATCHING,
     INTERNAL,
     INVALID_REQUEST,
@@ -28,10 +30,8 @@ from .mcp_messages import (
     error_reply,
     unsupported,
 )
-from .mcp_sessions import Open, Sessions
-from .model import Json, Principal
-from .say import say
-from .state.store import Step
+from .protocol import Ask, McpServer, Session, not_batched
+from .sessions import Open, Sessions
 
 PATH: Final = '/mcp'
 SSE_PATH: Final = '/sse'

@@ -12,11 +12,11 @@ import time
 from collections import OrderedDict
 from typing import Final
 
-from .errors import NotFound
-from .http.replies import Stream
-from .mcp import Session
-from .mcp_messages import encode_message
-from .model import Json
+from ..errors import NotFound
+from ..http.replies import Stream
+from ..model import Json
+from .jsonrpc import encode_message
+from .protocol import Session
 
 IDLE_SECS: Final = 3600.0  # after which an unused session without a stream ends
 MAX_SESSIONS: Final = 1024  # sessions, and as many that have ended; the longest unused give way

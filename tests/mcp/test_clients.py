@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .support import REPOSITORY, Place, environment
+from ..support import REPOSITORY, Place, environment
 
 
 @pytest.mark.parametrize('transport', ['stdio', 'http'])

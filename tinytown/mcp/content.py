@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-from .model import Json
-from .state.event_feed import Event
+from ..model import Json
+from ..state.event_feed import Event
 
 INSTRUCTIONS: Final = (
     'This server runs a town of AI coding agents. Begin with town_get_status: it tells who is working on what. '

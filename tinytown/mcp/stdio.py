@@ -17,19 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from . import config as configuration
-from . import redaction
-from .auth import agent_tokens
-from .core.town import Town, open_town
-from .errors import Unavailable, UsageError
-from .host import managed_redis
-from .mcp import Ask, McpServer, Session, not_batched
-from .mcp_catalogue import Catalog
-from .mcp_messages import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode_message, error_reply
-from .model import ALL_SCOPES, LOCAL, READ, Json, Principal
-from .state.event_feed import EventFeed
-from .state.store import Step, Store
-from .worker.supervisor import Supervisor
+from .. import config as configuration
+from .. import redaction
+from ..auth import agent_tokens
+from ..core.town import Town, open_town
+from ..errors import Unavailable, UsageError
+from ..host import managed_redis
+from ..model import ALL_SCOPES, LOCAL, READ, Json, Principal
+from ..state.event_feed import EventFeed
+from ..state.store import Step, Store
+from ..worker.supervisor import Supervisor
+from .catalog import Catalog
+from .jsonrpc import BATCHING, INTERNAL, INVALID_REQUEST, Fault, decode, encode_message, error_reply
+from .protocol import Ask, McpServer, Session, not_batched
 
 MOST_THREADS: Final = 32
 _EDGE: Final = 400  # bytes at each end of a line that is too long, in which its id is looked for

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tinytown import mcp_messages as codes
-from tinytown.mcp import Session
-from tinytown.mcp_messages import LEGACY, META_PREFIX, MODERN, Fault
+from tinytown.mcp import jsonrpc as codes
+from tinytown.mcp.jsonrpc import LEGACY, META_PREFIX, MODERN, Fault
+from tinytown.mcp.protocol import Session
 from tinytown.model import ALL_SCOPES, Json, Principal
 
-from .mcp_fixture import Fixture, FixtureMcp
+from ..mcp_fixture import Fixture, FixtureMcp
 
 BY = Principal('tester', ALL_SCOPES)
 META = {f'{META_PREFIX}protocolVersion': MODERN, f'{META_PREFIX}clientCapabilities': {}}

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Final
 
-from . import __version__, mcp_content
-from .core.operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
-from .core.town import Town
-from .errors import TownError, UsageError
-from .mcp import Ask, Cancel, Manner, Notify
-from .mcp_messages import INVALID_PARAMS, NO_RESOURCE, Fault
-from .model import READ, Json, Principal
-from .state import event_feed
-from .state.event_feed import Event, EventFeed
-from .state.store import Step
+from .. import __version__
+from ..core.operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
+from ..core.town import Town
+from ..errors import TownError, UsageError
+from ..model import READ, Json, Principal
+from ..state import event_feed
+from ..state.event_feed import Event, EventFeed
+from ..state.store import Step
+from . import content
+from .jsonrpc import INVALID_PARAMS, NO_RESOURCE, Fault
+from .protocol import Ask, Cancel, Manner, Notify
 
 # Further names for an operation with some of its arguments given.
 PRESETS: Final[dict[str, tuple[str, Json]]] = {'agent.list_open': ('agent.list', {'open': True})}
@@ -147,7 +148,7 @@ class Catalog:
         ]
         self._by_name = {offered_as(name): name for name in self._offered}
         self.info: Json = {'name': 'townhall', 'title': 'Townhall', 'version': __version__}
-        self.instructions = mcp_content.INSTRUCTIONS
+        self.instructions = content.INSTRUCTIONS
         self.capabilities: Json = {
             'tools': {},
             'resources': {'subscribe': True} if changes else {},
@@ -229,9 +230,7 @@ class Catalog:
         if error.status == 422:
             required = ', '.join(op.input.get('required', ())) or 'nothing'
             lines.append(f'{offered_as(op.name)} takes {", ".join(op.parameters) or "nothing"}; required: {required}.')
-        return ' '.join(
-            [line if line.endswith('.') else f'{line}.' for line in lines] + mcp_content.next_steps(error.code)
-        )
+        return ' '.join([line if line.endswith('.') else f'{line}.' for line in lines] + content.next_steps(error.code))
 
     def _agents(self, by: Principal, most: int, all: bool = False) -> Step[list[str]]:
         page = yield from self._ask(by, 'agent.list', {'limit': most})
@@ -241,13 +240,13 @@ class Catalog:
     # --------------------------------------------------------------------------------------------------- resources
 
     def resources(self, by: Principal) -> list[Json]:
-        return mcp_content.RESOURCES if by.may(READ) else []
+        return content.RESOURCES if by.may(READ) else []
 
     def templates(self, by: Principal) -> list[Json]:
-        return mcp_content.TEMPLATES if by.may(READ) else []
+        return content.TEMPLATES if by.may(READ) else []
 
     def read(self, ask: Ask, uri: str) -> Step[list[Json]]:
-        found = mcp_content.parse_resource_uri(uri)
+        found = content.parse_resource_uri(uri)
         if found is None:
             raise _no_resource(uri)
         name, arguments = found
@@ -261,7 +260,7 @@ class Catalog:
         return [{'uri': uri, 'mimeType': 'application/json', 'text': encode_answer(answer).decode()}]
 
     def honoured(self, by: Principal, wanted: Json) -> Json:
-        uris = [uri for uri in wanted.get('resourceSubscriptions', ()) if mcp_content.parse_resource_uri(uri)]
+        uris = [uri for uri in wanted.get('resourceSubscriptions', ()) if content.parse_resource_uri(uri)]
         return {'resourceSubscriptions': uris} if uris and self._changes and by.may(READ) else {}
 
     def position(self) -> Step[str]:
@@ -275,7 +274,7 @@ class Catalog:
             return lambda: None
 
         def deliver(events: list[Event]) -> None:
-            touched = mcp_content.touched(events)
+            touched = content.touched(events)
             for uri in uris:
                 if touched is None or uri in touched:
                     tell('notifications/resources/updated', {'uri': uri})
@@ -285,12 +284,12 @@ class Catalog:
     # ----------------------------------------------------------------------------------------- prompts, completion
 
     def prompts(self, by: Principal) -> list[Json]:
-        return mcp_content.PROMPTS if by.may(READ) else []
+        return content.PROMPTS if by.may(READ) else []
 
     def prompt(self, ask: Ask, name: str, arguments: dict[str, str]) -> Step[Json]:
-        listed = next((prompt for prompt in mcp_content.PROMPTS if prompt['name'] == name), None)
+        listed = next((prompt for prompt in content.PROMPTS if prompt['name'] == name), None)
         if listed is None:
-            known = ', '.join(prompt['name'] for prompt in mcp_content.PROMPTS)
+            known = ', '.join(prompt['name'] for prompt in content.PROMPTS)
             raise Fault(INVALID_PARAMS, f'there is no prompt {name[:100]!r}; there are {known}')
         missing = [
             each['name'] for each in listed.get('arguments', ()) if each['required'] and each['name'] not in arguments
@@ -311,13 +310,13 @@ class Catalog:
     def _startup(self, ask: Ask, _arguments: dict[str, str]) -> Step[str]:
         status = yield from self._ask(ask.by, 'town.get_status', {'deep': True, 'limit': 100}, ask.gate)
         waiting = yield from self._ask(ask.by, 'backlog.list', {'limit': 20})
-        return mcp_content.startup_context(status, waiting)
+        return content.startup_context(status, waiting)
 
     def _hint(self, ask: Ask, arguments: dict[str, str]) -> Step[str]:
         agent = yield from self._ask(ask.by, 'agent.get', {'agent': arguments['agent_name']}, ask.gate)
         waiting = yield from self._ask(ask.by, 'backlog.list', {'limit': 100})
         tags = [tag.strip() for tag in arguments.get('tags', '').split(',') if tag.strip()]
-        return mcp_content.role_hint(self._town().name, agent, tags, waiting)
+        return content.role_hint(self._town().name, agent, tags, waiting)
 
     def _ask(self, by: Principal, name: str, arguments: Json, gate: CallLimits | None = None) -> Step[Json]:
         found: Json = json.loads(
@@ -327,7 +326,7 @@ class Catalog:
 
     def complete(self, ask: Ask, ref: Json, argument: str, value: str) -> Step[list[str]]:
         """Names of agents and ids of tasks, by their start."""
-        if not mcp_content.knows(ref):
+        if not content.knows(ref):
             raise Fault(INVALID_PARAMS, f'there is no {json.dumps(ref)[:200]} to complete')
         if not ask.by.may(READ) or argument not in ('agent_name', 'task_id'):
             return []

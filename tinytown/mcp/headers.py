@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
-from .http.http1 import Request
-from .mcp_messages import (
+from ..http.http1 import Request
+from ..model import Json
+from .jsonrpc import (
     HEADER_MISMATCH,
     INTERNAL,
     INVALID_REQUEST,
@@ -23,7 +24,6 @@ from .mcp_messages import (
     UNSUPPORTED_VERSION,
     Fault,
 )
-from .model import Json
 
 JSON: Final = 'application/json'
 EVENTS: Final = 'text/event-stream'

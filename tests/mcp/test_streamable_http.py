@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from tinytown import mcp_messages as codes
 from tinytown.core.operations import OPERATIONS
-from tinytown.mcp_messages import BATCHING, LEGACY, META_PREFIX, MODERN
+from tinytown.mcp import jsonrpc as codes
+from tinytown.mcp.jsonrpc import BATCHING, LEGACY, META_PREFIX, MODERN
 from tinytown.model import Json
 
-from .ground import enlist
-from .mcp_client import CLIENT, META, Http, events, since
-from .support import Hall, Place, make_town
+from ..ground import enlist
+from ..mcp_client import CLIENT, META, Http, events, since
+from ..support import Hall, Place, make_town
 
 
 @pytest.fixture(scope='module')

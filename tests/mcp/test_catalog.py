@@ -10,18 +10,18 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tinytown import mcp_catalogue, mcp_content
 from tinytown.core.operations import BY_NAME, OPERATIONS
-from tinytown.mcp import Ask, McpServer
-from tinytown.mcp_catalogue import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalog
-from tinytown.mcp_messages import LEGACY
+from tinytown.mcp import catalog, content
+from tinytown.mcp.catalog import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalog
+from tinytown.mcp.jsonrpc import LEGACY
+from tinytown.mcp.protocol import Ask, McpServer
 from tinytown.model import ALL_SCOPES, MANAGE, READ, WRITE, Json, Principal, Scope
 from tinytown.state.event_feed import Event, EventFeed
 
-from .support import OPERATOR, REPOSITORY, Place
+from ..support import OPERATOR, REPOSITORY, Place
 
 GOLDEN = REPOSITORY / 'tests' / 'golden' / 'tools.json'
-TOOLS = {tool['name']: tool for tool in mcp_catalogue.tools().values()}
+TOOLS = {tool['name']: tool for tool in catalog.tools().values()}
 
 
 class Client:
@@ -70,7 +70,7 @@ def client(ground: Place) -> Client:
 
 def test_tools_list_is_as_it_was() -> None:
     """To take up a change that is meant: GOLDEN=1 make test."""
-    found = json.dumps(list(mcp_catalogue.tools().values()), indent=1, ensure_ascii=False) + '\n'
+    found = json.dumps(list(catalog.tools().values()), indent=1, ensure_ascii=False) + '\n'
     if os.environ.get('GOLDEN'):
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(found)
@@ -313,16 +313,16 @@ def event(**fields: str) -> Event:
 
 def test_what_an_event_changes_is_what_subscribers_of_it_are_told() -> None:
     every = {'tinytown://town/current', 'tinytown://agents'}
-    assert mcp_content.touched([event(type='agent.idle', agent_id='i', agent_name='a')]) == every | {
+    assert content.touched([event(type='agent.idle', agent_id='i', agent_name='a')]) == every | {
         'tinytown://agents/a',
         'tinytown://agents/i',
     }
-    assert mcp_content.touched([event(type='task.created', task_id='t')]) == every | {
+    assert content.touched([event(type='task.created', task_id='t')]) == every | {
         'tinytown://backlog',
         'tinytown://tasks/t',
     }
-    assert mcp_content.touched([event(type='town.reset')]) is None
-    assert mcp_content.touched([Event('1-1')]) is None
+    assert content.touched([event(type='town.reset')]) is None
+    assert content.touched([Event('1-1')]) is None
 
 
 def test_a_town_without_a_feed_promises_no_news(ground: Place) -> None:

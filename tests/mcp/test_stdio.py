@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from tinytown import mcp_messages as codes
-from tinytown.mcp_messages import BATCHING, LEGACY, META_PREFIX, MODERN
+from tinytown.mcp import jsonrpc as codes
+from tinytown.mcp.jsonrpc import BATCHING, LEGACY, META_PREFIX, MODERN
 from tinytown.model import new_id
 
-from .mcp_client import CLIENT, META, Stdio, since, stdio
-from .support import PATIENCE, REPOSITORY, Place, environment, make_town
+from ..mcp_client import CLIENT, META, Stdio, since, stdio
+from ..support import PATIENCE, REPOSITORY, Place, environment, make_town
 
 
 @pytest.fixture
