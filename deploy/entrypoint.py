@@ -24,7 +24,8 @@ from typing import NoReturn
 from tinytown import config as configuration
 from tinytown import redaction
 from tinytown.auth.access import is_local
-from tinytown.cli import build_parser
+from tinytown.cli.main import build_parser
+from tinytown.cli.parser import explain
 from tinytown.core import agents, recovery
 from tinytown.core.town import Call, open_town
 from tinytown.errors import NotFound, TownError, UsageError
@@ -32,7 +33,6 @@ from tinytown.host.processes import python
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.say import begin, last_words, say
 from tinytown.townhall import townhall_parser
-from tinytown.usage import explain
 
 
 def main(words: list[str]) -> NoReturn:

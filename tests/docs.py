@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from tinytown import cli, config, errors, hall, service, townhall
+from tinytown import config, errors, hall, service, townhall
+from tinytown.cli import main as cli
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.core.stats import Stats
 from tinytown.mcp import catalog, content

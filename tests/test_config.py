@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tinytown import config
-from tinytown.cli import main
+from tinytown.cli.main import main
 from tinytown.config import FILE, load, parse, settings, template
 from tinytown.errors import UsageError
 from tinytown.settings import AgentSettings, Config

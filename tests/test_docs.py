@@ -27,7 +27,8 @@ from typing import Any, Final
 
 import pytest
 
-from tinytown import cli, config
+from tinytown import config
+from tinytown.cli import main as cli
 from tinytown.core.operations import BY_NAME, OPERATIONS
 from tinytown.mcp import content
 from tinytown.model import ALL_SCOPES

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import config as configuration
 from . import redaction
 from .auth.access import Access, TokenVerifier, check_start
+from .cli.lifecycle import note_townhall
 from .core import hosts
 from .core.operations import OPERATIONS
 from .core.town import Town, open_town
@@ -24,7 +25,6 @@ from .http.http1 import Request, Response
 from .http.listener import UNIX, host_of, is_passed, open_sockets, url_of
 from .http.replies import Answer
 from .http.server import Encrypt, Server
-from .local import note_townhall
 from .prefork import Prefork
 from .rest.app import Guarded, RestApp
 from .rest.metrics import Meter

@@ -16,6 +16,7 @@ from typing import Final
 
 from . import config as configuration
 from . import units
+from .cli.parser import Parser, meant_root
 from .clis import registry
 from .errors import TownError, UsageError
 from .host import managed_redis
@@ -23,7 +24,6 @@ from .host.processes import python_path
 from .http.listener import UNIX
 from .settings import Config
 from .units import Plan
-from .usage import Parser, meant_root
 
 _SYSTEM: Final = Path('/etc/systemd/system')
 _INACTIVE: Final = 3  # the exit status of `status` for what does not run, as systemctl has it

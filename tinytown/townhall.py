@@ -10,8 +10,8 @@ from typing import Any
 
 from . import __version__
 from . import config as configuration
+from .cli.parser import Parser, end_streams, explain, ready_streams, town_root
 from .say import begin, finish, last_words, say
-from .usage import Parser, end_streams, explain, ready_streams, town_root
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 

@@ -16,7 +16,7 @@ from tinytown.auth import api_keys
 from tinytown.auth.api_keys import Checks, Keyring, check_hash, checksum, generate_key
 from tinytown.auth.argon2id import matches
 from tinytown.auth.rate_limit import Buckets
-from tinytown.cli import main
+from tinytown.cli.main import main
 from tinytown.errors import TooManyRequests, Unavailable, UsageError
 from tinytown.model import READ, WRITE
 from tinytown.settings import AuthSettings

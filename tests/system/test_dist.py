@@ -272,7 +272,7 @@ def test_a_cache_that_others_could_write_to_is_not_used(fresh: Bare, tmp_path: P
 def test_what_was_interrupted_while_it_unpacked_is_not_run(fresh: Bare, dist: Path) -> None:
     short = fresh.town / 'short.pyz'
     with ZipFile(dist / 'tt.pyz') as whole, ZipFile(short, 'w') as partial:
-        for name in ('__main__.py', 'tinytown/__init__.py', 'tinytown/cli.py'):
+        for name in ('__main__.py', 'tinytown/__init__.py', 'tinytown/cli/main.py'):
             partial.writestr(name, whole.read(name))
         partial.writestr('x' * 300, b'a name that no file system takes')
     assert fresh.run(program=str(short)).returncode == 1

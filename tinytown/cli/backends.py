@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
-from .core.agent_logs import open_log
-from .core.operations import BY_NAME, Op, call, encode_answer
-from .core.town import Call, Town
-from .errors import TownError, Unavailable, UsageError
-from .model import Json, Principal
+from ..core.agent_logs import open_log
+from ..core.operations import BY_NAME, Op, call, encode_answer
+from ..core.town import Call, Town
+from ..errors import TownError, Unavailable, UsageError
+from ..model import Json, Principal
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # which takes long to import: only where it is needed

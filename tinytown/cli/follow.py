@@ -12,13 +12,13 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
-from .client import Backend
-from .core.operations import BY_NAME
-from .errors import TownError, UsageError
-from .local import report, wants_json
-from .model import Json
-from .render import as_json, clean, cut, event_line, format_answer
-from .screen import taken, top
+from ..core.operations import BY_NAME
+from ..errors import TownError, UsageError
+from ..model import Json
+from .backends import Backend
+from .format import as_json, clean, cut, event_line, format_answer
+from .lifecycle import report, wants_json
+from .top import taken, top
 
 _UNITS: Final = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
 _PULSE: Final = 1.0  # seconds after which a screen is looked at anew without an event

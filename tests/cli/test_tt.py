@@ -18,13 +18,13 @@ import argon2
 import pytest
 
 from tinytown.auth.api_keys import checksum
-from tinytown.cli import main
+from tinytown.cli.main import main
 from tinytown.core.operations import BY_NAME, OPERATIONS, Op
 from tinytown.host.processes import start_time
 from tinytown.model import CONDUCTOR_ID
 
-from .ground import enlist
-from .support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli
+from ..ground import enlist
+from ..support import PATIENCE, Hall, Place, environment, make_town, redis_pid, shell_cli
 
 UNKNOWN = '00000000-0000-4000-8000-000000000000'
 

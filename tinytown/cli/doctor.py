@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .core import hosts, recovery
-from .core.town import Call
-from .errors import TownError
-from .host import report_spool
-from .host.processes import Identity, agents_processes, stop_tree
-from .model import LIVE
-from .state.store import text
+from ..core import hosts, recovery
+from ..core.town import Call
+from ..errors import TownError
+from ..host import report_spool
+from ..host.processes import Identity, agents_processes, stop_tree
+from ..model import LIVE
+from ..state.store import text
 
 _QUIET_MS = 15_000  # three heartbeats
 

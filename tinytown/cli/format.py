@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from .core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
-from .host.processes import this_host
-from .model import CONDUCTOR_ID
+from ..core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
+from ..host.processes import this_host
+from ..model import CONDUCTOR_ID
 
 JsonObject = dict[str, Any]
 

@@ -14,18 +14,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from . import api_key_table
-from . import config as configuration
-from .errors import TownError, UsageError
-from .host.managed_redis import private_directory
-from .local import Add, live_townhalls, report, tell_townhalls
-from .model import ADMIN, READ
+from .. import api_key_table
+from .. import config as configuration
+from ..errors import TownError, UsageError
+from ..host.managed_redis import private_directory
+from ..model import ADMIN, READ
+from ..toml_edit import change
+from .lifecycle import Add, live_townhalls, report, tell_townhalls
+from .parser import acts_here, town_root
 from .ping import ask
-from .toml_edit import change
-from .usage import acts_here, town_root
 
 if TYPE_CHECKING:
-    from .auth.api_keys import ApiKey
+    from ..auth.api_keys import ApiKey
 
 _MODE: Final = 'townhall.auth.mode'
 _UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
@@ -92,7 +92,7 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
 
 
 def _new_key(key_id: str = '') -> ApiKey:
-    from .auth.api_keys import generate_key  # late: other commands need none of it
+    from ..auth.api_keys import generate_key  # late: other commands need none of it
 
     return generate_key(key_id)
 

@@ -16,8 +16,8 @@ import pytest
 from tinytown.host.processes import INSTANCE_VARIABLE
 from tinytown.model import new_id
 
-from .support import PATIENCE, Place, make_town
-from .worker.test_worker import await_exit
+from ..support import PATIENCE, Place, make_town
+from ..worker.test_worker import await_exit
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 
-from tinytown.client import sent_events
+from tinytown.cli.backends import sent_events
+from tinytown.cli.follow import since
+from tinytown.cli.format import cut, event_line
+from tinytown.cli.top import top
 from tinytown.errors import UsageError
-from tinytown.render import cut, event_line
-from tinytown.screen import top
-from tinytown.watch import since
 
-from .ground import Puppet, enlist
-from .streams import await_streams, happen, ids
-from .support import PATIENCE, Hall, Place, environment
+from ..ground import Puppet, enlist
+from ..streams import await_streams, happen, ids
+from ..support import PATIENCE, Hall, Place, environment
 
 
 class Running:

@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .client import parse_url
-from .errors import TownError
-from .local import Add, report, running_townhalls
-from .usage import meant_root
+from ..errors import TownError
+from .backends import parse_url
+from .lifecycle import Add, report, running_townhalls
+from .parser import meant_root
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # which takes long to import

@@ -13,7 +13,7 @@ from datetime import datetime
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from .render import JsonObject, cleaned, counted, cut, elsewhere, event_line, state
+from .format import JsonObject, cleaned, counted, cut, elsewhere, event_line, state
 
 _COLUMNS: Final = (('AGENT', 16), ('STATE', 8), ('CLI', 8), ('DONE', 5), ('INBOX', 6), ('BEAT', 5), ('NOW', 0))
 _ENTER: Final = '\x1b[?1049h\x1b[?25l'  # the alternate screen, without a cursor

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from tinytown.cli.format import as_json, clean, format_answer, table
 from tinytown.core.operations import OPERATIONS
 from tinytown.model import CONDUCTOR_ID
-from tinytown.render import as_json, clean, format_answer, table
 
-from .support import Place, environment
+from ..support import Place, environment
 
 HOSTILE = 'a\x1b[2J\x1b]0;title\x07\x9b31m\x7f\r\x00\x08\u202e\u2066\u2028\udc80z'
 AGENT = {

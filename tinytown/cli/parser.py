@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .core.town import Town, find_town, open_town
-from .errors import TownError, UsageError
-from .render import clean
+from ..core.town import Town, find_town, open_town
+from ..errors import TownError, UsageError
+from .format import clean
 
 
 class Parser(argparse.ArgumentParser):

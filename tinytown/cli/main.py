@@ -14,17 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, keys, local, ping
-from .auth import agent_tokens
-from .client import Backend, Local, Remote
-from .core import agents
-from .core.operations import BY_NAME, OPERATIONS, Op
-from .core.town import Call, Town
-from .errors import Invalid, TownError, UsageError
-from .model import ALL_SCOPES, Principal
-from .render import format_answer
-from .schema import Parameter, validate
-from .usage import Parser, complain, end_streams, note, open_meant, ready_streams
+from .. import __version__
+from ..auth import agent_tokens
+from ..core import agents
+from ..core.operations import BY_NAME, OPERATIONS, Op
+from ..core.town import Call, Town
+from ..errors import Invalid, TownError, UsageError
+from ..model import ALL_SCOPES, Principal
+from ..schema import Parameter, validate
+from . import keys, lifecycle, ping
+from .backends import Backend, Local, Remote
+from .format import format_answer
+from .parser import Parser, complain, end_streams, note, open_meant, ready_streams
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
 
@@ -107,13 +108,13 @@ def build_parser() -> Parser:
         listed[topic].append((words, _clipped(summary)))
         return command
 
-    local.add_town_commands(add)
+    lifecycle.add_town_commands(add)
     for op in OPERATIONS:
         command = add(op.name.partition('.')[0], op.cli, op.summary, partial(_operate, op=op))
         for parameter in op.parameters.values():
             _add_argument(command, op, parameter)
     _extend(add, groups)
-    local.add_other_commands(add)
+    lifecycle.add_other_commands(add)
     keys.add_key_commands(add)
     ping.add_ping_command(add)
     top.description = _overview(listed)
@@ -281,8 +282,8 @@ def _own_token() -> str | None:
 
 def print_answer(arguments: argparse.Namespace, op: Op, answer: dict[str, Any]) -> int:
     colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-    return local.report(
-        arguments, answer, '' if local.wants_json(arguments) else format_answer(op.name, answer, colour)
+    return lifecycle.report(
+        arguments, answer, '' if lifecycle.wants_json(arguments) else format_answer(op.name, answer, colour)
     )
 
 
@@ -294,41 +295,41 @@ def _operate(arguments: argparse.Namespace, op: Op) -> int:
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    from . import watch
+    from . import follow
 
     op = BY_NAME['events.list']
     if arguments.since is not None:
         if arguments.after is not None:
             raise UsageError('give --since or --after, not both')
-        arguments.after = watch.since(arguments.since, time.time())
+        arguments.after = follow.since(arguments.since, time.time())
     given = collect(arguments, op)
     if not arguments.follow:
-        return print_answer(arguments, op, watch.read_events(backend(arguments), given))
-    return watch.follow_events(arguments, backend(arguments), given)
+        return print_answer(arguments, op, follow.read_events(backend(arguments), given))
+    return follow.follow_events(arguments, backend(arguments), given)
 
 
 def _logs(arguments: argparse.Namespace) -> int:
     op = BY_NAME['agent.logs']
     if not arguments.follow:
         return _operate(arguments, op)
-    from . import watch
+    from . import follow
 
-    return watch.follow_log(arguments, backend(arguments), collect(arguments, op))
+    return follow.follow_log(arguments, backend(arguments), collect(arguments, op))
 
 
 def _status(arguments: argparse.Namespace) -> int:
     op = BY_NAME['town.get_status']
     if not arguments.watch:
         return _operate(arguments, op)
-    from . import watch
+    from . import follow
 
-    return watch.watch_status(arguments, backend(arguments), collect(arguments, op))
+    return follow.watch_status(arguments, backend(arguments), collect(arguments, op))
 
 
 def _top(arguments: argparse.Namespace) -> int:
-    from . import watch
+    from . import follow
 
-    return watch.watch_top(arguments, backend(arguments))
+    return follow.watch_top(arguments, backend(arguments))
 
 
 def _spawn(arguments: argparse.Namespace) -> int:
@@ -340,7 +341,7 @@ def _spawn(arguments: argparse.Namespace) -> int:
         raise UsageError('--foreground runs the worker here; leave --host out')
     town = open_meant(arguments)
     call = Call(town, local_principal(town))
-    return local.run_here(
+    return lifecycle.run_here(
         town,
         lambda start: agents.enlist(
             call,
@@ -379,7 +380,9 @@ def _inbox(arguments: argparse.Namespace) -> int:
         raise UsageError('--all shows every mailbox; give it without an agent, --limit and --cursor')
     town = backend(arguments)
     boxes = [town.run(op, {'agent': name}) for name in (*_all_agents(town), 'conductor')]
-    return local.report(arguments, {'inboxes': boxes}, '\n\n'.join(format_answer(op.name, box, False) for box in boxes))
+    return lifecycle.report(
+        arguments, {'inboxes': boxes}, '\n\n'.join(format_answer(op.name, box, False) for box in boxes)
+    )
 
 
 def _all_agents(town: Backend) -> list[str]:

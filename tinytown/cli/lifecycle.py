@@ -14,15 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from . import config as configuration
-from . import doctor
-from .clis import registry
-from .core import agents
-from .core.hosts import claim_host
-from .core.town import Call, Town, join, open_town
-from .errors import TownError, UsageError
-from .host import managed_redis, report_spool
-from .host.processes import (
+from .. import config as configuration
+from ..clis import registry
+from ..core import agents
+from ..core.hosts import claim_host
+from ..core.town import Call, Town, join, open_town
+from ..errors import TownError, UsageError
+from ..host import managed_redis, report_spool
+from ..host.processes import (
     GRACE_SECS,
     INSTANCE_VARIABLE,
     Identity,
@@ -40,13 +39,14 @@ from .host.processes import (
     this_host,
     verdict,
 )
-from .model import ALL_SCOPES, Principal
-from .redaction import masked
-from .render import as_json, counted
-from .settings import Config
-from .state.store import Step
-from .toml_edit import change, to_toml
-from .usage import Parser, acts_here, open_meant, town_root
+from ..model import ALL_SCOPES, Principal
+from ..redaction import masked
+from ..settings import Config
+from ..state.store import Step
+from ..toml_edit import change, to_toml
+from . import doctor
+from .format import as_json, counted
+from .parser import Parser, acts_here, open_meant, town_root
 
 TOWNHALL_START_SECS: Final = 10.0
 Add = Callable[[str, str, str, Callable[[argparse.Namespace], int]], Parser]
@@ -349,7 +349,7 @@ def _without_password(path: str, value: Any) -> Any:
 def _check_url(path: str, value: Any) -> None:
     """Raises UsageError for a redis.url that can't be one."""
     if path == 'redis.url' and value:
-        from .state.endpoints import read_url  # late: it is seldom changed
+        from ..state.endpoints import read_url  # late: it is seldom changed
 
         read_url(value)
 
@@ -396,7 +396,7 @@ def _setting(path: str) -> tuple[configuration.Setting, str]:
 
 def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
     """Runs a worker in this process: `step(start)` is what readies its agent, and starts it with `start`."""
-    from .worker.main import Worker, open_here
+    from ..worker.main import Worker, open_here
 
     opened: list[Worker] = []
 

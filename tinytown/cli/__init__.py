@@ -1,0 +1,1 @@
+"""The `tt` command. Start with `main`."""
