@@ -23,7 +23,7 @@ from typing import Final
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 REPOSITORY: Final = Path(__file__).parents[1]
-PROGRAMS: Final = {'townhall.pyz': 'tinytown.townhall', 'tt.pyz': 'tinytown.cli.main'}
+PROGRAMS: Final = {'townhall.pyz': 'tinytown.townhall.main', 'tt.pyz': 'tinytown.cli.main'}
 PURE: Final = ('tomli-w',)
 # What is compiled: of which package which file, and the name that it has in native/ (tinytown/host/bundled.py).
 COMPILED: Final = {

@@ -32,7 +32,7 @@ from tinytown.errors import NotFound, TownError, UsageError
 from tinytown.host.processes import python
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.say import begin, last_words, say
-from tinytown.townhall import townhall_parser
+from tinytown.townhall.main import townhall_parser
 
 
 def main(words: list[str]) -> NoReturn:

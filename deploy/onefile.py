@@ -10,7 +10,7 @@ import sys
 from errno import EPERM
 from pathlib import Path
 
-MODULE = 'tinytown.townhall'  # the build writes these two
+MODULE = 'tinytown.townhall.main'  # the build writes these two
 CONTENT = ''
 OPEN_TO_OTHERS = 0o022
 

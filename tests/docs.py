@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from tinytown import config, errors, hall, service, townhall
+from tinytown import config, errors
 from tinytown.cli import main as cli
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.core.stats import Stats
@@ -26,6 +26,8 @@ from tinytown.rest import health, openapi
 from tinytown.rest.metrics import HTTP_BOUNDS, Meter, render_metrics
 from tinytown.schema import Parameter
 from tinytown.toml_edit import to_toml
+from tinytown.townhall import main as townhall
+from tinytown.townhall import process, systemd
 
 REPOSITORY: Final = Path(__file__).parents[1]
 PART: Final = re.compile(r'(<!-- made: (\w+) -->\n).*?(<!-- end -->)', re.S)
@@ -68,7 +70,7 @@ def settings() -> str:
     for each in config.settings().values():
         section, _, key = each.path.rpartition('.')
         env = '' if each.path in ('name', 'agent_clis') else f'<br>`{each.env}`'
-        reload = 'restart' if each.path in hall._FIXED else 'reload'
+        reload = 'restart' if each.path in process._FIXED else 'reload'
         row = [f'`{key}`{env}', _kind(each), f'`{to_toml(each.default)}`', reload, each.doc]
         parts.setdefault(section, []).append(row)
     head = 'setting|kind|default|taken up|meaning'
@@ -121,7 +123,7 @@ def townhall_options() -> str:
 
 def service_commands() -> str:
     """The commands of `townhall service`. All take --town."""
-    parser = service.service_parser()
+    parser = systemd.service_parser()
     [group] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     lines = []
     for word, command in group.choices.items():

@@ -513,7 +513,7 @@ class FixtureMcp(McpServer):
 def main(root: str, port: str = '0') -> int:
     """Serves the catalogue as `townhall mcp-http` serves a town. The exit status."""
     from tinytown import config
-    from tinytown.hall import TownhallProcess
+    from tinytown.townhall.process import TownhallProcess
 
     flags = {'townhall.mcp_port': int(port)}
     hall = TownhallProcess(Path(root), config.load(Path(root), flags), flags, 'mcp-http')

@@ -46,7 +46,7 @@ PROOF: Final = {
     'checkout': '.ci/run',
     'bundle': 'tests/system/test_dist.py',
     'systemd': 'tests/system/test_systemd.py',
-    'containers': 'tests/test_containers.py',
+    'containers': 'tests/townhall/test_containers.py',
     'sentinel': 'tests/system/test_own_redis.py',
     'cluster': 'tests/system/test_own_redis.py',
     'tls-redis': 'tests/system/test_own_redis.py',

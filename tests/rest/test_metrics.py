@@ -24,7 +24,7 @@ from tinytown.state.store import Command
 
 from ..ground import enlist, redis
 from ..support import PATIENCE, REPOSITORY, Hall, Place, Service, make_town, redis_pid
-from ..test_hall import children
+from ..townhall.test_process import children
 
 _SAMPLE = re.compile(r'(\w+)(?:\{((?:\w+="[^"\\]*",?)*)\})? (\S+)')
 

@@ -187,7 +187,7 @@ class _Keeper:
     def end(self) -> subprocess.Popen[bytes]:
         """Has the town brought to a standstill, by a process that is told the configuration: the file may be wrong."""
         process = subprocess.Popen(
-            python('tinytown.standstill', str(self._root)),
+            python('tinytown.townhall.shutdown', str(self._root)),
             env=os.environ | {'PYTHONPATH': python_path()},
             stdin=subprocess.PIPE,
             start_new_session=True,

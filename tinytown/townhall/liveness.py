@@ -13,9 +13,9 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from .host.sd_notify import Notifier
-from .http.replies import Loop
-from .state.store import Command
+from ..host.sd_notify import Notifier
+from ..http.replies import Loop
+from ..state.store import Command
 
 _START_TICK_SECS: Final = 0.05
 _TICK_SECS: Final = 1.0

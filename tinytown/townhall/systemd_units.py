@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from .config import EXPECTED
+from ..config import EXPECTED
 
 WATCHDOG_SECS: Final = 90  # fed at least every half of it: a Redis that is away for 30 s ends nothing
 _MARK: Final = '# Written by  townhall service install  and replaced by it; change it by  systemctl edit. sha256:'

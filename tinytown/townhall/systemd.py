@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from . import config as configuration
-from . import units
-from .cli.parser import Parser, meant_root
-from .clis import registry
-from .errors import TownError, UsageError
-from .host import managed_redis
-from .host.processes import python_path
-from .http.listener import UNIX
-from .settings import Config
-from .units import Plan
+from .. import config as configuration
+from ..cli.parser import Parser, meant_root
+from ..clis import registry
+from ..errors import TownError, UsageError
+from ..host import managed_redis
+from ..host.processes import python_path
+from ..http.listener import UNIX
+from ..settings import Config
+from . import systemd_units
+from .systemd_units import Plan
 
 _SYSTEM: Final = Path('/etc/systemd/system')
 _INACTIVE: Final = 3  # the exit status of `status` for what does not run, as systemctl has it
@@ -75,7 +75,7 @@ def _install(arguments: argparse.Namespace) -> int:
     root, config = _load(arguments)
     directory, plan = _directory(arguments), _plan(arguments, root, config)
     _refuse_unreachable(plan)
-    texts = units.render_units(plan)
+    texts = systemd_units.render_units(plan)
     socket = directory / plan.socket_unit
     if not arguments.force:
         _refuse_foreign(directory, texts)
@@ -144,7 +144,7 @@ def _status(arguments: argparse.Namespace) -> int:
                 runs = False
             continue
         state = _ask(arguments, 'is-active', file.name) or 'unknown'
-        written = 'as written' if units.is_ours(file.read_text()) else 'changed by hand'
+        written = 'as written' if systemd_units.is_ours(file.read_text()) else 'changed by hand'
         print(f'{file.name}: {state}, {written} ({file})')
         runs = runs and state == 'active'
     if arguments.user and (note := _linger_note()):
@@ -292,7 +292,7 @@ def _credentials(given: list[str]) -> tuple[tuple[tuple[str, str], ...], tuple[t
 
 def _refuse_changed(file: Path) -> None:
     """Refuses to replace or remove a unit that was changed by hand. Raises TownError."""
-    if file.exists() and not units.is_ours(file.read_text()):
+    if file.exists() and not systemd_units.is_ours(file.read_text()):
         raise TownError(
             f'{file} was changed by hand; replace or remove it with  --force  (what is yours belongs into  '
             f'systemctl edit {file.name}, which stays)'

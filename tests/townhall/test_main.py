@@ -19,7 +19,7 @@ import pytest
 
 from tinytown import __version__
 
-from .support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, redis_pid
+from ..support import PATIENCE, REPOSITORY, Hall, Place, environment, make_town, redis_pid
 
 SCRIPT = REPOSITORY / 'townhall.py'
 

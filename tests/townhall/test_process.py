@@ -22,7 +22,7 @@ import pytest
 
 from tinytown import config, toml_edit
 
-from .support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of, until
+from ..support import PATIENCE, Hall, Place, environment, make_town, read_all, status_of, until
 
 
 def children(pid: int) -> list[int]:
@@ -59,7 +59,7 @@ def change(place: Place, **settings: Any) -> None:
 def test_what_is_seldom_served_is_not_imported_before_it_is_asked_for(hall: Hall) -> None:
     late = {f'tinytown.{name}' for name in ('mcp', 'mcp_http', 'mcp_catalogue', 'openapi', 'dashboard', 'tls', 'oidc')}
     late |= {'redis', 'argon2', 'asyncio', 'logging', 'tinytown.cli.follow'}
-    code = 'import sys, tinytown.townhall, tinytown.hall; print(*sys.modules)'
+    code = 'import sys, tinytown.townhall, tinytown.townhall.process; print(*sys.modules)'
     found = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True)
     assert late & set(found.stdout.split()) == set()
     assert [hall.get(path).status for path in ('/', '/openapi.json')] == [200, 200]

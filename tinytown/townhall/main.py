@@ -8,10 +8,10 @@ import signal
 import sys
 from typing import Any
 
-from . import __version__
-from . import config as configuration
-from .cli.parser import Parser, end_streams, explain, ready_streams, town_root
-from .say import begin, finish, last_words, say
+from .. import __version__
+from .. import config as configuration
+from ..cli.parser import Parser, end_streams, explain, ready_streams, town_root
+from ..say import begin, finish, last_words, say
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ['service']:
-        from . import service  # late: nothing else needs it
+        from . import systemd  # late: nothing else needs it
 
-        return service.run(words[1:])
+        return systemd.run(words[1:])
     configuration.take_credentials()
     try:
         arguments = townhall_parser().parse_args(argv)
@@ -72,7 +72,7 @@ def _run(argv: list[str] | None) -> int:
         return 0  # --help or --version was answered; what is wrong is a UsageError
     root = town_root(arguments)
     if arguments.mode == 'mcp-stdio':
-        from .mcp.stdio import serve
+        from ..mcp.stdio import serve
 
         return serve(root, {'townhall.read_only': arguments.read_only, 'townhall.log.level': _level(arguments)})
     signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something to be reloaded
@@ -84,9 +84,9 @@ def _run(argv: list[str] | None) -> int:
         'townhall.read_only': arguments.read_only,
         'townhall.log.level': _level(arguments),
     }
-    from . import redaction  # late: --help and a wrong command line need none of it
-    from .auth.access import check_start
-    from .hall import TownhallProcess
+    from .. import redaction  # late: --help and a wrong command line need none of it
+    from ..auth.access import check_start
+    from .process import TownhallProcess
 
     config = configuration.load(root, flags)
     redaction.ready_log(root, config)

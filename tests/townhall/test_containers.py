@@ -21,9 +21,9 @@ from tinytown import config
 from tinytown.host import managed_redis
 from tinytown.host.processes import python, python_path
 
-from .certificates import SERVER, Authority
-from .proxy import accepts
-from .support import PATIENCE, REPOSITORY, Place, Service, environment, make_town, redis_pid, until
+from ..certificates import SERVER, Authority
+from ..proxy import accepts
+from ..support import PATIENCE, REPOSITORY, Place, Service, environment, make_town, redis_pid, until
 
 DEPLOY = REPOSITORY / 'deploy'
 ENTRY = DEPLOY / 'entrypoint.py'

@@ -12,31 +12,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from . import config as configuration
-from . import redaction
-from .auth.access import Access, TokenVerifier, check_start
-from .cli.lifecycle import note_townhall
-from .core import hosts
-from .core.operations import OPERATIONS
-from .core.town import Town, open_town
-from .errors import TownError, UsageError
-from .host import managed_redis, sd_notify
-from .http.http1 import Request, Response
-from .http.listener import UNIX, host_of, is_passed, open_sockets, url_of
-from .http.replies import Answer
-from .http.server import Encrypt, Server
+from .. import config as configuration
+from .. import redaction
+from ..auth.access import Access, TokenVerifier, check_start
+from ..cli.lifecycle import note_townhall
+from ..core import hosts
+from ..core.operations import OPERATIONS
+from ..core.town import Town, open_town
+from ..errors import TownError, UsageError
+from ..host import managed_redis, sd_notify
+from ..http.http1 import Request, Response
+from ..http.listener import UNIX, host_of, is_passed, open_sockets, url_of
+from ..http.replies import Answer
+from ..http.server import Encrypt, Server
+from ..rest.app import Guarded, RestApp
+from ..rest.metrics import Meter
+from ..say import Level, say
+from ..settings import Config, RedisSettings, TownhallSettings
+from ..state.event_feed import EventFeed
+from ..worker.host_orders import HostOrders
+from ..worker.supervisor import Supervisor
+from .liveness import ChildStatus, LivenessMonitor, Single
 from .prefork import Prefork
-from .rest.app import Guarded, RestApp
-from .rest.metrics import Meter
-from .say import Level, say
-from .settings import Config, RedisSettings, TownhallSettings
-from .state.event_feed import EventFeed
-from .vitals import ChildStatus, LivenessMonitor, Single
-from .worker.host_orders import HostOrders
-from .worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from .mcp.protocol import McpServer
+    from ..mcp.protocol import McpServer
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
 _FIXED: Final = (
@@ -172,8 +172,8 @@ class TownhallProcess:
     @cached_property
     def mcp(self) -> McpServer:
         """The MCP front end. Raises UsageError for a tool in the settings that is none."""
-        from .mcp.catalog import Catalog
-        from .mcp.protocol import McpServer
+        from ..mcp.catalog import Catalog
+        from ..mcp.protocol import McpServer
 
         settings = self.town.config.townhall.mcp
         offered = Catalog(lambda: self.town, self._feed, settings.tools, settings.read_only)
@@ -181,7 +181,7 @@ class TownhallProcess:
 
     @cached_property
     def _mcp_handlers(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
-        from .mcp.streamable_http import McpHttp
+        from ..mcp.streamable_http import McpHttp
 
         served = McpHttp(self.mcp, self._access)
         return {(method, path): handle for method, path, handle in served.routes()}
@@ -260,7 +260,7 @@ def _verifier(config: Config, ask: bool = False) -> TokenVerifier | None:
     """Whoever can say whose a token is, in mode oidc. To `ask` its issuer now takes seconds if that is away."""
     if config.townhall.auth.mode != 'oidc':
         return None
-    from .auth import oidc
+    from ..auth import oidc
 
     made = oidc.OidcVerifier(config.townhall.auth)
     if ask and (warning := made.check()):
@@ -276,14 +276,14 @@ def _encryption(config: Config, root: Path) -> Encrypt | None:
                 'townhall.mtls is set, but townhall.tls is not; set cert_path and key_path below [townhall.tls]'
             )
         return None
-    from .http.tls import TlsSocket, server_context  # late: ssl costs time and memory
+    from ..http.tls import TlsSocket, server_context  # late: ssl costs time and memory
 
     context = server_context(config.townhall.tls, config.townhall.mtls, root)
     return lambda sock: TlsSocket(sock, context)
 
 
 def _dashboard(request: Request) -> Response:
-    from .rest import dashboard
+    from ..rest import dashboard
 
     return dashboard.answer(request)
 

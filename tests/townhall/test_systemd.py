@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tinytown import config, units
+from tinytown import config
 from tinytown.errors import UsageError
 from tinytown.host import spawner
 from tinytown.host.processes import identify, reap, stop_tree, verdict
+from tinytown.townhall import systemd_units
 
-from .host.test_sd_notify import Manager
-from .support import PATIENCE, Place, environment, make_town, redis_pid
+from ..host.test_sd_notify import Manager
+from ..support import PATIENCE, Place, environment, make_town, redis_pid
 
 _CTL = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -157,7 +158,7 @@ def test_a_town_may_lie_in_a_directory_of_any_name(machine: Machine, tmp_path: P
     to = tmp_path / 'to'
     assert machine.service('install', '--town', str(root), '--to', str(to), '--path', f'{root}:/bin').returncode == 0
     text = (to / 'tinytown-test.service').read_text()
-    assert units.is_ours(text)
+    assert systemd_units.is_ours(text)
     assert f'WorkingDirectory={str(root).replace("%", "%%")}\n' in text
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
-from .errors import UsageError
-from .host.processes import reap
-from .say import finish, last_words, say
-from .vitals import ChildStatus
+from ..errors import UsageError
+from ..host.processes import reap
+from ..say import finish, last_words, say
+from .liveness import ChildStatus
 
 SHORT_LIFE_SECS: Final = 1.0  # a child that lives shorter is replaced only after as long
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
