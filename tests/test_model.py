@@ -80,7 +80,7 @@ def test_a_text_in_brief_is_its_first_line_that_says_something(text: str, line: 
 
 
 def test_the_types_of_events_are_those_that_the_scripts_write() -> None:
-    script = files('tinytown').joinpath('scripts.lua').read_text()
+    script = files('tinytown.state').joinpath('scripts.lua').read_text()
     written = set(re.findall(r"event\('([a-z_]+\.[a-z_]+)'", script))
     assert set(re.findall(r"event\('([a-z_]+\.)' \.\.", script)) == {'agent.', 'task.'}  # and a state of one
     ended = ('Stopped', 'Error')

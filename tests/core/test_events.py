@@ -20,7 +20,7 @@ from tinytown.state.store import Command
 from ..ground import enlist, redis
 from ..raw import HOST, read_answer
 from ..streams import Listen, Listener, await_streams, happen, happen_often, ids, newest, trim
-from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, read_all, redis_pid, start_redis
+from ..support import OPERATOR, PATIENCE, REPOSITORY, Hall, Place, make_town, read_all, redis_pid, start_redis
 from ..worker.test_worker import await_exit
 
 ALL = '/v1/events?after=0-0'
@@ -471,7 +471,7 @@ def test_a_hundred_idle_streams_do_not_slow_requests_down(place: Place, listen: 
 def test_a_silent_stream_has_a_heartbeat(place: Place, listen: Listen) -> None:
     """A shorter one than usual: the townhall imports a module first that sets it."""
     (place.root / 'sitecustomize.py').write_text('import tinytown.http.replies as s\ns.HEARTBEAT_SECS = 0.1\n')
-    path = f'{Path(__file__).parents[1]}{os.pathsep}{place.root}'
+    path = f'{REPOSITORY}{os.pathsep}{place.root}'
     hall = place.hall(PYTHONPATH=path)
     listener = listen(hall, NOW).ready()
     assert [listener.block().raw for _ in range(2)] == [b': ', b': ']

@@ -77,7 +77,7 @@ def test_no_script_writes_a_global() -> None:
 
 
 def test_a_script_has_what_it_uses_of_the_prelude_before_its_first_use_and_nothing_else() -> None:
-    source = files('tinytown').joinpath('scripts.lua').read_text()
+    source = files('tinytown.state').joinpath('scripts.lua').read_text()
     prelude = source.partition('-- @prelude\n')[2].partition('-- @script')[0]
     names = set(re.findall(r'^local (?:function )?(\w+)', lua_sets() + prelude, re.M))
     assert {'LIVE', 'P', 'NOW', 'refuse', 'iso', 'set_task', 'page'} <= names
