@@ -24,7 +24,7 @@ from tinytown.core.town import Call, Town
 from tinytown.errors import TownError, UsageError
 from tinytown.host.processes import identify, name_host, this_boot, this_host
 from tinytown.model import new_id
-from tinytown.state.store import Command, Step, scripts, text
+from tinytown.state.store import Step, text
 from tinytown.worker.host_orders import HostOrders
 
 from ..ground import ELSEWHERE, Puppet, check, enlist, redis
@@ -109,7 +109,7 @@ def played(ground: Place) -> hosts.Presence:
 
 def heard_of(place: Place, presence: hosts.Presence) -> hosts.Presence:
     """A townhall that says it is there, and that is not silent while the test lasts."""
-    place.store.call(presence.here())
+    place.store.call(presence.here(place.store))
     key = place.store.prefix + f'host:{presence.host}'.encode()
     later = f'{(time.time() + 3600) * 1000:.0f}'
     record = json.loads(redis(place, 'HGET', key, presence.token)) | {'heard': later}
@@ -518,7 +518,7 @@ def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place
         while True:
             reply = yield command
             if orders := list(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 1)))):
-                ground.store.call(hosts.take_order(played, orders[0][0], ELSEWHERE.line))
+                ground.store.call(hosts.take_order(ground.store, played, orders[0][0], ELSEWHERE.line))
             command = spawning.send(reply)
 
     call = Call(Town(ground.root, hurried, ground.store), OPERATOR)
@@ -550,9 +550,7 @@ def test_an_order_to_start_that_comes_too_late_starts_nothing(ground: Place, pla
 def test_what_was_killed_before_it_was_started_is_not_started(ground: Place, played: hosts.Presence) -> None:
     agent, order = register(ground, 'w', 60_000)
     stopping = ground.store.run(agents.look_up(Call(ground.town, OPERATOR), agent))
-    ground.store.call(
-        Command(scripts()['stop_there'], (agent, stopping.instance, 'far', 'killed', '0', 'backlog', 60_000))
-    )
+    ground.store.call(ground.store.stop_there(agent, stopping.instance, 'far', 'killed', 0, 'backlog', 60_000))
     watch = Watch(ground, replace(played, host='far'))
     with named('far'):
         look(watch)
@@ -563,7 +561,7 @@ def test_what_was_killed_before_it_was_started_is_not_started(ground: Place, pla
 
 def test_a_townhall_that_is_not_there_takes_no_order(ground: Place, played: hosts.Presence) -> None:
     register(ground, 'w', 60_000)
-    ground.store.call(played.gone())
+    ground.store.call(played.gone(ground.store))
     watch = Watch(ground, played)
     look(watch)
     assert watch.started == []
@@ -579,7 +577,7 @@ def test_a_host_s_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
     with pytest.raises(UsageError, match=r'another place.*TINYTOWN_HOST'):
         hosts.arrive(ground.town, '', waits.append)
     assert sum(waits) > hosts.SILENCE_SECS, 'it could have been one that died'
-    ground.store.call(other.gone())
+    ground.store.call(other.gone(ground.store))
     assert hosts.arrive(ground.town, '', waits.append).host == this_host()
 
 
@@ -588,7 +586,7 @@ def test_what_goes_by_the_name_of_another_place_frees_nothing(ground: Place) -> 
     other = heard_of(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
     assert problem(ground, 'recovery.recover_agents').code == 'host-name-taken'
     assert 'TINYTOWN_HOST' in ground.tt('doctor', '--fix', check=False).stdout
-    ground.store.call(other.gone())
+    ground.store.call(other.gone(ground.store))
     assert ground.do('recovery.recover_agents')['agents'] == ['w']
 
 

@@ -131,7 +131,7 @@ def watched(step: Step[Any], trips: list[Command]) -> Step[Any]:
 
 
 class Scene:
-    """Runs operations on a town, holds every answer to its schema, and counts the round trips of each."""
+    """Runs operations on a town, holds every answer to its schema, and looks at the round trips of each."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -144,6 +144,7 @@ class Scene:
         answer = json.loads(encode_answer(store.run(watched(call(self.place.town, OPERATOR, op, named), trips))))
         if not op.slow:
             assert len(trips) <= 1, f'{name} took {len(trips)} round trips'
+        assert {each.by for each in trips if each.script} <= {OPERATOR.name}, f'{name} did not say who asks'
         schema = closed(op.output)
         Draft202012Validator(schema).validate(answer)
         for missing in op.output['required']:

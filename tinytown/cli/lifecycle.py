@@ -126,7 +126,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _join(arguments: argparse.Namespace, root: Path) -> int:
-    town = join(root, lambda town: town.store.call(claim_host(root)))
+    town = join(root, lambda town: town.store.call(claim_host(town.store, root)))
     told = f'{root} belongs to the town {town.name} now, as its host {this_host()}'
     sentence = f'{told}. Start it:  tt start --town {root}'
     return report(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)

@@ -20,7 +20,7 @@ from ..errors import Conflict, HostSilent, Internal, TownError, Unavailable, Usa
 from ..host.processes import this_host, this_place
 from ..model import new_id
 from ..state.client import Part
-from ..state.store import Command, Step, Store, scripts, text
+from ..state.store import Command, Step, Store, text
 from .town import Call, Town
 
 SILENCE_SECS: Final = 7  # after which a townhall is silent; each says once a second that it is there
@@ -49,19 +49,15 @@ class Hosts(TypedDict):
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-def _command(script: str, *args: Part) -> Command:
-    return Command(scripts()[script], args)
-
-
-def take_order(presence: Presence, order: str, starter: str) -> Command:
+def take_order(store: Store, presence: Presence, order: str, starter: str) -> Command:
     """Takes an order of this host; what is to be started is started by the process `starter`."""
-    return _command('order_take', presence.host, presence.token, order, starter)
+    return store.order_take(presence.host, presence.token, order, starter)
 
 
-def done(host: str, order: str, error: TownError | None) -> Command:
+def done(store: Store, host: str, order: str, error: TownError | None) -> Command:
     """Says what came of an order: None if it was carried out."""
-    said: tuple[Part, ...] = (error.code, error.status, error.detail) if error else ('', 200, '')
-    return _command('order_done', host, order, *said)
+    said = (error.code, error.status, error.detail) if error else ('', 200, '')
+    return store.order_done(host, order, *said)
 
 
 def orders(store: Store, host: str, block_ms: int) -> Command:
@@ -88,12 +84,12 @@ class Presence:
     place: str
     url: str
 
-    def here(self) -> Command:
+    def here(self, store: Store) -> Command:
         """Says that it is there. Refused if a townhall in another place goes by the name of this host."""
-        return _command('host_here', self.host, self.token, self.place, self.url, _SILENCE_MS)
+        return store.host_here(self.host, self.token, self.place, self.url, _SILENCE_MS)
 
-    def gone(self) -> Command:
-        return _command('host_gone', self.host, self.token)
+    def gone(self, store: Store) -> Command:
+        return store.host_gone(self.host, self.token)
 
 
 def place_of(root: Path) -> str:
@@ -101,9 +97,9 @@ def place_of(root: Path) -> str:
     return f'{this_place()} {root}'
 
 
-def claim_host(root: Path) -> Command:
+def claim_host(store: Store, root: Path) -> Command:
     """Whether the town in `root` may go by the name of this host. Refused as `Presence.here` is."""
-    return _command('host_name', this_host(), place_of(root), _SILENCE_MS)
+    return store.host_name(this_host(), place_of(root), _SILENCE_MS)
 
 
 def arrive(town: Town, url: str, wait: Callable[[float], None] = time.sleep) -> Presence:
@@ -114,7 +110,7 @@ def arrive(town: Town, url: str, wait: Callable[[float], None] = time.sleep) -> 
     presence = Presence(this_host(), new_id(), place_of(town.root), url)
     for left in reversed(range(2 * SILENCE_SECS + 2)):
         try:
-            town.store.call(presence.here())
+            town.store.call(presence.here(town.store))
             break
         except Conflict as e:
             if not left:
@@ -146,8 +142,7 @@ def await_start(call: Call, host: str, order: str, agent: str, agent_id: str) ->
     """
     if (yield from _answered(call, host, order, PATIENCE_SECS)):
         return
-    withdrawn = yield Command(None, ('XDEL', call.store.prefix + f'host:{host}:orders'.encode(), order))
-    if withdrawn:
+    if (yield call.store.withdraw(host, order)):
         raise HostSilent(f"No townhall of host '{host}' took the order to start '{agent}', so it was withdrawn")
     raise _unsure(host, 'start', agent, agent_id)
 
@@ -160,8 +155,7 @@ def stop_remote(
     Gives '', or since when that host is silent: the agent is Draining then, and stopped when a townhall is there again.
     Raises what the townhall there said, Conflict if that instance runs no more, and Unavailable if it said nothing.
     """
-    order = _command('stop_there', agent, instance, host, why, str(grace), to, _SILENCE_MS)
-    entry, since = map(text, (yield order))
+    entry, since = map(text, (yield call.store.stop_there(agent, instance, host, why, grace, to, _SILENCE_MS)))
     if not since and not (yield from _answered(call, host, entry, grace + PATIENCE_SECS)):
         raise _unsure(host, 'stop', name, agent)
     return since

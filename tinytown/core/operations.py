@@ -18,7 +18,7 @@ from ..auth.audit import AuditSubject
 from ..errors import Forbidden, TownError
 from ..model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
 from ..schema import Parameter, input_schema, output_schema, signature, validate
-from ..state.store import Command, Page, Step
+from ..state.store import Page, Step
 from . import agent_logs, agents, backlog, dead_letters, events, hosts, messages, recovery, tasks, town
 from .town import Call, Town
 
@@ -151,17 +151,16 @@ def call(
 ) -> Step[Any]:
     """The one door: every front end comes through here, so no check can be missed by one of them.
 
-    Checks the caller's scope and rate, validates, runs, and puts the caller's name and idempotency key on every
-    command; every change and every refusal is on record. Gives what the operation gives: a dict of its shape, or a Page
-    (JSON text of that shape). Without a `gate` (`tt`, which acts directly) there is no rate and no record.
+    Checks the caller's scope and rate, and validates: raises TownError at once. The step is what runs then, on a store
+    that is bound to the caller; every change and every refusal is on record. It gives what the operation gives: a dict
+    of its shape, or a Page (JSON text of that shape). Without a `gate` (`tt`, which acts directly) there is no rate and
+    no record.
     """
     enter(by, op.name, op.scope, arguments, gate)
     step = _perform(town, by, op, arguments, validate(op.parameters, arguments), key)
-    if not (gate and op.changes):
-        return (yield from step)
-    return (
-        yield from _on_record(gate.audit, AuditSubject(gate.request_id, gate.address, by, op.name, arguments), step)
-    )
+    if gate and op.changes:
+        return _on_record(gate.audit, AuditSubject(gate.request_id, gate.address, by, op.name, arguments), step)
+    return step
 
 
 def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: CallLimits | None) -> None:
@@ -208,31 +207,14 @@ def _perform(
     town: Town, by: Principal, op: Op, arguments: dict[str, Any], checked: dict[str, Any], key: str
 ) -> Step[Any]:
     """The steps of an operation, which runs once for its idempotency key."""
-    step = op.function(Call(town, by), **checked)
+    name = by.agent_name or by.name
     if not (key and op.changes):
-        return _signed(step, by)
+        return op.function(Call(town, by, town.store.acting_as(name)), **checked)
     scoped = f'{by.name} {op.name} {key}'  # neither an operation nor a key holds a space
     fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     if op.slow:
-        return _once(town, _signed(step, by), scoped, fingerprint)
-    return _signed(step, by, scoped, fingerprint)
-
-
-def _signed(step: Step[Any], by: Principal, key: str = '', fingerprint: str = '') -> Step[Any]:
-    """Passes a step's commands on, with the caller's name and idempotency key on each."""
-    name = by.agent_name or by.name
-    try:
-        command: Command = next(step)
-        while True:
-            command.by, command.key, command.fingerprint = name, key, fingerprint
-            try:
-                reply = yield command
-            except TownError as e:
-                command = step.throw(e)
-            else:
-                command = step.send(reply)
-    except StopIteration as end:
-        return end.value
+        return _once(town, op.function(Call(town, by, town.store.acting_as(name)), **checked), scoped, fingerprint)
+    return op.function(Call(town, by, town.store.acting_as(name, scoped, fingerprint)), **checked)
 
 
 def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:

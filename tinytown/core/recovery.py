@@ -58,7 +58,7 @@ def recover(call: Call) -> Step[Recovered]:
     since; an agent that only has not been heard of, or that runs on another host, is left alone. Refused where the
     name of this host is that of another place.
     """
-    yield hosts.claim_host(call.town.root)
+    yield hosts.claim_host(call.store, call.town.root)
     reply = yield call.store.evidence(LIVE)
     checked, found = reply
     recovered = []

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from .. import config as configuration
 from ..errors import UsageError
@@ -36,15 +36,15 @@ class Town:
         return masked(self.config.redis.url or f'unix://{managed_redis.socket_path(self.root)}')
 
 
-class Call(NamedTuple):
-    """What every operation is given: the town, and who asks."""
+class Call:
+    """What every operation is given: the town, who asks, and the store, which the door binds to them."""
 
-    town: Town
-    by: Principal
+    __slots__ = ('by', 'store', 'town')
 
-    @property
-    def store(self) -> Store:
-        return self.town.store
+    def __init__(self, town: Town, by: Principal, store: Store | None = None) -> None:
+        self.town = town
+        self.by = by
+        self.store = store or town.store
 
     @property
     def config(self) -> Config:

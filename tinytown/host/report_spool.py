@@ -64,16 +64,11 @@ def waiting(root: Path, agent_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield file, report
 
 
-def deliver(store: Store, report: dict[str, Any], by: str = '') -> Step[str]:
-    """Delivers a report; what came of it, for a log. One that comes too late is refused, and done with all the same.
-
-    `by` is who it is from, where the door does not say who asks.
-    """
+def deliver(store: Store, report: dict[str, Any]) -> Step[str]:
+    """Delivers a report; what came of it, for a log. One that comes too late is refused, and done with all the same."""
     result, error = (json.dumps(report[part], ensure_ascii=False) for part in ('result', 'error'))
-    finish = store.finish(report['task'], report['attempt'], report['outcome'], result, error)
-    finish.by = by
     try:
-        reply = yield finish
+        reply = yield store.finish(report['task'], report['attempt'], report['outcome'], result, error)
     except (Conflict, NotFound) as e:
         return f'task {report["task"]}: report refused: {e.detail}'
     return f'task {report["task"]}: {text(reply[1])}' + (' already' if reply[0] == b'already' else '')

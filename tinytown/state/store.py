@@ -140,7 +140,7 @@ def _with_used(prelude: list[tuple[str, str, set[str]]], body: str) -> str:
 
 
 class Command:
-    """One round trip: a script with its arguments, or a plain command. `by` and `key` are set by the door.
+    """One round trip: a script with its arguments, or a plain command.
 
     `by` names who asks, for the records; `key` and `fingerprint` are the idempotency key and what it stands for;
     `block` is how many seconds Redis may take beyond its usual ones.
@@ -148,13 +148,21 @@ class Command:
 
     __slots__ = ('args', 'block', 'by', 'fingerprint', 'key', 'script')
 
-    def __init__(self, script: Script | None, args: tuple[Part, ...], block: float = 0) -> None:
+    def __init__(
+        self,
+        script: Script | None,
+        args: tuple[Part, ...],
+        block: float = 0,
+        by: str = '',
+        key: str = '',
+        fingerprint: str = '',
+    ) -> None:
         self.script = script
         self.args = args
         self.block = block
-        self.by = ''
-        self.key = ''
-        self.fingerprint = ''
+        self.by = by
+        self.key = key
+        self.fingerprint = fingerprint
 
     def pack(self, store: Store, whole: bool = False) -> bytes:
         """The bytes for Redis; `whole` sends the text of the script and not its digest."""
@@ -197,8 +205,15 @@ class Store:
         self.address = address
         self.prefix = f'tt:{{{town}}}:'.encode()
         self.events = events
+        self._by = self._key = self._fingerprint = ''
         self._local = threading.local()
         self._heads: dict[tuple[str, int], bytes] = {}
+
+    def acting_as(self, by: str, key: str = '', fingerprint: str = '') -> Store:
+        """This store, connections and all, for one who asks: every command that it makes carries these."""
+        view = Store.__new__(Store)
+        view.__dict__.update(self.__dict__, _by=by, _key=key, _fingerprint=fingerprint)
+        return view
 
     def head(self, script: Script, count: int) -> bytes:
         """How a call of a script with so many arguments begins, packed."""
@@ -209,15 +224,11 @@ class Store:
                 self._heads[script.name, count] = head
         return head
 
-    def run(self, step: Step[T], by: str = '') -> T:
-        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable.
-
-        `by` is who asks, where the commands do not say so.
-        """
+    def run(self, step: Step[T]) -> T:
+        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable."""
         try:
             command = next(step)
             while True:
-                command.by = command.by or by
                 try:
                     reply = self.call(command)
                 except TownError as e:
@@ -267,7 +278,7 @@ class Store:
     # One line each; what a script takes and gives stands above it in scripts.lua.
 
     def _script(self, name: str, *args: Part) -> Command:
-        return Command(scripts()[name], args)
+        return Command(scripts()[name], args, 0, self._by, self._key, self._fingerprint)
 
     def ping(self) -> Command:
         return Command(None, ('PING',))
@@ -471,8 +482,34 @@ class Store:
     def forget(self, age_ms: int, most: int) -> Command:
         return self._script('forget', age_ms, most)
 
+    # hosts
+
+    def host_here(self, host: str, token: str, place: str, url: str, silence_ms: int) -> Command:
+        return self._script('host_here', host, token, place, url, silence_ms)
+
+    def host_name(self, host: str, place: str, silence_ms: int) -> Command:
+        return self._script('host_name', host, place, silence_ms)
+
+    def host_gone(self, host: str, token: str) -> Command:
+        return self._script('host_gone', host, token)
+
     def hosts(self, silence_ms: int, host: str = '') -> Command:
         return self._script('hosts', silence_ms, host)
+
+    def stop_there(
+        self, agent: str, instance: str, host: str, why: str, grace: float, to: str, silence_ms: int
+    ) -> Command:
+        return self._script('stop_there', agent, instance, host, why, str(grace), to, silence_ms)
+
+    def withdraw(self, host: str, order: str) -> Command:
+        """Takes an order back; the reply says whether it was still there."""
+        return Command(None, ('XDEL', self.prefix + f'host:{host}:orders'.encode(), order))
+
+    def order_take(self, host: str, token: str, order: str, starter: str) -> Command:
+        return self._script('order_take', host, token, order, starter)
+
+    def order_done(self, host: str, order: str, code: str, status: int, detail: str) -> Command:
+        return self._script('order_done', host, order, code, status, detail)
 
     # dead letters
 

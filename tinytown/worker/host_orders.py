@@ -63,7 +63,7 @@ class HostOrders(threading.Thread):
         for entry, order in hosts.fields(store.call(hosts.orders(store, host, block_ms))):
             if self._over.is_set():
                 return
-            answer = text(store.call(hosts.take_order(self._presence, entry, identify(os.getpid()).line))[0])
+            answer = text(store.call(hosts.take_order(store, self._presence, entry, identify(os.getpid()).line))[0])
             if answer != 'gone':
                 work = threading.Thread(target=self._carry_out, args=(entry, order, answer), daemon=True)
                 work.name = f'steward-{order["agent"]}'
@@ -73,20 +73,21 @@ class HostOrders(threading.Thread):
         """Does what an order says, and tells what came of it. `answer` is that of its taking."""
         store, error = self.town.store, None
         try:
-            store.run(self._step(order, answer), order['by'] or HOST_ORDERS)
+            store.run(self._step(order, answer))
         except TownError as e:
             error = e
         except Exception as e:  # whatever it is: the one who waits is told
             error = Internal(f'a fault of ours: {e!r}')
             say(HOST_ORDERS, error.detail, 'error', e)
         try:
-            store.call(hosts.done(self._presence.host, entry, error))
+            store.call(hosts.done(store, self._presence.host, entry, error))
         except TownError as e:
             say(HOST_ORDERS, f'could not say what came of an order: {e.detail}', 'warning')
         store.close()
 
     def _step(self, order: Order, answer: str) -> Step[None]:
-        call = Call(self.town, Principal(order['by'] or HOST_ORDERS, ALL_SCOPES))
+        by = order['by'] or HOST_ORDERS
+        call = Call(self.town, Principal(by, ALL_SCOPES), self.town.store.acting_as(by))
         if order['verb'] == 'forget':
             report_spool.forget(self.town.root, order['agent'])
         elif order['verb'] == 'stop':

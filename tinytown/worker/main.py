@@ -308,7 +308,8 @@ class Worker:
 
     def _deliver(self, file: Path | None, report: dict[str, Any]) -> None:
         def once() -> str:
-            return self.town.store.run(report_spool.deliver(self.town.store, report, self.name or self.id))
+            store = self.town.store.acting_as(self.name or self.id)
+            return store.run(report_spool.deliver(store, report))
 
         self.note(self._insist(once))
         if file:

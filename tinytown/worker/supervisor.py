@@ -29,7 +29,7 @@ from ..host import report_spool
 from ..host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from ..model import new_id
 from ..say import say
-from ..state.store import Command, text
+from ..state.store import text
 
 TICK_SECS: Final = 1.0
 LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it
@@ -72,6 +72,7 @@ class Supervisor(threading.Thread):
     ) -> None:
         super().__init__(name='caretaker', daemon=True)
         self.town = town
+        self._store = town.store.acting_as(SUPERVISOR)
         self._clock = clock
         self._start_worker = start
         self._token = new_id()
@@ -94,10 +95,10 @@ class Supervisor(threading.Thread):
             self._guard(self._look)
             reap()
         for what in ('', this_host()):  # else another takes over in a while
-            self._guard(self._do, self.town.store.care_no_more(self._token, what))
+            self._guard(self._store.call, self._store.care_no_more(self._token, what))
         if self._presence:
-            self._guard(self._do, self._presence.gone())
-        self.town.store.close()
+            self._guard(self._store.call, self._presence.gone(self._store))
+        self._store.close()
 
     def _look(self) -> None:
         self.tick(self._clock())
@@ -113,11 +114,11 @@ class Supervisor(threading.Thread):
     def tick(self, now: float) -> None:
         """One look at the town, and what follows from it. Raises TownError when Redis is away."""
         if self._presence:
-            self._do(self._presence.here())
+            self._store.call(self._presence.here(self._store))
         duties = self._is_mine('', now), self._is_mine(this_host(), now)
         if not any(duties):
             return
-        workers, leases, delayed, crashed = self._do(self.town.store.vitals())
+        workers, leases, delayed, crashed = self._store.call(self._store.vitals())
         if now - self._looked > GAP_SECS or duties != self._duties:
             self._begin(now)
         self._looked, self._duties = now, duties
@@ -135,7 +136,7 @@ class Supervisor(threading.Thread):
         """Whether this caretaker looks after a host ('': the town); it takes over from one whose count has stopped."""
         rival, since = self._rivals.get(what, (('', ''), 0.0))
         stale = rival if now - since >= TAKE_OVER_SECS else ('', '')
-        token, count = map(text, self._do(self.town.store.care(self._token, what, *stale)))
+        token, count = map(text, self._store.call(self._store.care(self._token, what, *stale)))
         if token != rival[0]:
             who = 'this caretaker' if token == self._token else 'another caretaker'
             say(SUPERVISOR, f'{who} looks after {f"host {what}" if what else "the town"}', 'debug')
@@ -170,9 +171,8 @@ class Supervisor(threading.Thread):
     def _bury(self, agent_id: str, name: str, instance: str) -> None:
         """Ends what a dead worker has left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
-        store = self.town.store
-        store.run(
-            report_spool.deliver_all(store, self.town.root, agent_id), SUPERVISOR
+        self._store.run(
+            report_spool.deliver_all(self._store, self.town.root, agent_id)
         )  # finished work is not done again
         self._died(agent_id, instance, 'its process died')
         say(SUPERVISOR, f"the worker of '{name}' died; what it held is queued again")
@@ -181,7 +181,7 @@ class Supervisor(threading.Thread):
         """Frees what a process held that is no more; by policy the agent is to be started again."""
         settings = self.town.config.agent
         again = 0 if settings.restart == 'never' else settings.restart_cap
-        self._do(self.town.store.died(agent_id, instance, why, settings.retry_backoff_secs, again))
+        self._store.call(self._store.died(agent_id, instance, why, settings.retry_backoff_secs, again))
 
     def _judge_leases(self, rows: list[list[bytes]], silent: dict[str, float], now: float) -> None:
         """Takes a task from a holder that has not been heard of for a lease."""
@@ -194,7 +194,7 @@ class Supervisor(threading.Thread):
                 pauses = self.town.config.agent.retry_backoff_secs
                 quiet = f'its holder has not been heard of for {silence[task]:.0f} s'
                 say(SUPERVISOR, f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', task_id=task)
-                self._do(self.town.store.expire(task, attempt, beats, to, pauses))
+                self._store.call(self._store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
         """Queues the tasks whose pause between two attempts is over."""
@@ -202,7 +202,7 @@ class Supervisor(threading.Thread):
         for task, waited in self._pauses.look(pauses.items(), now).items():
             if waited >= pauses[task]:
                 say(SUPERVISOR, f'task {task} is queued again after a pause of {waited:.0f} s', 'debug', task_id=task)
-                self._do(self.town.store.due(task))
+                self._store.call(self._store.due(task))
 
     def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
         """Starts the agents again that crashed here and whose policy says so, after a pause that grows."""
@@ -221,7 +221,7 @@ class Supervisor(threading.Thread):
         """Starts a crashed agent. A start that fails is one more crash, with its pause, and counts for the cap."""
         instance = new_id()
         us = identify(os.getpid()).line
-        self._do(self.town.store.restarting(agent_id, self.town.config.max_agents, instance, us, (this_host(),)))
+        self._store.call(self._store.restarting(agent_id, self.town.config.max_agents, instance, us, (this_host(),)))
         try:
             self._start_worker(self.town, agent_id, name, instance)
         except Exception:
@@ -233,7 +233,7 @@ class Supervisor(threading.Thread):
     def _forget_old(self, now: float) -> None:
         """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
         age = self.town.config.retention.finished_tasks_days * 86_400_000
-        if self._do(self.town.store.forget(age, MAX_FORGOTTEN))[0] < MAX_FORGOTTEN:
+        if self._store.call(self._store.forget(age, MAX_FORGOTTEN))[0] < MAX_FORGOTTEN:
             self._forget_at = now + RETENTION_SECS
 
     # ---------------------------------------------------------------------------------------------------- running
@@ -245,7 +245,7 @@ class Supervisor(threading.Thread):
 
         def work() -> None:
             self._guard(what, *arguments)
-            self.town.store.close()
+            self._store.close()
 
         self._under_way = {agent: thread for agent, thread in self._under_way.items() if thread.is_alive()}
         self._under_way[key] = threading.Thread(target=work, name=f'caretaker-{key}', daemon=True)
@@ -265,10 +265,6 @@ class Supervisor(threading.Thread):
         if what != self._said:
             self._said = what
             say(SUPERVISOR, what, 'error' if error else 'warning', error)
-
-    def _do(self, command: Command) -> Any:
-        command.by = SUPERVISOR
-        return self.town.store.call(command)
 
 
 def _is_stillborn(starter: str, instance: str) -> bool:
