@@ -89,7 +89,7 @@ class Stage:
         store, agent, instance = self.place.store, new_id(), new_id()
         record = {'id': agent, 'name': name, 'nickname': None, 'role_id': 'worker', 'parent_agent_id': None}
         head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'}, separators=(',', ':'))[:-1]
-        born = store.register(agent, name, head, 1000, 'demo', 0, instance)
+        born = store.register(agent, name, head, 1000, 0, instance)
         return born, store.hello(agent, instance, 'elsewhere', 'boot', 7, '1')
 
     def _finished(self, number: int) -> tuple[Command, Command]:

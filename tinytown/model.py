@@ -1,4 +1,7 @@
-"""The nouns of a town: states and their legal transitions, ids, times, and the vocabulary of argument types."""
+"""The nouns of a town: states and their legal transitions, ids, times, callers; and how they are told.
+
+That is the vocabulary of argument types, the shapes of answers, and JSON.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,6 @@ STEERING: Final[dict[str, Steering]] = {
 
 CONDUCTOR_ID: Final = '00000000-0000-0000-0000-000000000001'
 CONDUCTOR_NAMES: Final = frozenset({'supervisor', 'conductor', CONDUCTOR_ID})
-ROLES: Final = ('default', 'worker', 'reviewer', 'researcher', 'runner')
 
 UUID_PATTERN: Final = r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}'
 

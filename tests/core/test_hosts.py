@@ -478,7 +478,7 @@ def register(place: Place, name: str, within: int) -> tuple[str, str]:
     agent, instance = new_id(), new_id()
     head = f'{{"id":"{agent}","name":"{name}","role_id":null'
     where = ('far', within, 60_000)
-    reply = place.store.call(place.store.register(agent, name, head, 9, 'demo', 0, instance, 'x', where))
+    reply = place.store.call(place.store.register(agent, name, head, 9, 0, instance, 'x', where))
     return agent, text(reply[1])
 
 

@@ -301,7 +301,7 @@ def test_a_start_of_two_ids_is_ambiguous_and_three_characters_mean_nothing(groun
     ids = ['abcd1111' + new_id()[8:], 'abcd2222' + new_id()[8:]]
     for number, agent_id in enumerate(ids):
         head = f'{{"id":"{agent_id}","name":"n{number}","cli":"demo"'
-        ground.store.call(ground.store.register(agent_id, f'n{number}', head, 9, 'demo', 0, new_id()))
+        ground.store.call(ground.store.register(agent_id, f'n{number}', head, 9, 0, new_id()))
     with pytest.raises(Conflict) as caught:
         ground.do('agent.interrupt', agent='abcd')
     assert caught.value.code == 'ambiguous-agent'
@@ -339,7 +339,7 @@ def test_only_live_agents_count_against_the_limit(ground: Place) -> None:
     def register(name: str, most: int = 2) -> str:
         agent_id = new_id()
         head = f'{{"id":"{agent_id}","name":"{name}","cli":"demo"'
-        ground.store.call(ground.store.register(agent_id, name, head, most, 'demo', 0, new_id()))
+        ground.store.call(ground.store.register(agent_id, name, head, most, 0, new_id()))
         return agent_id
 
     first = register('a')
@@ -822,7 +822,7 @@ def many_agents(place: Place) -> list[str]:
     pipeline(
         place,
         [
-            place.store.register(each, f'n{i}', json.dumps({'id': each, 'name': f'n{i}'})[:-1], 50, 'demo', 0, new_id())
+            place.store.register(each, f'n{i}', json.dumps({'id': each, 'name': f'n{i}'})[:-1], 50, 0, new_id())
             for i, each in enumerate(agents)
         ],
     )
@@ -1046,9 +1046,7 @@ def test_a_list_is_one_round_trip_and_its_cost_does_not_follow_the_history(
     pipeline(
         ground,
         [
-            ground.store.register(
-                each, f'n{i}', json.dumps({'id': each, 'name': f'n{i}'})[:-1], 100, 'demo', 0, new_id()
-            )
+            ground.store.register(each, f'n{i}', json.dumps({'id': each, 'name': f'n{i}'})[:-1], 100, 0, new_id())
             for i, each in enumerate(agents)
         ],
     )

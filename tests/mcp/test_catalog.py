@@ -162,7 +162,7 @@ def add_agents(client: Client, *names: str) -> None:
         head = json.dumps({'id': name * 36, 'name': name, 'role_id': 'reviewer' if name == 'r' else None})[:-1]
         head += ',"nickname":null,"parent_agent_id":null,"spawn_mode":"fresh","cli":"demo"'
         agent = f'{name * 8}-0000-4000-8000-000000000000'
-        client.place.store.call(client.place.store.register(agent, name, head, 100, 'demo', 0, agent))
+        client.place.store.call(client.place.store.register(agent, name, head, 100, 0, agent))
 
 
 def test_an_agent_that_is_not_there_is_answered_with_those_that_are(client: Client) -> None:

@@ -216,7 +216,7 @@ def add_agent(place: Place, name: str) -> str:
     agent = new_id()
     record = {'id': agent, 'name': name, 'nickname': None, 'role_id': None, 'parent_agent_id': None}
     head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'})[:-1]
-    place.store.call(place.store.register(agent, name, head, 10, 'demo', 0, new_id()))
+    place.store.call(place.store.register(agent, name, head, 10, 0, new_id()))
     return agent
 
 

@@ -236,7 +236,7 @@ def enlist(
     rounds = call.config.agent.max_rounds if max_rounds is None else max_rounds
     us = identify(os.getpid()).line
     where = hosts.where(call, host)
-    reply = yield call.store.register(agent_id, name, head, call.config.max_agents, chosen, rounds, instance, us, where)
+    reply = yield call.store.register(agent_id, name, head, call.config.max_agents, rounds, instance, us, where)
     yield from _bring_up(call, host, text(reply[1]), agent_id, name, instance, start, unmake)
     return spawned
 

@@ -1,4 +1,4 @@
-"""Recovery: what to do when processes are gone and their work is not."""
+"""Recovery: what to do when processes are gone and their work is not; and how a town begins anew."""
 
 from __future__ import annotations
 

@@ -413,11 +413,11 @@ if owner ~= A[1] then return refuse('town-name-taken', owner) end
 return {1, owner}
 
 -- @script register
--- A new agent, state Starting. A: id, name, json head, most live agents, cli, most rounds, instance that will run it,
+-- A new agent, state Starting. A: id, name, json head, most live agents, most rounds, instance that will run it,
 -- the process that starts it, its host; and if a townhall there is to start it: ms within which, and after which it is
 -- silent. Returns {1, id, that order or ''}.
 -- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
-local id, name, head, max, cli, rounds, instance, starter, host, within, silence = unpack(A)
+local id, name, head, max, rounds, instance, starter, host, within, silence = unpack(A)
 local why = within and refuse_host(host, silence)
 if why then return why end
 if redis.call('HEXISTS', P .. 'names', string.lower(name)) == 1 then return refuse('name-taken', name) end
@@ -425,7 +425,7 @@ if redis.call('ZCARD', P .. 'live') >= tonumber(max) then return refuse('max-age
 redis.call('HSET', P .. 'names', string.lower(name), id)
 redis.call('ZADD', P .. 'ids', 0, id)
 redis.call('ZADD', P .. 'agents', BIRTH, id)
-redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'cli', cli, 'max_rounds', rounds, 'rounds', '0',
+redis.call('HSET', P .. 'agent:' .. id, 'j', head, 'name', name, 'max_rounds', rounds, 'rounds', '0',
   'done', '0', 'restarts', '0', 'crashes', '0', 'beats', '0', 'instance', instance, 'starter', starter, 'beat', '', 'pid', '', 'host', host, 'task', '', 'born', BIRTH)
 set_agent(id, 'state', 'Starting')
 event('agent.registered', nil, 'agent_id', id, 'agent_name', name)

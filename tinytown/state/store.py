@@ -7,7 +7,7 @@ Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster t
     ids                  zset    agent ids, all of score 0, for look-up by the start of an id
     agents               zset    agent ids by birth
     live                 zset    those in a live state, by birth
-    agent:<id>           hash    j m name state instance starter host boot pid start beat beats idle task last cli
+    agent:<id>           hash    j m name state instance starter host boot pid start beat beats idle task last
                                  max_rounds rounds done restarts crashes born; j is immutable JSON with its brace left
                                  open, m the rendered rest
     agent:<id>:running   set     tasks that its process has taken
@@ -300,13 +300,12 @@ class Store:
         name: str,
         head: str,
         most: int,
-        cli: str,
         rounds: int,
         instance: str,
         starter: str = '',
         where: tuple[Part, ...] = NOWHERE,
     ) -> Command:
-        return self._script('register', agent, name, head, most, cli, rounds, instance, starter, *where)
+        return self._script('register', agent, name, head, most, rounds, instance, starter, *where)
 
     def restarting(
         self, ref: str, most: int, instance: str, starter: str = '', where: tuple[Part, ...] = NOWHERE
