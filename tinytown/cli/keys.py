@@ -20,8 +20,8 @@ from ..errors import TownError, UsageError
 from ..host.managed_redis import private_directory
 from ..model import ADMIN, READ
 from ..toml_edit import change
-from .lifecycle import Add, live_townhalls, report, tell_townhalls
-from .parser import acts_here, town_root
+from .lifecycle import live_townhalls, report, tell_townhalls
+from .parser import Command, acts_here, argument, town_root
 from .ping import ask
 
 if TYPE_CHECKING:
@@ -31,30 +31,26 @@ _MODE: Final = 'townhall.auth.mode'
 _UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
 
 
-def add_key_commands(add: Add) -> None:
-    """Adds what makes and manages keys to a command line."""
-    for words, summary in (
-        ('generate-api-key', 'Make an API key that may do everything; it is shown once'),
-        ('auth gen-key', 'The same as generate-api-key'),
-    ):
-        generate = add('access', words, summary, _generate)
-        generate.add_argument('--write', action='store_true', help=_WRITE)
-        generate.add_argument('--to', metavar='FILE', type=Path, help=_TO)
-    create = add('access', 'key create', 'Make an API key; it is shown once', _create)
-    create.add_argument('--scopes', metavar='LIST', default=READ, help='what it may do, as town.read,town.write')
-    create.add_argument('--expires', metavar='WHEN', help='90d, 12h, or a time as 2027-01-31T12:00:00Z')
-    create.add_argument('--note', metavar='TEXT', help='what it is for')
-    create.add_argument('--write', action='store_true', help=_WRITE)
-    create.add_argument('--to', metavar='FILE', type=Path, help=_TO)
-    add('access', 'key list', 'List the keys of this town', _list)
-    for word, summary, run in (
-        ('rotate', 'Replace a key by a new one of the same id; the old one ends at once', _rotate),
-        ('revoke', 'Remove a key; it ends at once', _revoke),
-    ):
-        add('access', f'key {word}', summary, run).add_argument('id', metavar='ID', help='see tt key list')
+def key_commands() -> Iterator[Command]:
+    """What makes and manages keys."""
+    write = argument('--write', action='store_true', help='write it into tinytown.toml, and turn keys on')
+    to = argument('--to', metavar='FILE', type=Path, help=_TO)
+    yield Command('access', 'generate-api-key', _GENERATE, _generate, (write, to))
+    yield Command('access', 'auth gen-key', 'The same as generate-api-key', _generate, (write, to))
+    entry = (
+        argument('--scopes', metavar='LIST', default=READ, help='what it may do, as town.read,town.write'),
+        argument('--expires', metavar='WHEN', help='90d, 12h, or a time as 2027-01-31T12:00:00Z'),
+        argument('--note', metavar='TEXT', help='what it is for'),
+    )
+    yield Command('access', 'key create', 'Make an API key; it is shown once', _create, (*entry, write, to))
+    yield Command('access', 'key list', 'List the keys of this town', _list)
+    key = argument('id', metavar='ID', help='see tt key list')
+    yield Command('access', 'key rotate', _ROTATE, _rotate, (key,))
+    yield Command('access', 'key revoke', 'Remove a key; it ends at once', _revoke, (key,))
 
 
-_WRITE: Final = 'write it into tinytown.toml, and turn keys on'
+_GENERATE: Final = 'Make an API key that may do everything; it is shown once'
+_ROTATE: Final = 'Replace a key by a new one of the same id; the old one ends at once'
 _TO: Final = 'write the key into a file (mode 0600) that only you may read, and do not show it'
 
 

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -46,38 +46,39 @@ from ..state.store import Step
 from ..toml_edit import change, to_toml
 from . import doctor
 from .format import as_json, counted
-from .parser import Parser, acts_here, open_meant, town_root
+from .parser import Command, acts_here, argument, open_meant, town_root
 
 TOWNHALL_START_SECS: Final = 10.0
-Add = Callable[[str, str, str, Callable[[argparse.Namespace], int]], Parser]
 # The settings that `tt init` is given, and its flags.
 _INIT_FLAGS: Final = {'default_cli': 'cli', 'redis.url': 'redis_url', 'host': 'host'}
 # What only an agent's run sees, and not a townhall that is started in it.
 _AGENTS_OWN: Final = frozenset({'TINYTOWN_AGENT_ID', 'TINYTOWN_AGENT_NAME', 'TINYTOWN_TASK_ID', 'TINYTOWN_ATTEMPT'})
 
 
-def add_town_commands(add: Add) -> None:
-    """Adds what makes, opens, closes and configures a town to a command line."""
-    init = add('town', 'init', 'Make a town in this directory', _init)
-    init.add_argument('--name', help='its name (default: that of the directory)')
-    init.add_argument('--cli', metavar='NAME', help='default_cli: what agents run that name none')
-    init.add_argument('--redis-url', metavar='URL', help='redis.url: a Redis of yours, which several hosts may share')
-    init.add_argument('--host', metavar='NAME', help='host: what this host is called (default: as the system does)')
-    init.add_argument('--join', action='store_true', help='make this a further host of the town that its Redis holds')
-    add('town', 'start', 'Start Redis and townhall, detached', _start)
-    stop = add('town', 'stop', 'Stop townhall and the workers', _stop)
-    stop.add_argument('--redis', action='store_true', help='the managed Redis too')
-    mender = add('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor)
-    mender.add_argument('--fix', action='store_true', help='mend what is found')
-    config = add('town', 'config', 'Show the configuration, or show or change one setting', _config)
-    config.add_argument('key', nargs='?', help='a setting, as townhall.rest_port')
-    config.add_argument('value', nargs='?', help='its new value')
+def town_commands() -> Iterator[Command]:
+    """What makes, opens, closes and configures a town."""
+    flags = (
+        argument('--name', help='its name (default: that of the directory)'),
+        argument('--cli', metavar='NAME', help='default_cli: what agents run that name none'),
+        argument('--redis-url', metavar='URL', help='redis.url: a Redis of yours, which several hosts may share'),
+        argument('--host', metavar='NAME', help='host: what this host is called (default: as the system does)'),
+        argument('--join', action='store_true', help='make this a further host of the town that its Redis holds'),
+    )
+    yield Command('town', 'init', 'Make a town in this directory', _init, flags)
+    yield Command('town', 'start', 'Start Redis and townhall, detached', _start)
+    redis = argument('--redis', action='store_true', help='the managed Redis too')
+    yield Command('town', 'stop', 'Stop townhall and the workers', _stop, (redis,))
+    fix = argument('--fix', action='store_true', help='mend what is found')
+    yield Command('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor, (fix,))
+    key = argument('key', nargs='?', help='a setting, as townhall.rest_port')
+    value = argument('value', nargs='?', help='its new value')
+    yield Command('town', 'config', 'Show the configuration, or show or change one setting', _config, (key, value))
 
 
-def add_other_commands(add: Add) -> None:
-    """Adds what runs workers on this machine to a command line."""
-    worker = add('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker)
-    worker.add_argument('name', metavar='NAME', help='an agent that has no process')
+def worker_command() -> Command:
+    """What runs workers on this machine."""
+    name = argument('name', metavar='NAME', help='an agent that has no process')
+    return Command('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker, (name,))
 
 
 def wants_json(arguments: argparse.Namespace) -> bool:

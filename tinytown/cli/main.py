@@ -9,8 +9,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from ..schema import Parameter, validate
 from . import keys, lifecycle, ping
 from .backends import Backend, Local, Remote
 from .format import format_answer
-from .parser import Parser, complain, end_streams, note, open_meant, ready_streams
+from .parser import Command, Parser, argument, complain, end_streams, note, open_meant, ready_streams
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(_meant(argv)).parse_args(argv)
     except SystemExit:
         return 0  # --help or --version was answered; what is wrong is a UsageError
     status: int = arguments.run(arguments)
@@ -72,8 +72,49 @@ def _run(argv: list[str] | None) -> int:
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
-def build_parser() -> Parser:
-    """The whole command line. Global options are taken before and after the command."""
+def _meant(argv: list[str] | None) -> list[Command]:
+    """The command that is asked for, since parsers take long to build; all for the help and for words that are none."""
+    commands = list(_commands())
+    try:
+        words = _shared().parse_known_args(argv)[1]
+    except UsageError:
+        return commands
+    return [each for each in commands if words[: each.words.count(' ') + 1] == each.words.split()] or commands
+
+
+def build_parser(commands: Iterable[Command] | None = None) -> Parser:
+    """The command line of these commands, or of all. Global options are taken before and after the command."""
+    commands = list(_commands() if commands is None else commands)
+    top = Parser(
+        prog='tt',
+        usage='tt [OPTION …] COMMAND …',
+        parents=[_shared()],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_overview(commands),
+        epilog='tt COMMAND --help tells more of a command. Options may stand before and after it.',
+    )
+    top.add_argument('--version', action='version', version=f'tt {__version__}', help='show the version and exit')
+    groups: dict[str, Any] = {
+        '': top.add_subparsers(metavar='COMMAND', required=True, parser_class=Parser, prog='tt', help=argparse.SUPPRESS)
+    }
+    for command in commands:
+        group, _, word = command.words.rpartition(' ')
+        if group not in groups:
+            parent = groups[''].add_parser(group, parents=[_shared()])
+            groups[group] = parent.add_subparsers(
+                metavar='COMMAND', required=True, parser_class=Parser, prog=f'tt {group}', title='commands'
+            )
+        summary = command.summary
+        made = groups[group].add_parser(word, parents=[_shared()], help=_clipped(summary), description=summary)
+        made.set_defaults(run=command.run)
+        for add in command.takes:
+            add(made)
+    return top
+
+
+@cache
+def _shared() -> Parser:
+    """The options of every command."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
@@ -82,43 +123,23 @@ def build_parser() -> Parser:
     shared.add_argument('--url', help='act on the townhall at this URL')
     shared.add_argument('--api-key-file', metavar='F', help='file that holds the key for --url')
     shared.add_argument('--verbose', action='store_true', help='say on which town it acts')
-    top = Parser(
-        prog='tt',
-        usage='tt [OPTION …] COMMAND …',
-        parents=[shared],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='tt COMMAND --help tells more of a command. Options may stand before and after it.',
-    )
-    top.add_argument('--version', action='version', version=f'tt {__version__}', help='show the version and exit')
-    commands = top.add_subparsers(
-        metavar='COMMAND', required=True, parser_class=Parser, prog='tt', help=argparse.SUPPRESS
-    )
-    groups: dict[str, Any] = {'': commands}
-    listed: dict[str, list[tuple[str, str]]] = {topic: [] for topic in _TOPICS}
+    return shared
 
-    def add(topic: str, words: str, summary: str, run: Callable[[argparse.Namespace], int]) -> Parser:
-        group, _, word = words.rpartition(' ')
-        if group not in groups:
-            parent = commands.add_parser(group, parents=[shared])
-            groups[group] = parent.add_subparsers(
-                metavar='COMMAND', required=True, parser_class=Parser, prog=f'tt {group}', title='commands'
-            )
-        command: Parser = groups[group].add_parser(word, parents=[shared], help=_clipped(summary), description=summary)
-        command.set_defaults(run=run)
-        listed[topic].append((words, _clipped(summary)))
-        return command
 
-    lifecycle.add_town_commands(add)
+def _commands() -> Iterator[Command]:
+    """Every command."""
+    yield from lifecycle.town_commands()
+    beyond = _beyond()
     for op in OPERATIONS:
-        command = add(op.name.partition('.')[0], op.cli, op.summary, partial(_operate, op=op))
-        for parameter in op.parameters.values():
-            _add_argument(command, op, parameter)
-    _extend(add, groups)
-    lifecycle.add_other_commands(add)
-    keys.add_key_commands(add)
-    ping.add_ping_command(add)
-    top.description = _overview(listed)
-    return top
+        run, *more = beyond.get(op.cli, (None,))
+        takes = (partial(_add_parameters, op=op), *more)
+        yield Command(op.name.partition('.')[0], op.cli, op.summary, run or partial(_operate, op=op), takes)
+    yield Command('events', 'top', 'Show the agents and what they do, as it happens', _top)
+    agent = argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one that asks)')
+    yield Command('task', 'task current', 'Show the task that an agent works on', _current_task, (agent,))
+    yield lifecycle.worker_command()
+    yield from keys.key_commands()
+    yield ping.ping_command()
 
 
 def _clipped(summary: str) -> str:
@@ -129,12 +150,18 @@ def _clipped(summary: str) -> str:
     return textwrap.shorten(line, 58, placeholder=' …')
 
 
-def _overview(listed: dict[str, list[tuple[str, str]]]) -> str:
+def _overview(commands: list[Command]) -> str:
     """Every command with its summary, by topic."""
     parts = ['Runs a town of AI coding agents.']
-    for topic, commands in listed.items():
-        parts.append('\n'.join([f'{_TOPICS[topic]}:', *(f'  {words:19} {summary}' for words, summary in commands)]))
+    for topic, title in _TOPICS.items():
+        lines = [f'  {each.words:19} {_clipped(each.summary)}' for each in commands if each.topic == topic]
+        parts.append('\n'.join([f'{title}:', *lines]))
     return '\n\n'.join(parts)
+
+
+def _add_parameters(command: Parser, op: Op) -> None:
+    for parameter in op.parameters.values():
+        _add_argument(command, op, parameter)
 
 
 def _add_argument(command: Parser, op: Op, parameter: Parameter) -> None:
@@ -185,39 +212,34 @@ def _explanation(schema: dict[str, Any]) -> str:
     return f'one of {", ".join(schema["enum"])}' if 'enum' in schema else ''
 
 
-def _extend(add: Callable[..., Parser], groups: dict[str, Any]) -> None:
-    """What some commands can do beyond their row."""
-    choices = groups[''].choices
-    spawn, inbox, wait, reclaim = (choices[word] for word in ('spawn', 'inbox', 'wait', 'reclaim'))
-    spawn.add_argument('--foreground', action='store_true', help='run the worker here, until it stops')
-    spawn.set_defaults(run=_spawn)
-    inbox.add_argument('--all', action='store_true', help='the mailboxes of all agents and the conductor')
-    inbox.set_defaults(run=_inbox)
-    wait.set_defaults(run=_wait)
+def _beyond() -> dict[str, tuple[Any, ...]]:
+    """What some commands do beyond their row: the function that runs them, and what else they take."""
+    return {
+        'spawn': (_spawn, argument('--foreground', action='store_true', help='run the worker here, until it stops')),
+        'inbox': (_inbox, argument('--all', action='store_true', help='the mailboxes of all agents and the conductor')),
+        'wait': (_wait,),
+        'reclaim': (_reclaim, _add_orphan_flags),
+        'events': (
+            _events,
+            argument('-f', '--follow', action='store_true', help='go on, with what happens from now on'),
+            argument('--since', metavar='WHEN', help='only what is not older: 10m, 2h, or a time'),
+            argument('--count', dest='limit', metavar='N', help='so many events and no more'),
+        ),
+        'history': (None, argument('-n', dest='limit', metavar='N', help='so many events (default: 50)')),
+        'logs': (
+            _logs,
+            argument('-n', dest='tail', metavar='N', help='the last so many lines (default: 100)'),
+            argument('-f', '--follow', action='store_true', help='go on, with what comes'),
+        ),
+        'status': (_status, argument('--watch', action='store_true', help='go on, drawn anew when something happens')),
+    }
+
+
+def _add_orphan_flags(reclaim: Parser) -> None:
     reclaim.add_argument('--orphan-tasks', action='store_true', help='unfinished tasks whose agent is gone: list, or …')
     what = reclaim.add_mutually_exclusive_group()
     what.add_argument('--cancel', action='store_const', dest='action', const='cancel', help='… cancel them')
     what.add_argument('--delete', action='store_const', dest='action', const='delete', help='… delete them')
-    reclaim.set_defaults(run=_reclaim)
-    _extend_watching(add, choices)
-    current = add('task', 'task current', 'Show the task that an agent works on', _current_task)
-    current.add_argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one that asks)')
-
-
-def _extend_watching(add: Callable[..., Parser], choices: dict[str, Any]) -> None:
-    """What can be watched as it happens."""
-    events, history, logs, status = (choices[word] for word in ('events', 'history', 'logs', 'status'))
-    events.add_argument('-f', '--follow', action='store_true', help='go on, with what happens from now on')
-    events.add_argument('--since', metavar='WHEN', help='only what is not older: 10m, 2h, or a time')
-    events.add_argument('--count', dest='limit', metavar='N', help='so many events and no more')
-    events.set_defaults(run=_events)
-    history.add_argument('-n', dest='limit', metavar='N', help='so many events (default: 50)')
-    logs.add_argument('-n', dest='tail', metavar='N', help='the last so many lines (default: 100)')
-    logs.add_argument('-f', '--follow', action='store_true', help='go on, with what comes')
-    logs.set_defaults(run=_logs)
-    status.add_argument('--watch', action='store_true', help='go on, drawn anew when something happens')
-    status.set_defaults(run=_status)
-    add('events', 'top', 'Show the agents and what they do, as it happens', _top)
 
 
 def _from_environment(op: Op, name: str) -> str | None:

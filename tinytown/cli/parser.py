@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +23,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f'{message} (see {self.prog} --help)')
+
+
+Argument = Callable[[Parser], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of `tt`: the topic of the help that it belongs to, the words after `tt`, what it does and takes."""
+
+    topic: str
+    words: str
+    summary: str
+    run: Callable[[argparse.Namespace], int]
+    takes: tuple[Argument, ...] = ()
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    """An argument of a command, in the words of `add_argument`."""
+    return lambda parser: parser.add_argument(*names, **settings)
 
 
 def ready_streams() -> None:

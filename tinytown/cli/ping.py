@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import TownError
 from .backends import parse_url
-from .lifecycle import Add, report, running_townhalls
-from .parser import meant_root
+from .lifecycle import report, running_townhalls
+from .parser import Command, argument, meant_root
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # which takes long to import
@@ -21,10 +21,10 @@ SECS: Final = 5.0  # for an answer
 _UNIX: Final = 'unix:'
 
 
-def add_ping_command(add: Add) -> None:
-    """Adds what asks a townhall how it is to a command line."""
-    ping = add('town', 'ping', 'Ask whether townhall is ready: exit status 0 if it is, else 1', _ping)
-    ping.add_argument('--live', action='store_true', help='only whether it answers; Redis may be away')
+def ping_command() -> Command:
+    """What asks a townhall how it is."""
+    live = argument('--live', action='store_true', help='only whether it answers; Redis may be away')
+    return Command('town', 'ping', 'Ask whether townhall is ready: exit status 0 if it is, else 1', _ping, (live,))
 
 
 def _ping(arguments: argparse.Namespace) -> int:
