@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -618,6 +619,31 @@ def test_a_command_loads_only_what_it_uses(here: Place) -> None:
     )
     loaded = set(done.stdout.split())
     assert loaded & {'argon2', 'tomli_w', 'http.client', 'http.server', 'secrets', 'difflib'} == set()
+
+
+@pytest.mark.parametrize(
+    ('line', 'built'),
+    [
+        ('list --town task', ['tt', 'tt list']),
+        ('--town task task --json list', ['tt', 'tt task', 'tt task list']),
+        ('key create --help', ['tt', 'tt key', 'tt key create']),
+    ],
+)
+def test_a_command_builds_its_own_parser_and_that_of_no_other(
+    ground: Place, tmp_path: Path, tt: Tt, monkeypatch: pytest.MonkeyPatch, line: str, built: list[str]
+) -> None:
+    (tmp_path / 'task').symlink_to(ground.root)
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+    build = argparse.ArgumentParser.__init__
+
+    def count(parser: argparse.ArgumentParser, **settings: Any) -> None:
+        build(parser, **settings)
+        made.append(parser.prog)
+
+    monkeypatch.setattr(argparse.ArgumentParser, '__init__', count)
+    assert tt(*line.split()).status == 0
+    assert [prog for prog in made if prog.startswith('tt')] == built
 
 
 def test_conductor_is_the_sender_of_what_people_send(here: Place, tt: Tt) -> None:

@@ -44,7 +44,6 @@ from ..redaction import masked
 from ..settings import Config
 from ..state.store import Step
 from ..toml_edit import change, to_toml
-from . import doctor
 from .format import as_json, counted
 from .parser import Command, acts_here, argument, open_meant, town_root
 
@@ -297,6 +296,8 @@ def _stop_known(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor  # late: nothing else needs it
+
     town = open_meant(arguments)
     call = Call(town, Principal('tt', ALL_SCOPES))
     found = doctor.examine(call, bool(running_townhalls(town.root)))

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
@@ -147,7 +146,7 @@ def _clipped(summary: str) -> str:
     line = re.split(r'[.:;](?= |$)', summary)[0]
     if len(line) > 58:
         line = re.split(r',| \(', line)[0]
-    return textwrap.shorten(line, 58, placeholder=' …')
+    return line if len(line) <= 58 else line[:57].rpartition(' ')[0] + ' …'
 
 
 def _overview(commands: list[Command]) -> str:

@@ -6,9 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..core.town import Town, find_town, open_town
 from ..errors import TownError, UsageError
@@ -28,8 +27,7 @@ class Parser(argparse.ArgumentParser):
 Argument = Callable[[Parser], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A command of `tt`: the topic of the help that it belongs to, the words after `tt`, what it does and takes."""
 
     topic: str
