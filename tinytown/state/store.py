@@ -46,8 +46,8 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Generator, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -94,14 +94,19 @@ return reply
 
 
 class Script:
-    """One state change or look, as Lua text and the digest by which Redis knows it."""
+    """One state change or look, as Lua text and the digest by which Redis knows it. `tt` makes only those it runs."""
 
-    __slots__ = ('digest', 'name', 'text')
-
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, name: str, make: Callable[[], str]) -> None:
         self.name = name
-        self.text = text.encode()
-        self.digest = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
+        self._make = make
+
+    @cached_property
+    def text(self) -> bytes:
+        return self._make().encode()
+
+    @cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
 
 _COMMENT: Final = re.compile(r'^ *--.*\n| +-- .*', re.M)
@@ -121,22 +126,22 @@ def scripts() -> dict[str, Script]:
     found = {}
     for name, oom, body in zip(sections[4::3], sections[5::3], sections[6::3], strict=True):
         flags = '#!lua flags=allow-oom\n' if oom else '#!lua\n'
-        wrapped = _WRAP % (_COMMENT.sub('', body), IDEMPOTENCY_SECS)
-        found[name] = Script(name, flags + _with_used(prelude, wrapped))
+        found[name] = Script(name, partial(_composed, flags, prelude, body))
     return found
 
 
-def _with_used(prelude: list[tuple[str, str, set[str]]], body: str) -> str:
+def _composed(flags: str, prelude: list[tuple[str, str, set[str]]], body: str) -> str:
     """A script below the locals of the prelude that it uses: each takes time to make at every call.
 
     The prelude comes as name, text and the words in it. A local may use those before it, so it is read from its end.
     """
-    words, parts = set(_WORD.findall(body)), [body]
+    wrapped = _WRAP % (_COMMENT.sub('', body), IDEMPOTENCY_SECS)
+    words, parts = set(_WORD.findall(wrapped)), [wrapped]
     for name, text, its_words in reversed(prelude):
         if name in words:
             words |= its_words
             parts.append(text)
-    return ''.join(reversed(parts))
+    return flags + ''.join(reversed(parts))
 
 
 class Command:
