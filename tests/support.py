@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinytown import config
-from tinytown.core.operations import BY_NAME, call, encode_answer
+from tinytown.core.dispatch import call, encode_answer
+from tinytown.core.operations import BY_NAME
 from tinytown.core.town import Town, open_town
 from tinytown.errors import TownError
 from tinytown.host import managed_redis

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mcp.server.mcpserver import MCPServer
 
-from tinytown.core.operations import BY_NAME, call, encode_answer
+from tinytown.core.dispatch import call, encode_answer
+from tinytown.core.operations import BY_NAME
 from tinytown.core.town import open_town
 from tinytown.model import ALL_SCOPES, Principal
 

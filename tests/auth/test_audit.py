@@ -15,7 +15,8 @@ import pytest
 
 from tinytown import api_key_table, config
 from tinytown.auth.api_keys import generate_key
-from tinytown.auth.audit import Audit, AuditSubject
+from tinytown.auth.audit import Audit
+from tinytown.core.dispatch import AuditSubject
 from tinytown.errors import Conflict, Unavailable, UsageError
 from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal

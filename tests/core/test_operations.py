@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
-from tinytown.core.operations import BY_NAME, OPERATIONS, Op, call, encode_answer
+from tinytown.core.dispatch import call, encode_answer
+from tinytown.core.operations import BY_NAME, OPERATIONS, Op
 from tinytown.errors import Conflict, Forbidden, Invalid, NotFound, TownError
 from tinytown.model import ADMIN, CONDUCTOR_ID, MANAGE, READ, WRITE, Principal, Scope, new_id
 from tinytown.state.store import Command, Step, text

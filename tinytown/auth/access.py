@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 from .. import config as configuration
-from ..core.operations import CallLimits
+from ..core.dispatch import AuditSubject, CallLimits
 from ..core.town import Call, Town
 from ..errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
 from ..http.http1 import Peer, Request
@@ -30,7 +30,7 @@ from ..settings import AuthSettings, Config
 from ..state.store import Step
 from . import agent_tokens
 from .api_keys import Checks, Entry, Keyring
-from .audit import Audit, AuditSubject
+from .audit import Audit
 from .peer_uid import CAN_TELL, own_uids, uid_of
 from .rate_limit import Buckets, Throttle
 

@@ -28,8 +28,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from ..core.dispatch import AuditSubject
 from ..errors import TownError, Unavailable, UsageError
 from ..model import Principal, rfc3339
 
@@ -38,16 +39,6 @@ _TARGETS: Final = frozenset({'agent', 'name', 'to', 'from', 'task_id', 'id', 'ag
 _TARGET: Final = re.compile(r'[A-Za-z0-9_-]{1,63}')  # too short for a key of ours
 _AT_ONCE: Final = 64  # lines in one write
 _quoted: Final = json.encoder.encode_basestring_ascii
-
-
-class AuditSubject(NamedTuple):
-    """Who came: the request, from where, as whom (None: nobody known), for which operation, on what."""
-
-    request_id: str
-    address: str
-    by: Principal | None
-    operation: str
-    arguments: Mapping[str, Any]
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
 from ..core.agent_logs import open_log
-from ..core.operations import BY_NAME, Op, call, encode_answer
+from ..core.dispatch import call, encode_answer
+from ..core.operations import BY_NAME, Op
 from ..core.town import Call, Town
 from ..errors import TownError, Unavailable, UsageError
 from ..model import Json, Principal

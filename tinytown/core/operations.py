@@ -1,4 +1,4 @@
-"""The table of operations, and its one door.
+"""The table of operations.
 
 Everything a remote caller may do to a town is one row here. REST, MCP, the command line, OpenAPI and metrics are made
 from the rows and hold no policy of their own. To add a capability: write a function in its concern's module (its
@@ -7,24 +7,15 @@ signature is the schema, its docstring the help, its return annotation the shape
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final
 
-from ..auth.audit import AuditSubject
-from ..errors import Forbidden, TownError
-from ..model import ADMIN, LOCAL, MANAGE, READ, WRITE, Principal, Scope, to_json
-from ..schema import Parameter, input_schema, output_schema, signature, validate
-from ..state.store import Page, Step
+from ..model import ADMIN, MANAGE, READ, WRITE, Scope
+from ..schema import Parameter, input_schema, output_schema, signature
+from ..state.store import Step
 from . import agent_logs, agents, backlog, dead_letters, events, hosts, messages, recovery, tasks, town
-from .town import Call, Town
-
-if TYPE_CHECKING:
-    from ..auth.audit import Audit
-    from ..auth.rate_limit import Throttle
 
 
 @dataclass(frozen=True)
@@ -135,105 +126,3 @@ OPERATIONS: Final = (
 # fmt: on
 
 BY_NAME: Final = {op.name: op for op in OPERATIONS}
-
-
-class CallLimits(NamedTuple):
-    """What stands in the door of a townhall beside the scopes, for one request: its limits, and the audit."""
-
-    throttle: Throttle
-    audit: Audit
-    request_id: str
-    address: str
-
-
-def call(
-    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', gate: CallLimits | None = None
-) -> Step[Any]:
-    """The one door: every front end comes through here, so no check can be missed by one of them.
-
-    Checks the caller's scope and rate, and validates: raises TownError at once. The step is what runs then, on a store
-    that is bound to the caller; every change and every refusal is on record. It gives what the operation gives: a dict
-    of its shape, or a Page (JSON text of that shape). Without a `gate` (`tt`, which acts directly) there is no rate and
-    no record.
-    """
-    enter(by, op.name, op.scope, arguments, gate)
-    step = _perform(town, by, op, arguments, validate(op.parameters, arguments), key)
-    if gate and op.changes:
-        return _on_record(gate.audit, AuditSubject(gate.request_id, gate.address, by, op.name, arguments), step)
-    return step
-
-
-def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: CallLimits | None) -> None:
-    """The first half of the door: the caller's scope and rate. Raises Forbidden, TooManyRequests, and has it on record.
-
-    What is served to callers who are known and is no operation comes through here too.
-    """
-    try:
-        _check_scope(by, name, scope)
-        if gate:
-            gate.throttle.take(by, gate.address, scope != READ)
-    except TownError as e:
-        if gate:
-            gate.audit.denied(AuditSubject(gate.request_id, gate.address, by, name, arguments), e)
-        raise
-
-
-def _check_scope(by: Principal, name: str, scope: Scope) -> None:
-    if not by.may(scope):
-        has = ', '.join(sorted(by.scopes)) or 'none'
-        raise Forbidden(
-            f"{name} needs the scope {scope}; '{by.name}' has {has}",
-            code='insufficient-scope',
-            challenge=f'Bearer error="insufficient_scope", scope="{scope}"' if by.name != LOCAL else '',
-        )
-
-
-def _on_record(audit: Audit, visit: AuditSubject, step: Step[Any]) -> Step[Any]:
-    """Runs a change between its two lines of the audit. Without the first it is not run."""
-    record = audit.begin(visit)
-    outcome, made = 'unknown', None
-    try:
-        made = yield from step
-        outcome = 'ok'
-    except TownError as e:
-        outcome = e.code
-        raise
-    finally:
-        audit.end(record, outcome, made)
-    return made
-
-
-def _perform(
-    town: Town, by: Principal, op: Op, arguments: dict[str, Any], checked: dict[str, Any], key: str
-) -> Step[Any]:
-    """The steps of an operation, which runs once for its idempotency key."""
-    name = by.agent_name or by.name
-    if not (key and op.changes):
-        return op.function(Call(town, by, town.store.acting_as(name)), **checked)
-    scoped = f'{by.name} {op.name} {key}'  # neither an operation nor a key holds a space
-    fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    if op.slow:
-        return _once(town, op.function(Call(town, by, town.store.acting_as(name)), **checked), scoped, fingerprint)
-    return op.function(Call(town, by, town.store.acting_as(name, scoped, fingerprint)), **checked)
-
-
-def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
-    """Runs an operation of several steps once for its key; a repetition is given the first answer."""
-    longest = town.config.townhall.request_timeout_ms // 1000 + 60
-    reply = yield town.store.begin(key, fingerprint, longest)
-    if reply[0] == b'done':
-        return Page(reply[1])
-    try:
-        answer = encode_answer((yield from step))
-    except Exception:
-        yield town.store.settle(key, b'')
-        raise
-    yield town.store.settle(key, answer)
-    return Page(answer)
-
-
-def encode_answer(answer: Any) -> bytes:
-    """What an operation gave, as JSON."""
-    if isinstance(answer, bytes):
-        return answer
-    return to_json(answer).encode()

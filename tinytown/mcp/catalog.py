@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any, Final
 
 from .. import __version__
-from ..core.operations import BY_NAME, OPERATIONS, CallLimits, Op, call, encode_answer
+from ..core.dispatch import CallLimits, call, encode_answer
+from ..core.operations import BY_NAME, OPERATIONS, Op
 from ..core.town import Town
 from ..errors import TownError, UsageError
 from ..model import READ, Json, Principal

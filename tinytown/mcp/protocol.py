@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from ..core.operations import CallLimits
+from ..core.dispatch import CallLimits
 from ..errors import TownError
 from ..model import Json, Principal
 from ..say import say

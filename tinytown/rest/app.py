@@ -13,7 +13,8 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from ..auth.access import Access, is_slow
-from ..core.operations import OPERATIONS, Op, call, encode_answer
+from ..core.dispatch import call, encode_answer
+from ..core.operations import OPERATIONS, Op
 from ..core.town import Town
 from ..errors import BadRequest, Invalid, TownError, UnsupportedMediaType
 from ..http.http1 import Peer, Request, Response, options

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..auth.access import Access, is_slow
 from ..core import stats
-from ..core.operations import encode_answer, enter
+from ..core.dispatch import encode_answer, enter
 from ..core.town import Town
 from ..errors import TownError
 from ..http.http1 import Request, Response

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ..auth.access import is_slow
+from ..core.dispatch import encode_answer
 from ..core.events import Filter, as_page, choose, type_of, whole
-from ..core.operations import Op, encode_answer
+from ..core.operations import Op
 from ..core.town import Town
 from ..errors import Invalid, Unavailable
 from ..http.http1 import Request, Response, problem

@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ..core.agent_logs import MAX_PAGE_BYTES, LogPage, LogReader, open_log
-from ..core.operations import Op, encode_answer
+from ..core.dispatch import encode_answer
+from ..core.operations import Op
 from ..core.town import Call
 from ..http.http1 import Request, Response
 from ..http.replies import Answer, Slow, Stream
