@@ -1,0 +1,517 @@
+"""Records what a version leaves behind:  python -m tests.recorded.record CHECKOUT  (a checkout of it, with its .venv).
+
+It does so from outside: by the commands `tt` and `townhall`, over HTTP, and by what the processes ask Redis. Of Redis
+it wants the oldest that is supported (7.0), whose files every newer one reads. What it writes, in a directory named by
+the version:
+
+    town.tar.gz        a town that holds something of everything, as a machine leaves it whose power is cut: its agents
+                       worked, one had finished a task and not yet said so. `@ROOT@`, `@PYTHON@` and `@CODE@` in its
+                       text files stand for its directory, the interpreter, and where that finds the program
+    known.json         keys to that town, its agents and tasks by what they are here, requests with idempotency keys
+    answers.json       what townhall says of it, by path
+    settings.json      what `tt config` says of it
+    metrics.txt        the names of its metrics
+    conversation.json  all that the life of one worker asks Redis, with the texts of the scripts; `<agent>`,
+                       `<instance>`, `<task>`, `<message>`, `<town>` and the parts of its process stand for themselves
+    processes.json     what is told to processes that are started: a keeper's order, a worker's charter
+    units/             what `townhall service install` writes: for the machine and for a user, with a socket and without
+
+Some things are not as that version left them, so that the records hold nothing of the machine and do not grow old: in
+Redis the boot and the places that its processes were of, when its hosts were heard of, and that idempotency keys end
+after a day. Its append-only file was rewritten once, which leaves out what was before.
+"""
+
+from __future__ import annotations
+
+import array
+import ast
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .resp import Talk
+
+PATIENCE = 30.0
+PLACE = '/srv/town'  # where the recorded town was, for what is not to be looked up any more
+BOOT = '5d1f1f9e-0b6c-4c57-9d1e-6c1b3f0a7e42@@4026531836'  # of a machine that has no id
+LONG_AGO = '1700000000000'  # ms since the epoch: before the clock of whoever opens the town
+READS = (
+    *('status', 'status?deep=1', 'town', 'hosts', 'agents', 'agents?open=1', 'tasks', 'tasks/pending', 'backlog'),
+    *(f'tasks?state={state}' for state in ('pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')),
+    *('deadletter', 'events?limit=200', 'history?limit=50', 'agents/conductor/inbox'),
+)
+SLOW = 'echo "it takes long"\nexec sleep 3600\n'
+DONE = 'echo "it is done after all"\n'
+
+
+def until(what: Callable[[], Any]) -> Any:
+    """What a function gives as soon as that is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := what()):
+        assert time.monotonic() < deadline, what
+        select.select([], [], [], 0.02)
+    return found
+
+
+class Recorder:
+    """A town in a directory that towns are made in, and the version that makes it."""
+
+    def __init__(self, checkout: Path, scratch: Path, name: str = 'town') -> None:
+        self.checkout = checkout
+        self.python = str(checkout / '.venv' / 'bin' / 'python')
+        self.scratch = scratch
+        self.root = scratch / name
+        self.key = ''
+        self.url = ''
+        self.env = {'PATH': '/usr/bin:/bin', 'HOME': str(scratch), 'LANG': 'C.UTF-8'}
+        self.marks = {
+            str(self.root): '@ROOT@',
+            self.python: '@PYTHON@',
+            str(checkout): '@CODE@',
+            _boot(): BOOT,
+        }
+
+    def run(self, module: str, *words: str, cwd: Path | None = None, ok: bool = True) -> str:
+        """What a program of that version prints."""
+        done = subprocess.run(
+            [self.python, '-m', f'tinytown.{module}', *words], cwd=cwd or self.root, env=self.env, text=True,
+            capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False,
+        )  # fmt: skip
+        assert not ok or done.returncode == 0, (words, done.stderr)
+        return done.stdout
+
+    def tt(self, *words: str, cwd: Path | None = None, ok: bool = True) -> Any:
+        return json.loads(self.run('cli', *words, '--json', cwd=cwd, ok=ok) or 'null')
+
+    def talk(self) -> Talk:
+        return Talk(self.root / '.tt' / 'redis.sock')
+
+    def http(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        """The answer to a request that is granted."""
+        status, said = self.request(method, path, body, **headers)
+        assert status < 300, (path, said)
+        return json.loads(said)
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+        address = urlsplit(self.url)
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=PATIENCE)
+        named = {name.replace('_', '-'): value for name, value in headers.items()} | {'X-API-Key': self.key}
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, named | ({'Content-Type': 'application/json'} if data else {}))
+        response = connection.getresponse()
+        said = response.read().decode()
+        connection.close()
+        return response.status, said
+
+    def config(self, **settings: str) -> None:
+        """Changes settings, and waits until the townhall that runs has taken up each."""
+        log = self.root / '.tt' / 'townhall.log'
+        for name, value in settings.items():
+            before = log.read_text().count('taken up again') if log.exists() else -1
+            self.tt('config', name.replace('__', '.'), value)
+            until(lambda before=before: before < 0 or log.read_text().count('taken up again') > before)  # type: ignore[misc]
+
+    def await_task(self, task: str, state: str) -> None:
+        until(lambda: self.tt('task', 'show', task)['state'] == state)
+
+    def await_agent(self, name: str, state: str) -> None:
+        until(lambda: self.tt('show', name)['state'] == state)
+
+    def assign(self, agent: str, task: str) -> str:
+        return str(self.tt('assign', agent, task)['task_id'])
+
+    def kill(self, agent: str) -> None:
+        os.kill(self.tt('show', agent)['pid'], signal.SIGKILL)
+
+    def without_marks(self, text: str) -> str:
+        """A text with nothing of this machine in it."""
+        for found, mark in self.marks.items():
+            text = text.replace(found, mark)
+        return text
+
+
+def _boot() -> str:
+    """The machine's boot id, as records begin; what follows it tells the machine and the namespace of pids."""
+    return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+
+
+# --------------------------------------------------------------------------------------------------------- the town
+
+
+def make_town(it: Recorder) -> dict[str, Any]:
+    """Makes the town, and works in it until its power is cut. What is to be known of it."""
+    it.run(
+        'cli', 'init', '--name', 'recorded', '--cli', 'demo', '--host', 'srv', '--town', str(it.root), cwd=it.scratch
+    )
+    clis = {'slow': 'sh slow', 'killer': "sh -c 'kill -9 $PPID'", 'deaf': 'false', 'gone': './gone'}
+    it.config(
+        retention__finished_tasks_days='36500', agent__max_attempts='2', agent__retry_backoff_secs='0',
+        agent__restart='on-failure', townhall__rest_port='0', max_agents='20',
+        **{f'agent_clis__{name}': command for name, command in clis.items()},
+    )  # fmt: skip
+    (it.root / 'slow').write_text(SLOW)
+    (it.root / 'gone').write_text('#!/bin/sh\n')
+    (it.root / 'gone').chmod(0o755)
+    it.key = it.tt('generate-api-key', '--write')['key']
+    reader = it.tt('key', 'create', '--scopes', 'town.read', '--note', 'of a dashboard', '--write')['key']
+    it.url = it.tt('start')['url']
+    known: dict[str, Any] = {'keys': {'admin': it.key, 'reader': reader}, 'tasks': {}}
+    _work(it, known['tasks'])
+    known['requests'] = _requests(it)
+    _delay(it, known['tasks'])
+    _cut_power(it, known['tasks'])
+    known['agents'] = {agent['name']: agent['id'] for agent in it.tt('list')['agents']}
+    return known
+
+
+def _work(it: Recorder, tasks: dict[str, str]) -> None:
+    """What a town has behind it: ends of every kind, and what is not done yet."""
+    for name, cli, more in (
+        ('idle', 'demo', {'role_id': 'worker', 'nickname': 'The Idle'}), ('busy', 'slow', {'role_id': 'builder'}),
+        ('reporter', 'demo', {}), ('paused', 'demo', {}), ('stopped', 'demo', {}), ('broken', 'gone', {}),
+        ('deaf', 'deaf', {}), ('poison', 'killer', {}),
+    ):  # fmt: skip
+        it.http('POST', '/v1/agents', {'name': name, 'cli': cli, **more})
+    (it.root / 'gone').unlink()
+    it.assign('broken', 'it can not be run')
+    tasks['dead'] = it.assign('poison', 'it ends every worker')
+    it.tt('send', 'deaf', 'nobody hears it', '--task')
+    for name, agent, what, end in (
+        ('completed', 'stopped', 'sort the shelves – „alle“', 'completed'),
+        ('last', 'idle', 'water the plants', 'completed'), ('failed', 'stopped', 'fail at once', 'failed'),
+        ('retried', 'stopped', 'fail, too', 'failed'),
+    ):  # fmt: skip
+        tasks[name] = it.assign(agent, what)
+        it.await_task(tasks[name], end)
+    it.tt('task', 'retry', tasks['retried'])
+    it.tt('interrupt', 'paused')
+    tasks['assigned'] = it.assign('paused', 'paint the door')
+    tasks['cancelled'] = it.assign('paused', 'nobody wants it')
+    it.tt('task', 'cancel', tasks['cancelled'])
+    for words in (('--query', '--urgent'), ('--task', '--from', 'idle'), ('--info',), ('--ack', '--from', 'idle')):
+        it.tt('send', 'paused', f'a message {" ".join(words)}', *words)
+    it.tt('send', 'conductor', 'what is to be done?', '--query', '--from', 'idle')
+    tasks['tagged'] = it.tt('backlog', 'add', 'sweep the yard', '--tags', 'outside', '--tags', 'dry')['task_id']
+    tasks['claimed'] = it.tt('backlog', 'add', 'mend the gate')['task_id']
+    it.tt('backlog', 'claim', tasks['claimed'], 'paused')
+    it.await_task(tasks['dead'], 'failed')
+    until(lambda: it.tt('deadletter', 'list')['count'] == 2)
+    it.await_agent('broken', 'Error')
+    it.tt('kill', 'poison')
+    it.tt('close', 'deaf')
+    it.await_agent('deaf', 'Stopped')
+    it.tt('interrupt', 'stopped')
+    tasks['left'] = it.assign('stopped', 'left in the inbox of one who stopped')
+    it.tt('send', 'stopped', 'left, too', '--urgent')
+    it.tt('close', 'stopped')
+    it.await_agent('stopped', 'Stopped')
+
+
+def _requests(it: Recorder) -> list[dict[str, Any]]:
+    """Requests with idempotency keys, and their answers; and one that is refused."""
+    found: list[dict[str, Any]] = []
+    for path, body in (
+        ('/v1/backlog', {'description': 'asked for once', 'tags': ['once']}),
+        ('/v1/messages/send', {'to': 'conductor', 'message': 'said once', 'kind': 'info'}),
+        ('/v1/tasks/assign', {'agent': 'paused', 'task': 'given once'}),
+    ):
+        key = f'once-{len(found)}'
+        status, said = it.request('POST', path, body, Idempotency_Key=key)
+        found.append({'path': path, 'body': body, 'key': key, 'status': status, 'answer': json.loads(said)})
+    it.request('POST', '/v1/backlog', {'description': 7})
+    return found
+
+
+def _delay(it: Recorder, tasks: dict[str, str]) -> None:
+    """A task that pauses between two attempts, and a crashed agent that is to be started again."""
+    it.config(agent__retry_backoff_secs='86400')
+    it.http('POST', '/v1/agents', {'name': 'waits', 'cli': 'slow'})
+    tasks['delayed'] = it.assign('waits', 'it waits a day')
+    it.await_task(tasks['delayed'], 'running')
+    it.kill('waits')
+    it.await_agent('waits', 'Error')
+
+
+def _cut_power(it: Recorder, tasks: dict[str, str]) -> None:
+    """Ends all at once, in the middle of a task, and of a report."""
+    tasks['running'] = it.assign('busy', 'it takes long')
+    it.await_task(tasks['running'], 'running')
+    attic = it.scratch / 'attic'
+    redis = f'unix://{it.root}/.tt/redis.sock'
+    it.tt('init', '--name', 'recorded', '--redis-url', redis, '--host', 'attic', '--join', '--town', str(attic),
+          '--cli', 'demo', cwd=it.scratch)  # fmt: skip
+    it.tt('config', 'townhall.rest_port', '0', cwd=attic)
+    it.tt('start', cwd=attic)
+    it.tt('spawn', 'far', '--host', 'attic')
+    for place in (attic, it.root):
+        for note in (place / '.tt' / 'run').glob('townhall-*.json'):
+            os.kill(json.loads(note.read_text())['pid'], signal.SIGKILL)
+    file = it.root / 'tinytown.toml'  # by hand, for `tt config` would take the notes of those townhalls away
+    file.write_text(file.read_text().replace('= [86400]', '= [0]'))
+    tasks['reported'] = it.assign('reporter', 'sleep 1 and tell of it')
+    it.await_task(tasks['reported'], 'running')
+    with it.talk() as talk:
+        talk.ask('CLIENT', 'PAUSE', 60000, 'WRITE')  # so it is not told of the end
+        until(lambda: list((it.root / '.tt' / 'agents').glob('*.spool/*.json')))
+        _end_all(it.scratch, but=b'redis-server')
+        until(lambda: len(talk.ask('CLIENT', 'LIST').splitlines()) == 1)
+        talk.ask('CLIENT', 'UNPAUSE')
+    (it.root / 'slow').write_text(DONE)
+
+
+def _end_all(directory: Path, but: bytes = b'') -> None:
+    """Ends what works below a directory; all but what has a word in its command line."""
+    for each in Path('/proc').glob('[0-9]*'):
+        try:
+            is_ours = (each / 'cwd').readlink().is_relative_to(directory)
+            if is_ours and not (but and but in (each / 'cmdline').read_bytes()):
+                os.kill(int(each.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+def settle(it: Recorder) -> None:
+    """Takes the machine out of what Redis holds, has it rewrite its file, and goes on for a moment."""
+    with it.talk() as talk:
+        prefix = 'tt:{recorded}:'
+        for key in talk.ask('KEYS', f'{prefix}agent:*'):
+            if talk.ask('TYPE', key) == b'hash':
+                for field in ('boot', 'starter'):
+                    value = (talk.ask('HGET', key, field) or b'').decode()
+                    talk.ask('HSET', key, field, re.sub(rf'{_boot()}@\S*', BOOT, value))
+        for key in talk.ask('KEYS', f'{prefix}host:*'):
+            for token, value in _pairs(talk.ask('HGETALL', key)) if talk.ask('TYPE', key) == b'hash' else ():
+                hall = json.loads(value) | {
+                    'heard': LONG_AGO,
+                    'place': f'{BOOT.split("@")[0]} pid:[4026531836] {PLACE}',
+                }
+                talk.ask('HSET', key, token, json.dumps(hall))
+        for host in talk.ask('ZRANGE', f'{prefix}hosts', 0, -1):
+            talk.ask('ZADD', f'{prefix}hosts', LONG_AGO, host)
+        for key in talk.ask('KEYS', f'{prefix}idem:*'):
+            talk.ask('PERSIST', key)
+        talk.ask('BGREWRITEAOF')
+        until(lambda: b'aof_rewrite_in_progress:0' in talk.ask('INFO', 'persistence'))
+        until(lambda: b'aof_rewrite_scheduled:0' in talk.ask('INFO', 'persistence'))
+    it.tt('backlog', 'add', 'added after the file was rewritten', '--tags', 'late')
+    it.tt('send', 'conductor', 'said after the file was rewritten', '--info')
+
+
+def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def ask(it: Recorder, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a townhall says of the town, changing nothing; and the names of its metrics."""
+    argv = [it.python, '-m', 'tinytown.townhall', '--read-only', '--port', '0']
+    with subprocess.Popen(argv, cwd=it.root, env=it.env, stderr=subprocess.PIPE, text=True) as hall:
+        assert hall.stderr
+        lines = iter(hall.stderr.readline, '')
+        it.url = next(found[0] for line in lines if (found := re.search(r'http://[\d.:]+', line)))
+        reads = [f'agents/{name}{part}' for name in known['agents'] for part in ('', '/inbox', '/result')]
+        reads += [f'tasks/{task}{part}' for task in known['tasks'].values() for part in ('', '/history')]
+        answers = {f'/v1/{path}': it.http('GET', f'/v1/{path}') for path in (*READS, *reads)}
+        metrics = re.findall(r'^# TYPE (\S+ \S+)', it.request('GET', '/metrics')[1], re.M)
+        hall.terminate()
+    return answers, metrics
+
+
+def pack(it: Recorder, file: Path) -> None:
+    """Writes the town down, its text without this machine."""
+    with it.talk() as talk:
+        pid = int(re.search(rb'process_id:(\d+)', talk.ask('INFO', 'server'))[1])  # type: ignore[index]
+        os.kill(pid, signal.SIGKILL)
+    unwanted = [*it.marks, str(it.scratch), _boot()]
+    with gzip.GzipFile(file, 'wb', mtime=0) as packed, tarfile.open(fileobj=packed, mode='w') as tar:
+        for path in sorted(it.root.rglob('*')):
+            if path.is_socket() or path.suffix == '.lock':
+                continue
+            info = tar.gettarinfo(path, str(path.relative_to(it.root)))
+            info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, '', ''
+            data = path.read_bytes() if path.is_file() else b''
+            if 'redis' not in path.parent.name and 'appendonly' not in path.parent.name:
+                data = re.sub(rf'{_boot()}@[^\s"]*'.encode(), BOOT.encode(), data)
+                data = it.without_marks(data.decode()).encode()
+            for each in unwanted:
+                assert each.encode() not in data, (path, each)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+# ---------------------------------------------------------------------------------------------------- conversations
+
+
+def converse(town: Recorder) -> dict[str, Any]:
+    """The life of a worker as Redis hears it: it is registered, works at a task and a message, and is closed."""
+    town.run('cli', 'init', '--name', 'talk', '--cli', 'demo', '--town', str(town.root), cwd=town.scratch)
+    town.tt('status')
+    with town.talk() as listener, town.talk() as asks:
+        asks.ask('SCRIPT', 'FLUSH')  # so that each text is told once
+        listener.ask('MONITOR')
+        agent = town.tt('spawn', 'talker')['agent_id']
+        town.tt('interrupt', 'talker')
+        town.tt('send', 'talker', 'what is the time?', '--query')
+        task = town.assign('talker', 'say it')
+        town.tt('resume', 'talker')
+        town.await_task(task, 'completed')
+        until(lambda: town.tt('show', 'talker')['rounds_completed'] == 1)
+        town.tt('close', 'talker')
+        town.await_agent('talker', 'Stopped')
+        asks.ask('ECHO', 'that is all')
+        heard = _heard(listener)
+    names = json.loads(
+        subprocess.run([town.python, '-c', _NAMES], env=town.env, capture_output=True, check=True, cwd='/').stdout
+    )
+    return _told(heard, names, agent, task)
+
+
+_NAMES = 'import json; from tinytown.store import scripts; ' \
+         'print(json.dumps({s.digest.decode(): n for n, s in scripts().items()}))'  # fmt: skip
+
+
+def _heard(listener: Talk) -> list[list[bytes]]:
+    """The commands that MONITOR told of, but those of scripts."""
+    found = []
+    while True:
+        line: bytes = listener.next()
+        head, _, rest = line.partition(b'] ')
+        if head.endswith(b' lua'):
+            continue
+        found.append(
+            [ast.literal_eval(f'b{word}') for word in re.findall(r'"(?:[^"\\]|\\.)*"', rest.decode('latin-1'))]
+        )
+        if found[-1][:1] == [b'ECHO']:
+            return found[:-1]
+
+
+def _told(heard: list[list[bytes]], names: dict[str, str], agent: str, task: str) -> dict[str, Any]:
+    """What the worker said, and who registered it; with names for what is another's elsewhere."""
+    texts = {hashlib.sha1(said[1]).hexdigest(): said[1].decode() for said in heard if said[0] == b'EVAL'}  # noqa: S324
+    asked = [_asked([word.decode() for word in said], names) for said in heard]
+    asked = [(name, words) for name, words in asked if name in _WORKERS and _is_of(agent, task, words)]
+    hello = next(words for name, words in asked if name == 'hello')
+    starter = next(words for name, words in asked if name == 'register')[12]
+    marks = {agent: '<agent>', hello[6]: '<instance>', task: '<task>', 'tt:{talk}:': '<town>'}
+    its = dict(zip(hello[7:], ('<host>', '<boot>', '<pid>', '<start>'), strict=True)) | {starter: '<starter>'}
+    commands: list[dict[str, Any]] = []
+    for name, words in asked:
+        told = [its.get(word, word) for word in words] if name in ('hello', 'register') else words
+        told = [re.sub(r'^[1-9]\d{12,}-\d+$', '<entry>', word) for word in told]
+        for found, mark in marks.items():
+            told = [word.replace(found, mark) for word in told]
+        if {'name': name, 'words': told} not in commands[-2:]:  # a look, a wait, or its text in place of its digest
+            commands.append({'name': name, 'words': told})
+    used = {each['name'] for each in commands}
+    return {'commands': commands, 'scripts': {names[each]: texts[each] for each in texts if names.get(each) in used}}
+
+
+def _asked(words: list[str], names: dict[str, str]) -> tuple[str, list[str]]:
+    """The name of a command, and its words; of a script, those from its key on."""
+    if words[0] not in ('EVAL', 'EVALSHA'):
+        return words[0], words
+    digest = hashlib.sha1(words[1].encode()).hexdigest() if words[0] == 'EVAL' else words[1]  # noqa: S324
+    return names.get(digest, ''), words[3:]
+
+
+def _is_of(agent: str, task: str, words: list[str]) -> bool:
+    """Whether a command is about an agent's inbox or record, or the end of its task."""
+    return any(word == agent or f'{agent}:' in word for word in words) or task in words
+
+
+_WORKERS = ('register', 'agent', 'hello', 'pickup', 'beat', 'finish', 'round_done', 'depart', 'XREAD')
+
+
+def order(it: Recorder) -> dict[str, Any]:
+    """What a keeper is told, and over the descriptor that comes along the worker that it is to start."""
+    run = it.root / '.tt' / 'run'
+    run.mkdir(exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(run / 'keeper.sock'))
+        listener.listen()
+        argv = [it.python, '-m', 'tinytown.cli', 'spawn', 'ordered']
+        with subprocess.Popen(argv, cwd=it.root, env=it.env, stderr=subprocess.DEVNULL) as asks:
+            client, _ = listener.accept()
+            data, ancillary, _, _ = client.recvmsg(65536, socket.CMSG_SPACE(4))
+            [worker] = array.array('i', ancillary[0][2])
+            told = json.loads(data + _read_all(client))
+            client.sendall(json.dumps({'pid': os.getpid()}).encode())
+            client.close()
+            with socket.socket(fileno=worker) as its:
+                charter = json.loads(_read_all(its))
+                its.sendall(b'it is only recorded')
+            asks.wait()
+    (run / 'keeper.sock').unlink()
+    told['env'] = {name: value for name, value in told['env'].items() if name.startswith(('TINYTOWN', 'PYTHON'))}
+    marks = {charter['agent_id']: '<agent>', charter['instance']: '<instance>'}
+    text = it.without_marks(json.dumps({'order': told, 'charter': charter}))
+    for found, mark in marks.items():
+        text = text.replace(found, mark)
+    said: dict[str, Any] = json.loads(text)
+    return said
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b''.join(parts)
+
+
+def units(it: Recorder, to: Path) -> None:
+    for name, words in (('system', ()), ('user', ('--user',)), ('system-socket', ('--socket',)),
+                        ('user-socket', ('--user', '--socket'))):  # fmt: skip
+        it.tt('config', 'townhall.rest_port', '8787')
+        it.run('townhall', 'service', 'install', '--to', str(to / name), '--path', '/usr/bin:/bin', *words)
+        for file in (to / name).iterdir():
+            file.write_text(it.without_marks(file.read_text()))
+
+
+def record(it: Recorder) -> None:
+    """Records all that there is of one version."""
+    it.root.mkdir()
+    to = Path(__file__).with_name(it.run('cli', '--version').split()[-1])
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir()
+    known = make_town(it)
+    settle(it)
+    answers, metrics = ask(it, known)
+    records = {'known': known, 'answers': answers, 'settings': it.tt('config')}
+    pack(it, to / 'town.tar.gz')
+    units(it, to / 'units')
+    talk = Recorder(it.checkout, it.scratch, 'talk')
+    records |= {'conversation': converse(talk), 'processes': order(talk)}
+    for name, found in records.items():
+        parts = [f'{json.dumps(part)}: {json.dumps(value, ensure_ascii=False)}' for part, value in found.items()]
+        text = it.without_marks(talk.without_marks('{\n' + ',\n'.join(parts) + '\n}\n'))
+        assert str(it.scratch) not in text, name
+        (to / f'{name}.json').write_text(text)
+    (to / 'metrics.txt').write_text('\n'.join(metrics) + '\n')
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix='rec-', dir='/tmp') as scratch:
+        try:
+            record(Recorder(Path(sys.argv[1]).resolve(), Path(scratch)))
+        finally:
+            _end_all(Path(scratch))
+
+
+if __name__ == '__main__':
+    main()
