@@ -58,6 +58,7 @@ READS = (
     *('deadletter', 'events?limit=200', 'history?limit=50', 'agents/conductor/inbox'),
 )
 SLOW = 'echo "it takes long"\nexec sleep 3600\n'
+TELLER = 'while [ ! -e told ]; do sleep 0.1; done\necho "it is told"\n'
 DONE = 'echo "it is done after all"\n'
 
 
@@ -160,19 +161,29 @@ def make_town(it: Recorder) -> dict[str, Any]:
     it.run(
         'cli', 'init', '--name', 'recorded', '--cli', 'demo', '--host', 'srv', '--town', str(it.root), cwd=it.scratch
     )
-    clis = {'slow': 'sh slow', 'killer': "sh -c 'kill -9 $PPID'", 'deaf': 'false', 'gone': './gone'}
+    clis = {
+        'slow': 'sh slow',
+        'teller': 'sh teller',
+        'killer': "sh -c 'kill -9 $PPID'",
+        'deaf': 'false',
+        'gone': './gone',
+    }
     it.config(
         retention__finished_tasks_days='36500', agent__max_attempts='2', agent__retry_backoff_secs='0',
         agent__restart='on-failure', townhall__rest_port='0', max_agents='20',
         **{f'agent_clis__{name}': command for name, command in clis.items()},
     )  # fmt: skip
     (it.root / 'slow').write_text(SLOW)
+    (it.root / 'teller').write_text(TELLER)
     (it.root / 'gone').write_text('#!/bin/sh\n')
     (it.root / 'gone').chmod(0o755)
     it.key = it.tt('generate-api-key', '--write')['key']
     reader = it.tt('key', 'create', '--scopes', 'town.read', '--note', 'of a dashboard', '--write')['key']
     it.url = it.tt('start')['url']
     known: dict[str, Any] = {'keys': {'admin': it.key, 'reader': reader}, 'tasks': {}}
+    it.key = reader
+    assert it.request('POST', '/v1/backlog', {'description': 'it may not'})[0] == 403
+    it.key = known['keys']['admin']
     _work(it, known['tasks'])
     known['requests'] = _requests(it)
     _delay(it, known['tasks'])
@@ -185,7 +196,7 @@ def _work(it: Recorder, tasks: dict[str, str]) -> None:
     """What a town has behind it: ends of every kind, and what is not done yet."""
     for name, cli, more in (
         ('idle', 'demo', {'role_id': 'worker', 'nickname': 'The Idle'}), ('busy', 'slow', {'role_id': 'builder'}),
-        ('reporter', 'demo', {}), ('paused', 'demo', {}), ('stopped', 'demo', {}), ('broken', 'gone', {}),
+        ('reporter', 'teller', {}), ('paused', 'demo', {}), ('stopped', 'demo', {}), ('broken', 'gone', {}),
         ('deaf', 'deaf', {}), ('poison', 'killer', {}),
     ):  # fmt: skip
         it.http('POST', '/v1/agents', {'name': name, 'cli': cli, **more})
@@ -225,7 +236,7 @@ def _work(it: Recorder, tasks: dict[str, str]) -> None:
 
 
 def _requests(it: Recorder) -> list[dict[str, Any]]:
-    """Requests with idempotency keys, and their answers; and one that is refused."""
+    """Requests with idempotency keys, and their answers."""
     found: list[dict[str, Any]] = []
     for path, body in (
         ('/v1/backlog', {'description': 'asked for once', 'tags': ['once']}),
@@ -235,7 +246,6 @@ def _requests(it: Recorder) -> list[dict[str, Any]]:
         key = f'once-{len(found)}'
         status, said = it.request('POST', path, body, Idempotency_Key=key)
         found.append({'path': path, 'body': body, 'key': key, 'status': status, 'answer': json.loads(said)})
-    it.request('POST', '/v1/backlog', {'description': 7})
     return found
 
 
@@ -265,10 +275,11 @@ def _cut_power(it: Recorder, tasks: dict[str, str]) -> None:
             os.kill(json.loads(note.read_text())['pid'], signal.SIGKILL)
     file = it.root / 'tinytown.toml'  # by hand, for `tt config` would take the notes of those townhalls away
     file.write_text(file.read_text().replace('= [86400]', '= [0]'))
-    tasks['reported'] = it.assign('reporter', 'sleep 1 and tell of it')
+    tasks['reported'] = it.assign('reporter', 'tell of it')
     it.await_task(tasks['reported'], 'running')
     with it.talk() as talk:
         talk.ask('CLIENT', 'PAUSE', 60000, 'WRITE')  # so it is not told of the end
+        (it.root / 'told').touch()
         until(lambda: list((it.root / '.tt' / 'agents').glob('*.spool/*.json')))
         _end_all(it.scratch, but=b'redis-server')
         until(lambda: len(talk.ask('CLIENT', 'LIST').splitlines()) == 1)
@@ -486,8 +497,7 @@ def units(it: Recorder, to: Path) -> None:
 def record(it: Recorder) -> None:
     """Records all that there is of one version."""
     it.root.mkdir()
-    to = Path(__file__).with_name(it.run('cli', '--version').split()[-1])
-    shutil.rmtree(to, ignore_errors=True)
+    to = it.scratch / it.run('cli', '--version').split()[-1]
     to.mkdir()
     known = make_town(it)
     settle(it)
@@ -503,6 +513,8 @@ def record(it: Recorder) -> None:
         assert str(it.scratch) not in text, name
         (to / f'{name}.json').write_text(text)
     (to / 'metrics.txt').write_text('\n'.join(metrics) + '\n')
+    shutil.rmtree(Path(__file__).with_name(to.name), ignore_errors=True)
+    shutil.move(to, Path(__file__).parent)
 
 
 def main() -> None:
