@@ -14,7 +14,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -52,8 +51,7 @@ ADMIN = {'X_API_Key': KNOWN['keys']['admin']}
 @pytest.fixture
 def old(directory: Path) -> Iterator[Place]:
     """The recorded town, in a directory of this machine: it was cut off from power, and nothing of it runs."""
-    with tarfile.open(RECORDS / 'town.tar.gz') as tar:
-        tar.extractall(directory, filter='tar')
+    subprocess.run(['tar', '-xzf', RECORDS / 'town.tar.gz', '-C', directory], check=True)
     for file in directory.rglob('*'):
         if file.is_file() and (data := file.read_bytes()) and b'@' in data and 'appendonly' not in file.name:
             file.write_text(filled(data.decode(), directory))
