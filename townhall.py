@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Townhall, as a drop-in script: works from a checkout and through a symlink, with nothing installed but `redis`."""
+"""Townhall, as a drop-in script: runs from a checkout, through a symlink too, with only what the core needs installed.
+
+That is the packages redis, argon2-cffi and tomli-w.
+"""
 
 import sys
 from pathlib import Path

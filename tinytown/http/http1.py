@@ -92,7 +92,7 @@ class Request:
 class Response:
     """One answer. Header names and values are checked when it is sent.
 
-    One that goes on has a `stream`, which is called with its `connection.Stream` when the head is sent. While it is
+    One that goes on has a `stream`, which is called with its `stream.Stream` when the head is sent. While it is
     silent, `heartbeat` is sent every 15 s; `farewell` is sent when the server stops.
     """
 
