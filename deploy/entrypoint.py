@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinytown import config as configuration
-from tinytown import redaction
 from tinytown.auth.access import is_local
 from tinytown.cli.main import build_parser
-from tinytown.cli.parser import explain
+from tinytown.console import explain
 from tinytown.core import agents, recovery
 from tinytown.core.town import Call, open_town
 from tinytown.errors import NotFound, TownError, UsageError
+from tinytown.host import town_secrets
 from tinytown.host.processes import python
+from tinytown.host.town_dir import TownDir
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.say import begin, last_words, say
 from tinytown.townhall.main import townhall_parser
@@ -78,11 +79,11 @@ def ready_key(root: Path, words: list[str]) -> None:
     """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
     flags = {'townhall.bind': townhall_parser().parse_args(words).bind}
     config = configuration.load(root, flags)
-    redaction.ready_log(root, config)
+    town_secrets.ready_log(root, config)
     is_chosen = config.townhall.auth.mode != 'none' or 'TINYTOWN_TOWNHALL_AUTH_MODE' in os.environ
     if is_chosen or is_local(config.townhall.bind):
         return
-    file = root / '.tt' / 'api-key'
+    file = TownDir(root).api_key
     tt('generate-api-key', '--write', '--to', str(file), '--town', str(root))
     say('townhall', f'the network reaches {config.townhall.bind}, so an API key was made; it is in {file}', 'warning')
 

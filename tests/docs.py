@@ -35,7 +35,8 @@ SHARED: Final = frozenset({'help', 'town', 'json', 'url', 'api_key_file', 'verbo
 
 
 def pages() -> list[Path]:
-    return [REPOSITORY / 'README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
+    named = [REPOSITORY / name for name in ('README.md', 'ARCHITECTURE.md')]
+    return [*named, *sorted((REPOSITORY / 'docs').glob('*.md'))]
 
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:
@@ -52,7 +53,7 @@ def _cell(text: str) -> str:
 @cache
 def event_types() -> frozenset[str]:
     """Every type of event, from the scripts that tell of them."""
-    scripts = (REPOSITORY / 'tinytown' / 'scripts.lua').read_text()
+    scripts = (REPOSITORY / 'tinytown' / 'state' / 'scripts.lua').read_text()
     return frozenset(re.findall(r"'((?:agent|task|message|town)\.[a-z_]+)'", scripts))
 
 
@@ -251,7 +252,7 @@ def _meaning(parameter: Parameter) -> str:
 def codes() -> dict[str, int]:
     """The code of every problem document that the code can make, with its status."""
     found = {code: kind.status for code, (kind, _) in errors.REFUSALS.items()}
-    for file in sorted((REPOSITORY / 'tinytown').glob('*.py')):
+    for file in sorted((REPOSITORY / 'tinytown').rglob('*.py')):
         found |= dict(_written(ast.parse(file.read_text())))
     return found | {kind.code: kind.status for kind in _kinds().values()}
 
@@ -356,12 +357,37 @@ _PLAIN: Final = {
     '/openapi.json': 'OpenAPI 3.1 of everything here',
 }
 
+# --------------------------------------------------------------------------------------------------------- architecture
+
+
+def rooms() -> str:
+    """Every room of the package from the bottom up: its one job, and its modules."""
+    rows = []
+    for room in ('', *(room for floor in FLOORS for room in floor)):
+        folder = REPOSITORY / 'tinytown' / room
+        docstring = ast.get_docstring(ast.parse((folder / '__init__.py').read_text())) or ''
+        modules = sorted(f'`{file.stem}`' for file in folder.glob('*.py') if not file.stem.startswith('__'))
+        rows.append([f'`tinytown/{room}`', re.split(r'\.\s', docstring)[0].rstrip('.'), ', '.join(modules)])
+    return table('room|its one job|modules', rows)
+
+
+# The order of rooms: a room imports from those before its floor, and siblings never from each other.
+FLOORS: Final = (
+    ('state', 'clis'),
+    ('host', 'http'),
+    ('core',),
+    ('auth',),
+    ('rest', 'worker'),
+    ('mcp', 'cli'),
+    ('townhall',),
+)
+
 # -------------------------------------------------------------------------------------------------------------- writing
 
 PARTS: Final[dict[str, Callable[[], str]]] = {
     made.__name__: made
     for made in (settings, commands, shared_options, townhall_options, operations, routes, arguments, tools)
-} | {made.__name__: made for made in (resources, prompts, metrics, buckets, alerts, served, service_commands)}
+} | {made.__name__: made for made in (resources, prompts, metrics, buckets, alerts, served, service_commands, rooms)}
 
 
 def written(text: str) -> str:

@@ -31,32 +31,3 @@ def test_no_file_holds_a_path_of_a_machine_or_the_host_of_a_package_registry() -
         for match in unwanted.finditer(file.read_text('utf-8', 'replace'))
     }
     assert not found
-
-
-def test_modules_import_only_from_lower_layers() -> None:
-    layers = {
-        name: level
-        for level, names in enumerate(
-            (
-                'errors native argon2id say model tomledit keytable settings config',
-                'schema wire redis_tls whereabouts store processes notify keeper redis_server clis redact peer',
-                'town messages tasks backlog deadletter reports agents agent_tokens recovery caretaker hosts steward '
-                'feed timeline logs events census',
-                'shared ratelimit audit auth oidc operations',
-                'http1 router tls stream connection listen prefork vitals web access event_stream log_stream metrics '
-                'openapi probes dashboard rest client '
-                'mcp_messages mcp mcp_content mcp_catalogue mcp_headers mcp_sessions mcp_http mcp_stdio',
-                'briefing job worker demo',
-                'usage render doctor local keys ping screen watch cli hall service units standstill townhall',
-            )
-        )
-        for name in names.split()
-    }
-    for file in (REPOSITORY / 'tinytown').glob('*.py'):
-        if file.stem == '__init__':
-            continue
-        for line in re.findall(r'^from \.(\w*) import (.+)', file.read_text(), re.M):
-            names = [line[0]] if line[0] else [name.split(' as ')[0].strip() for name in line[1].split(',')]
-            for name in names:
-                if name in layers:
-                    assert layers[name] <= layers[file.stem], f'{file.stem} imports {name}, which is above it'

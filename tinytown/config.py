@@ -1,8 +1,9 @@
-"""The configuration of a town: what may be set, where it comes from, and how one line of the file is changed.
+"""The configuration of a town: what may be set, where it comes from, and the text of a new file.
 
-Precedence: flag, environment, the town's `tinytown.toml`, `~/.tt/config.toml`, default. Every setting is one field
-below; its environment name is TINYTOWN_ and its path in upper case (`townhall.rest_port`: TINYTOWN_TOWNHALL_REST_PORT;
-`name` and `agent_clis` have none). Coding CLIs of the global file and of the town's are known together.
+Precedence: flag, environment, the town's `tinytown.toml`, `~/.tt/config.toml`, default. Every setting is one field of
+`settings.Config`; its environment name is TINYTOWN_ and its path in upper case (`townhall.rest_port`:
+TINYTOWN_TOWNHALL_REST_PORT; `name` and `agent_clis` have none). Coding CLIs of the global file and of the town's are
+known together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import re
 import shlex
 import stat
-import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from .toml_edit import to_toml
 Made = TypeVar('Made', bound=Section)
 
 FILE: Final = 'tinytown.toml'
+USER_FILE: Final = '.tt/config.toml'  # of all towns of a user, in the home directory
 ALIASES: Final = {
     'townhall.tls.cert_file': 'townhall.tls.cert_path',
     'townhall.tls.key_file': 'townhall.tls.key_path',
@@ -231,7 +232,7 @@ def sources(root: Path, flags: Mapping[str, Any]) -> list[str]:
 
 
 def _files(root: Path, of_user: Path | None) -> list[Path]:
-    return [*([of_user / '.tt' / 'config.toml'] if of_user else []), root / FILE]
+    return [*([of_user / USER_FILE] if of_user else []), root / FILE]
 
 
 def from_values(values: Mapping[str, Any], root: Path) -> Config:
@@ -321,12 +322,6 @@ def home() -> Path | None:
         return None
 
 
-def find_root(start: Path) -> Path | None:
-    """The nearest directory, from `start` upwards, that holds a town."""
-    start = start.resolve()
-    return next((each for each in (start, *start.parents) if (each / FILE).is_file()), None)
-
-
 def derive_name(root: Path) -> str:
     """A name for a town in `root`: that of the directory, in the alphabet of town names."""
     name = re.sub(r'[^a-z0-9_-]+', '-', root.resolve().name.lower()).strip('-_')[:63]
@@ -352,61 +347,3 @@ def template(name: str, given: Mapping[str, Any]) -> str:
         lines.append(f'{mark}{key} = {to_toml(value)}'.ljust(40) + f'  # {setting.doc}')
     lines += ['', '[agent_clis]', '# my-cli = "command --flag"', '']
     return '\n'.join(lines)
-
-
-def write_once(file: Path, text: str) -> str:
-    """What a file of mode 0600 holds, which is `text` if there was none; of two who write both take the first's."""
-    if not file.exists():
-        draft = file.with_name(f'{file.name}.{os.getpid()}.{threading.get_ident()}')
-        write_atomically(draft, text, 0o600)
-        try:
-            os.link(draft, file)
-        except FileExistsError:
-            pass
-        draft.unlink()
-    return file.read_text()
-
-
-def write_atomically(file: Path, text: str, mode: int = 0o644, keep_mode: bool = True, keep_owner: bool = True) -> None:
-    """Replaces a file in one step, so that a reader sees the old or the new text.
-
-    Follows a symbolic link, and keeps the mode of an old file unless `keep_mode` is false. What root writes belongs to
-    the owner of the old file, or of the directory, unless `keep_owner` is false.
-    """
-    file = Path(os.path.realpath(file))
-    draft = file.with_name(f'.{file.name}.{os.getpid()}')
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # no other file is written to, or given
-    try:
-        with os.fdopen(descriptor, 'w', encoding='utf-8', newline='') as out:
-            if keep_owner:
-                _give(descriptor, file if file.exists() else file.parent)
-            if keep_mode and file.exists():
-                os.fchmod(descriptor, stat.S_IMODE(file.stat().st_mode))
-            out.write(text)
-            out.flush()
-            os.fsync(descriptor)
-        os.replace(draft, file)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def make_directory(directory: Path) -> None:
-    """Makes a directory of mode 0700 unless it is there. One that root makes belongs to the owner of that around it."""
-    try:
-        directory.mkdir(0o700)
-    except FileExistsError:
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        _give(descriptor, directory.parent)
-    finally:
-        os.close(descriptor)
-
-
-def _give(descriptor: int, like: Path) -> None:
-    """Has what root has made belong to the owner of another file: a town of another user stays that user's."""
-    owner = like.stat()
-    if os.geteuid() == 0 and owner.st_uid:
-        os.fchown(descriptor, owner.st_uid, owner.st_gid)

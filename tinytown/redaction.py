@@ -1,5 +1,6 @@
 """Secrets that are known by their value, taken out of what is written down and shown.
 
+Which values those are in a town `host/town_secrets.py` tells. The logs of workers go through a `Redactor`.
 A value of fewer than SHORTEST bytes is left where it stands: it would be found within ordinary words. A secret in
 another form than its own (encoded, or broken over lines) is not recognised. This guards against accidents, not against
 a program that means to give a secret away.
@@ -7,23 +8,13 @@ a program that means to give a secret away.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import unquote, unquote_plus
 
-from . import say
-from .clis.registry import key_names
-from .config import FILE, read_settings
-from .settings import Config
-
 SHORTEST: Final = 8
 REDACTED: Final = b'[redacted]'
-_PATH: Final = re.compile(r'/[\w./:+-]*')
 # In the login of a URL. Where a character of it should have been encoded and is not, all up to the last @ may be it.
 _IN_LOGIN: Final = re.compile(r'(?<=://)([^:/?#]*):([^/?#]*)@')
 _IN_BROKEN_LOGIN: Final = re.compile(r'((?!unix:)(?:[^:]*://|(?!.*://))[^:/?#]*):(.*)@', re.S)
@@ -105,50 +96,6 @@ class Redactor:
         return self._secrets.hide(data)
 
 
-def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
-    """The secrets of a town that this process knows of.
-
-    The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis (those in files,
-    too) and of proxies, and the tokens of agents with the key that they are made with.
-    """
-    values = [environ.get(name, '') for name in key_names(config)]
-    values = [value for value in values if not _PATH.fullmatch(value)]
-    urls = [config.redis.url or '', *(value for name, value in environ.items() if name.lower().endswith('_proxy'))]
-    for url in urls:
-        values += _passwords(url)
-    for file in (
-        *_password_files(root, config),
-        root / '.tt' / 'token-key',
-        *(root / '.tt' / 'agents').glob('*.token'),
-    ):
-        with suppress(OSError):
-            values.append(file.read_text('utf-8', 'surrogateescape'))
-    return Secrets(values)
-
-
-def ready_log(root: Path, config: Config) -> None:
-    """Has this process write its log as a town's settings say, and without its secrets."""
-    log = config.townhall.log
-    say.configure(log.format, log.level, config.name, known_secrets(root, config, os.environ).hide)
-
-
-def exposed(root: Path, config: Config) -> list[str]:
-    """Of the files that hold a password of Redis those that every user of this machine may read; each with the mend."""
-    url = read_settings(root / FILE).get('redis.url', '')
-    own = [root / FILE] if masked(url) != url else []
-    found = [file for file in (*own, *_password_files(root, config)) if file.stat().st_mode & stat.S_IROTH]
-    return [
-        f'{file} holds a password that every user of this machine may read; run  chmod o-r {file}' for file in found
-    ]
-
-
-def _password_files(root: Path, config: Config) -> list[Path]:
-    """Those that settings name and that can be read without waiting for somebody to write (a named pipe)."""
-    given = config.redis.password_file, config.redis.sentinel_password_file
-    named = [root / Path(name).expanduser() for name in given if name]
-    return [file for file in named if file.is_file()]
-
-
 def masked(url: str) -> str:
     """A URL to be shown: *** stands for its password, even if that makes it one that can't be read."""
     url = _IN_QUERY.sub('***', url)
@@ -156,7 +103,7 @@ def masked(url: str) -> str:
     return f'{url[: found.start(2)]}***{url[found.end(2) :]}' if found else url
 
 
-def _passwords(url: str) -> list[str]:
+def passwords(url: str) -> list[str]:
     """The password in a URL, as it stands there and as it is meant."""
     login = [found[2] for found in (_IN_LOGIN.search(url), _IN_BROKEN_LOGIN.match(url)) if found]
     query = _IN_QUERY.findall(url)

@@ -24,6 +24,7 @@ from tinytown.auth.access import Access, check_start
 from tinytown.auth.api_keys import ApiKey, checksum, generate_key
 from tinytown.core.operations import OPERATIONS, Op
 from tinytown.errors import Unauthorized, UsageError
+from tinytown.files import write_atomically
 from tinytown.http.http1 import Peer, Request
 from tinytown.model import ADMIN, ALL_SCOPES, MANAGE, READ, WRITE
 from tinytown.settings import Config
@@ -51,7 +52,7 @@ class Keyed:
 
     def write(self, text: str) -> None:
         """In one step, as an editor does it."""
-        config.write_atomically(self.file, text)
+        write_atomically(self.file, text)
 
     def bearer(self, scope: str) -> dict[str, str]:
         return {'Authorization': f'Bearer {self.keys[scope].key}'}

@@ -16,6 +16,7 @@ from tinytown.auth import agent_tokens
 from tinytown.core.agents import look_up
 from tinytown.core.town import Call
 from tinytown.errors import TownError, Unauthorized
+from tinytown.host.town_dir import TownDir
 from tinytown.model import CONDUCTOR_ID
 
 from ..support import LONG, OPERATOR, Place, make_town, shell_cli, until
@@ -35,7 +36,7 @@ def town(directory: Path) -> Iterator[Place]:
 
 def token(place: Place, name: str) -> str:
     agent_id = place.do('agent.get', agent=name)['id']
-    file = agent_tokens.file_of(place.root, agent_id)
+    file = TownDir(place.root).token(agent_id)
     assert file.stat().st_mode & 0o777 == 0o600
     return file.read_text().strip()
 
@@ -128,7 +129,7 @@ def test_a_token_ends_with_the_process_that_it_was_made_for(town: Place) -> None
     agent_id = town.do('agent.get', agent='a')['id']
     town.do('agent.prune')
     assert hall.get('/v1/status', **second).status == 401
-    assert not agent_tokens.file_of(town.root, agent_id).exists()
+    assert not TownDir(town.root).token(agent_id).exists()
 
 
 FORGED: dict[str, Callable[[str], str]] = {
@@ -188,7 +189,7 @@ def test_the_key_of_a_town_is_made_once_and_is_its_owners(directory: Path) -> No
     file = directory / '.tt' / 'token-key'
     assert file.stat().st_mode & 0o777 == 0o600
     agent_tokens.issue(directory, CONDUCTOR_ID, CONDUCTOR_ID)
-    shown = agent_tokens.file_of(directory, CONDUCTOR_ID).read_text().strip()
+    shown = TownDir(directory).token(CONDUCTOR_ID).read_text().strip()
     assert agent_tokens.read_token(key, shown) == (CONDUCTOR_ID, CONDUCTOR_ID)
     with pytest.raises(Unauthorized):
         agent_tokens.read_token(key + b'0', shown)

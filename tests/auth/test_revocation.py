@@ -14,7 +14,8 @@ import pytest
 
 from tinytown import api_key_table
 from tinytown.auth.api_keys import ApiKey, generate_key
-from tinytown.config import FILE, write_atomically
+from tinytown.config import FILE
+from tinytown.files import write_atomically
 
 from ..mcp_client import Http
 from ..streams import Listener, await_streams, happen

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tinytown.cli.format import as_json, clean, format_answer, table
+from tinytown.cli.format import as_json, format_answer, table
+from tinytown.console import clean
 from tinytown.core.operations import OPERATIONS
 from tinytown.model import CONDUCTOR_ID
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from tinytown.cli.format import format_answer
-from tinytown.cli.lifecycle import running_townhalls
 from tinytown.core import agents, hosts, recovery
 from tinytown.core.town import Call, Town
 from tinytown.errors import TownError, UsageError
 from tinytown.host.processes import identify, name_host, this_boot, this_host
+from tinytown.host.townhalls import running_townhalls
 from tinytown.model import new_id
 from tinytown.state.store import Step, text
 from tinytown.worker.host_orders import HostOrders

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tinytown.config import write_atomically
+from tinytown.files import write_atomically
 from tinytown.host.processes import python
 
 from ..support import PATIENCE, REPOSITORY, environment

@@ -323,7 +323,7 @@ class Watched:
         self._ring = ring
         self._town_file = str(root / configuration.FILE)
         home = configuration.home()
-        self._shared_file = str(home / '.tt' / 'config.toml') if home else ''
+        self._shared_file = str(home / configuration.USER_FILE) if home else ''
         self._seen: tuple[_Version, _Version] | None = None
         self._told = ''
 

@@ -16,11 +16,11 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Final
 
-from ..config import write_atomically, write_once
 from ..core import agents
 from ..core.town import Call, Town
 from ..errors import Conflict, NotFound, Unauthorized
-from ..host.managed_redis import private_directory
+from ..files import write_atomically, write_once
+from ..host.town_dir import TownDir
 from ..model import READ, UUID_PATTERN, WRITE, Principal, Scope
 from ..settings import Config
 from ..state.store import Step
@@ -29,18 +29,14 @@ TOKEN_PREFIX: Final = 'tta_'
 _TOKEN: Final = re.compile(rf'{TOKEN_PREFIX}({UUID_PATTERN})_({UUID_PATTERN})_[A-Za-z0-9_-]{{43}}')
 
 
-def file_of(root: Path, agent_id: str) -> Path:
-    return root / '.tt' / 'agents' / f'{agent_id}.token'
-
-
 def issue(root: Path, agent_id: str, instance: str) -> None:
     """Writes the token of an agent's process down, in place of the one before."""
-    write_atomically(file_of(root, agent_id), _token(key_of(root), agent_id, instance) + '\n', 0o600)
+    write_atomically(TownDir(root).token(agent_id), _token(key_of(root), agent_id, instance) + '\n', 0o600)
 
 
 def key_of(root: Path) -> bytes:
     """The key of a town, made when it is first asked for."""
-    return write_once(private_directory(root) / 'token-key', os.urandom(32).hex()).encode()
+    return write_once(TownDir(root).made().token_key, os.urandom(32).hex()).encode()
 
 
 def _token(key: bytes, agent_id: str, instance: str) -> str:

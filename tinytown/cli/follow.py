@@ -12,11 +12,12 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
+from ..console import clean
 from ..core.operations import BY_NAME
 from ..errors import TownError, UsageError
 from ..model import Json
 from .backends import Backend
-from .format import as_json, clean, cut, event_line, format_answer
+from .format import as_json, cut, event_line, format_answer
 from .lifecycle import report, wants_json
 from .top import taken, top
 

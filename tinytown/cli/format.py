@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from ..console import STEERING, clean
 from ..core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
 from ..host.processes import this_host
 from ..model import CONDUCTOR_ID
@@ -19,8 +20,6 @@ _COLOURS: Final = {
     'completed': 32, 'running': 36, 'assigned': 36, 'failed': 31, 'cancelled': 2, 'pending': 33,
 }  # fmt: skip
 _ANSI: Final = re.compile(r'\x1b\[[0-9]*m')
-# Controls but tab and newline, marks that turn the direction of text around, lone surrogates.
-_STEERING: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 _PIECES: Final = re.compile(r'\x1b\[[0-9]*m|.', re.S)
 _MOST: Final = 72  # columns of a cell
 
@@ -31,11 +30,6 @@ def format_answer(operation: str, answer: JsonObject, colour: bool) -> str:
     if answer.get('next_cursor'):
         text += f'\n\nThere is more; add  --cursor {clean(answer["next_cursor"])}'
     return text if colour else _ANSI.sub('', text)
-
-
-def clean(text: str) -> str:
-    """A text from elsewhere, without what would steer a terminal."""
-    return _STEERING.sub('\ufffd', text)
 
 
 def cleaned(value: Any) -> Any:
@@ -50,7 +44,7 @@ def cleaned(value: Any) -> Any:
 def as_json(answer: Any, ascii_only: bool) -> str:
     """An answer as JSON on one line; what would steer a terminal is escaped."""
     text = json.dumps(answer, ensure_ascii=ascii_only)
-    return _STEERING.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
+    return STEERING.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
 
 
 def counted(number: int, noun: str) -> str:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import api_key_table
 from .. import config as configuration
 from ..errors import TownError, UsageError
-from ..host.managed_redis import private_directory
+from ..files import write_atomically
+from ..host.town_dir import TownDir
+from ..host.townhalls import live_townhalls, tell_townhalls
 from ..model import ADMIN, READ
 from ..toml_edit import change
-from .lifecycle import live_townhalls, report, tell_townhalls
+from .lifecycle import report
 from .parser import Command, acts_here, argument, town_root
 from .ping import ask
 
@@ -75,7 +77,7 @@ def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
     made = _new_key()
     entry = {'id': made.id, 'hash': made.hash} | entry
     if arguments.to:  # before it is let in: a key that is in force must be known to somebody
-        configuration.write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False, keep_owner=False)
+        write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False, keep_owner=False)
     if not arguments.write:
         paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
         return _show(arguments, made, '\n'.join([*paste, api_key_table.written(entry).rstrip()]))
@@ -220,7 +222,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
             raise UsageError(
                 f'{file} is left as it is: its keys are not written as [[townhall.auth.keys]]; change it by hand'
             )
-        configuration.write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
+        write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
     if draft.turns_on:
         when = 'now on, townhall' if tell_townhalls(file.parent) else 'its next start on, townhall'
         draft.advice = f' From {when} asks every caller for a key.'
@@ -229,7 +231,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Lets one command at a time change the configuration."""
-    descriptor = os.open(private_directory(root), os.O_RDONLY)
+    descriptor = os.open(TownDir(root).made().path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

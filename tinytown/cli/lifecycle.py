@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,25 +19,23 @@ from ..core import agents
 from ..core.hosts import claim_host
 from ..core.town import Call, Town, join, open_town
 from ..errors import TownError, UsageError
+from ..files import write_atomically
 from ..host import managed_redis, report_spool
 from ..host.processes import (
     GRACE_SECS,
     INSTANCE_VARIABLE,
-    Identity,
-    hold,
     identify,
-    is_beside,
-    is_held,
     name_host,
     python,
     python_path,
     reap,
     start_detached,
-    stop_one,
     stop_tree,
     this_host,
     verdict,
 )
+from ..host.town_dir import TownDir
+from ..host.townhalls import running_townhalls, stop_townhalls, tell_townhalls
 from ..model import ALL_SCOPES, Principal
 from ..redaction import masked
 from ..settings import Config
@@ -112,9 +109,8 @@ def _init(arguments: argparse.Namespace) -> int:
         _check_url(path, configuration.find_setting(path, flag).check(value, flag))
     root.mkdir(parents=True, exist_ok=True)
     mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
-    configuration.write_atomically(file, configuration.template(name, given), mode)
-    private = managed_redis.private_directory(root)
-    configuration.write_atomically(private / '.gitignore', '*\n')
+    write_atomically(file, configuration.template(name, given), mode)
+    write_atomically(TownDir(root).made().gitignore, '*\n')
     if arguments.join:
         try:
             return _join(arguments, root)
@@ -139,7 +135,7 @@ def _start(arguments: argparse.Namespace) -> int:
         if verdict(process) == 'alive':
             answer = {'url': url, 'started': False, 'pid': process.pid}
             return report(arguments, answer, f'{town.name} is open already on {url}')
-    log = root / '.tt' / 'townhall.log'
+    log = TownDir(root).townhall_log
     began = log.stat().st_size if log.exists() else 0
     env = {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
     argv = python('tinytown.townhall', 'rest', '--town', str(root))
@@ -175,59 +171,6 @@ def _told(line: str) -> str:
         return line.removeprefix('townhall: ')
 
 
-def _run_directory(root: Path) -> Path:
-    return root / '.tt' / 'run'
-
-
-def note_townhall(root: Path, url: str) -> Path:
-    """Writes down that this process serves the town at `url`. The file, to be removed when it ends."""
-    me = identify(os.getpid())
-    directory = _run_directory(root)
-    managed_redis.private_directory(root)
-    configuration.make_directory(directory)
-    file = directory / f'townhall-{me.pid}.json'
-    record = {'host': me.host, 'boot': me.boot, 'pid': me.pid, 'start': me.start, 'url': url}
-    configuration.write_atomically(file, json.dumps(record), 0o600)
-    with suppress(OSError):  # a disk without locks: less is known of it in other containers
-        hold(file)
-    return file
-
-
-def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
-    """(file, process, URL) of the townhalls that have written themselves down and may still run.
-
-    They are this directory's, and so this host's, though it may have been called otherwise when they began.
-    """
-    found = []
-    for file in sorted(_run_directory(root).glob('townhall-*.json')):
-        try:
-            record = json.loads(file.read_text())
-            url = record.pop('url')
-            process = Identity(**record | {'host': this_host()})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # it is not one of ours
-        if verdict(process) == 'dead' or (is_beside(process) and is_held(file) is False):
-            file.unlink(missing_ok=True)
-        else:
-            found.append((file, process, url))
-    return found
-
-
-def tell_townhalls(root: Path) -> int:
-    """Has the townhalls of this town that run on this machine take up the configuration. How many there are."""
-    alive = live_townhalls(root)
-    for process, _ in alive:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(process.pid, signal.SIGHUP)
-    return len(alive)
-
-
-def live_townhalls(root: Path) -> list[tuple[Identity, str]]:
-    """(process, URL) of the townhalls of this town that run on this machine."""
-    name_host(configuration.load(root).host)
-    return [(process, url) for _, process, url in running_townhalls(root) if verdict(process) == 'alive']
-
-
 def _stop(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     config = configuration.load(root)
@@ -243,20 +186,6 @@ def _stop(arguments: argparse.Namespace) -> int:
     sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
     report(arguments, answer, '\n'.join([sentence, *left]))
     return 1 if left else 0
-
-
-def stop_townhalls(root: Path, config: Config) -> tuple[int, list[str]]:
-    """Stops the townhalls of this directory: how many, and which could not be."""
-    stopped, left = 0, []
-    for file, process, url in running_townhalls(root):
-        stop_one(process, config.townhall.limits.drain_secs + 2)
-        if verdict(process) == 'dead':
-            file.unlink(missing_ok=True)
-            stopped += 1
-        else:
-            why = 'it is in another container or on another machine' if verdict(process) == 'unknown' else 'it lives on'
-            left.append(f'The townhall on {url} (process {process.pid}) could not be stopped: {why}')
-    return stopped, left
 
 
 def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]]:
@@ -381,7 +310,7 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     if configuration.parse(changed.encode(), str(file)) | untold != wanted | untold:
         raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
     is_open = _shown(setting.path, new) == new
-    configuration.write_atomically(file, changed, 0o600, keep_mode=is_open)
+    write_atomically(file, changed, 0o600, keep_mode=is_open)
     return new
 
 

@@ -15,16 +15,18 @@ from typing import Any, Final
 
 from .. import __version__
 from ..auth import agent_tokens
+from ..console import complain, end_streams, ready_streams
 from ..core import agents
 from ..core.operations import BY_NAME, OPERATIONS, Op
 from ..core.town import Call, Town
 from ..errors import Invalid, TownError, UsageError
+from ..host.town_dir import TownDir
 from ..model import ALL_SCOPES, Principal
 from ..schema import Parameter, validate
 from . import keys, lifecycle, ping
 from .backends import Backend, Local, Remote
 from .format import format_answer
-from .parser import Command, Parser, argument, complain, end_streams, note, open_meant, ready_streams
+from .parser import Command, Parser, argument, note, open_meant
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
 
@@ -297,7 +299,7 @@ def local_principal(town: Town) -> Principal:
 def _own_token() -> str | None:
     """The file with the token of the agent in whose run this is."""
     root, agent_id = os.environ.get('TINYTOWN_TOWN', ''), os.environ.get('TINYTOWN_AGENT_ID', '')
-    file = agent_tokens.file_of(Path(root), agent_id)
+    file = TownDir(Path(root)).token(agent_id)
     return str(file) if root and agent_id and file.exists() else None
 
 

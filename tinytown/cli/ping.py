@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import TownError
+from ..host.townhalls import running_townhalls
 from .backends import parse_url
-from .lifecycle import report, running_townhalls
+from .lifecycle import report
 from .parser import Command, argument, meant_root
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, NotRequired, TypedDict
 
-from .. import redaction
-from ..config import write_atomically
 from ..errors import Invalid
+from ..files import write_atomically
+from ..host import town_secrets
+from ..host.town_dir import TownDir
 from ..model import AgentRef, Field
 from ..redaction import REDACTED, Secrets
 from ..state.store import Step, text
 from . import hosts
-from .agents import worker_log
 from .town import Call
 
 MAX_PAGE_BYTES: Final = 262144  # bytes of one page
@@ -243,10 +243,10 @@ def open_log(call: Call, agent: str) -> Step[LogReader]:
     """The log of an agent. Raises NotFound for an unknown one, and Conflict for one whose log is on another host."""
     found = yield call.store.agent(agent)
     name, host = text(found[1]), text(found[5] or b'')
-    file = worker_log(call.town.root, name)
+    file = TownDir(call.town.root).log(name)
     if hosts.is_other_host(host):
         yield from hosts.check_here(call, f"The log of '{name}'", host, file.exists())
-    return LogReader(name, file, redaction.known_secrets(call.town.root, call.config, os.environ))
+    return LogReader(name, file, town_secrets.known(call.town.root, call.config, os.environ))
 
 
 def read_log(

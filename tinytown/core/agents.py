@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Final, NotRequired, TypedDict
 
 from .. import config as configuration
@@ -27,6 +26,7 @@ from ..host.processes import (
     stop_tree,
     this_host,
 )
+from ..host.town_dir import TownDir
 from ..model import (
     AT_REST,
     CONDUCTOR_NAMES,
@@ -444,7 +444,7 @@ def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
 
 def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
-    log = worker_log(town.root, name)
+    log = TownDir(town.root).log(name)
     env = registry.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
     env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # by which doctor knows it
     try:
@@ -465,10 +465,6 @@ def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
             code='spawn-failed',
             retry_after=5,
         )
-
-
-def worker_log(root: Path, name: str) -> Path:
-    return root / '.tt' / 'logs' / f'{name}.log'
 
 
 def _charter(town: Town, agent_id: str, instance: str) -> bytes:

@@ -10,8 +10,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from .. import config as configuration
 from ..errors import UsageError
+from ..files import write_atomically, write_once
 from ..host import managed_redis
 from ..host.processes import name_host
+from ..host.town_dir import TownDir
 from ..model import Agent, Cursor, Field, Limit, Principal, new_id
 from ..redaction import masked
 from ..settings import Config
@@ -51,21 +53,6 @@ class Call:
         return self.town.config
 
 
-def find_town(start: Path, given: str | None) -> Path:
-    """The root of the town in `given`, or in the nearest directory from `start` upwards. Raises UsageError."""
-    if given is not None:
-        root = Path(given).expanduser()
-        if not (root / configuration.FILE).is_file():
-            raise UsageError(
-                f'{given} holds no town ({configuration.FILE} is missing); make one:  tt init --town {given}'
-            )
-        return root.resolve()
-    root_found = configuration.find_root(start)
-    if root_found is None:
-        raise UsageError(f'not in a town: no {configuration.FILE} in {start} or above it; make one:  tt init')
-    return root_found
-
-
 def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
     """Opens the town in `root`, starting its managed Redis if that is not running. Raises UsageError, TownError."""
     town = _connect(root, configuration.load(root, flags))
@@ -84,7 +71,7 @@ def join(root: Path, check: Callable[[Town], None]) -> Town:
     town = _connect(root, config)
     owner = text(town.store.call(town.store.open(''))[0])
     check(town)
-    configuration.write_atomically(_identity_file(root), f'{owner}\n', 0o600)
+    write_atomically(TownDir(root).made().identity, f'{owner}\n', 0o600)
     return town
 
 
@@ -96,11 +83,7 @@ def _connect(root: Path, config: Config) -> Town:
 
 def _identity(root: Path) -> str:
     """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
-    return configuration.write_once(_identity_file(root), new_id() + '\n').strip()
-
-
-def _identity_file(root: Path) -> Path:
-    return managed_redis.private_directory(root) / 'town-id'
+    return write_once(TownDir(root).made().identity, new_id() + '\n').strip()
 
 
 # -------------------------------------------------------------------------------------------------------- operations

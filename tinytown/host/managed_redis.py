@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import Final, TextIO
 
-from ..config import make_directory, write_atomically
 from ..errors import TownError, UsageError
+from ..files import write_atomically
 from ..settings import Config
 from ..state.client import Address, RedisError, UnixSocket, pack
 from . import bundled, spawner
 from .processes import identify, reap, start_time, verdict
+from .town_dir import TownDir
 
 OLDEST: Final = (7, 0)
 REDIS_START_SECS: Final = 10.0
@@ -44,12 +45,11 @@ def _own(root: Path) -> UnixSocket:
 
 def socket_path(root: Path) -> Path:
     """The socket of the managed Redis: in the town's `.tt`, or where `.tt/redis.addr` says if that path is too long."""
-    path = root / '.tt' / 'redis.sock'
     if not is_redis_elsewhere(root):
-        return path
-    note = root / '.tt' / 'redis.addr'
+        return TownDir(root).redis_socket
+    note = TownDir(root).redis_elsewhere
     if not note.exists():
-        private_directory(root)
+        TownDir(root).made()
         with _Lock(root):
             if not note.exists():
                 import tempfile  # late: the path is seldom too long
@@ -65,25 +65,14 @@ def socket_path(root: Path) -> Path:
 
 def is_redis_elsewhere(root: Path) -> bool:
     """Whether the socket of a town's managed Redis is below /tmp, as its own path is too long for one."""
-    return len(os.fsencode(root / '.tt' / 'redis.sock')) > _LONGEST_PATH
-
-
-def private_directory(root: Path) -> Path:
-    """The town's `.tt`, mode 0700, with the places in it that everyone expects."""
-    directory = root / '.tt'
-    make_directory(directory)
-    if directory.stat().st_mode & 0o077:
-        directory.chmod(0o700)
-    for name in ('logs', 'redis', 'agents'):
-        make_directory(directory / name)
-    return directory
+    return len(os.fsencode(TownDir(root).redis_socket)) > _LONGEST_PATH
 
 
 def ensure(root: Path, config: Config) -> None:
     """Makes sure that the town's Redis answers, starting the managed one if need be. Raises UsageError, Unavailable."""
     if config.redis.url:
         return
-    private_directory(root)
+    TownDir(root).made()
     where = _own(root)
     if _answers(where):
         return
@@ -107,7 +96,7 @@ def stop_redis(root: Path) -> bool:
     deadline = time.monotonic() + STOP_SECS
     while verdict(server) == 'alive':
         if isinstance(said, RedisError) or time.monotonic() > deadline:
-            raise TownError(f'Redis (process {pid}) did not end and said: {said}; see {_log(root)}')
+            raise TownError(f'Redis (process {pid}) did not end and said: {said}; see {TownDir(root).redis_log}')
         reap()
         time.sleep(0.01)
     return True
@@ -117,7 +106,7 @@ class _Lock:
     """The lock of those who would start a server for one town; it goes with its process."""
 
     def __init__(self, root: Path) -> None:
-        self._file = root / '.tt' / 'redis.lock'
+        self._file = TownDir(root).redis_start_lock
 
     def __enter__(self) -> None:
         self._open = open(self._file, 'w')
@@ -158,19 +147,15 @@ def _listens(path: Path) -> bool:
         return True
 
 
-def _log(root: Path) -> Path:
-    return root / '.tt' / 'redis.log'
-
-
 def _start(root: Path, config: Config, where: UnixSocket) -> None:
     server = find_server()
-    directory = root / '.tt'
+    directory = TownDir(root)
     sock = Path(where.path)
     options = {
         'port': '0',
         'unixsocket': str(sock),
         'unixsocketperm': '700',
-        'dir': str(directory / 'redis'),
+        'dir': str(directory.redis),
         'appendonly': 'yes',
         'appendfsync': config.redis.appendfsync,
         'maxmemory-policy': 'noeviction',
@@ -185,13 +170,13 @@ def _start(root: Path, config: Config, where: UnixSocket) -> None:
     argv = [str(server)]
     for name, value in options.items():
         argv += [f'--{name}', value]
-    log = _log(root)
+    log = directory.redis_log
     began = log.stat().st_size if log.exists() else 0
-    with open(directory / 'redis' / 'server.lock', 'a+', encoding='utf-8') as lock:
+    with open(directory.redis_server_lock, 'a+', encoding='utf-8') as lock:
         _claim(lock, sock)
         sock.unlink(missing_ok=True)
         env = {'PATH': os.environ.get('PATH', os.defpath), 'LANG': 'C'}
-        pid = spawner.start(root, argv, directory, env, log, [lock.fileno()])
+        pid = spawner.start(root, argv, directory.path, env, log, [lock.fileno()])
         lock.truncate(0)
         lock.write(str(pid))
     deadline = time.monotonic() + REDIS_START_SECS

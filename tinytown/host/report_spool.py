@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import write_atomically
 from ..errors import Conflict, NotFound
+from ..files import write_atomically
 from ..state.store import Step, Store, text
 from .processes import (
     Identity,
@@ -33,27 +33,21 @@ from .processes import (
     this_host,
     verdict,
 )
-
-
-def prompt_file(root: Path, agent_id: str) -> Path:
-    return root / '.tt' / 'agents' / f'{agent_id}.prompt'
-
-
-def _spool(root: Path, agent_id: str) -> Path:
-    return root / '.tt' / 'agents' / f'{agent_id}.spool'
+from .town_dir import TownDir
 
 
 def keep(root: Path, agent_id: str, report: dict[str, Any]) -> Path:
     """Writes a report down: task, attempt, outcome, result, error. Raises OSError."""
-    _spool(root, agent_id).mkdir(mode=0o700, exist_ok=True)
-    file = _spool(root, agent_id) / f'{report["task"]}-{report["attempt"]}.json'
+    spool = TownDir(root).spool(agent_id)
+    spool.mkdir(mode=0o700, exist_ok=True)
+    file = spool / f'{report["task"]}-{report["attempt"]}.json'
     write_atomically(file, json.dumps(report), 0o600)
     return file
 
 
 def waiting(root: Path, agent_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The reports that an agent's processes left; one that can't be read is put aside."""
-    for file in sorted(_spool(root, agent_id).glob('*.json')):
+    for file in sorted(TownDir(root).spool(agent_id).glob('*.json')):
         try:
             report = json.loads(file.read_text())
         except FileNotFoundError:
@@ -81,21 +75,17 @@ def deliver_all(store: Store, root: Path, agent_id: str) -> Step[None]:
         file.unlink(missing_ok=True)
 
 
-def _note(root: Path, agent_id: str) -> Path:
-    return root / '.tt' / 'agents' / f'{agent_id}.process'
-
-
 def note_process(root: Path, agent_id: str, instance: str) -> None:
     """Notes that this process runs an instance of an agent, until it ends."""
     with suppress(OSError):  # a full disk, or one without locks: less is known of it then
-        write_atomically(_note(root, agent_id), f'{instance} {identify(os.getpid()).line}', 0o600)
-        hold(_note(root, agent_id))
+        write_atomically(TownDir(root).process(agent_id), f'{instance} {identify(os.getpid()).line}', 0o600)
+        hold(TownDir(root).process(agent_id))
 
 
 def noted(root: Path, agent_id: str) -> tuple[str, Identity | None]:
     """The instance and process that an agent last ran as in this directory, with the name that this host has now."""
     try:
-        instance, _, line = _note(root, agent_id).read_text().partition(' ')
+        instance, _, line = TownDir(root).process(agent_id).read_text().partition(' ')
     except OSError:
         return '', None
     process = read_identity(line)
@@ -105,7 +95,7 @@ def noted(root: Path, agent_id: str) -> tuple[str, Identity | None]:
 def judge(root: Path, agent_id: str, instance: str, process: Identity) -> Verdict:
     """Whether the process of an agent's instance lives; in another namespace of pids its lock tells."""
     if is_beside(process) and noted(root, agent_id)[0] == instance:
-        lives = is_held(_note(root, agent_id))
+        lives = is_held(TownDir(root).process(agent_id))
         return 'unknown' if lives is None else 'alive' if lives else 'dead'
     return verdict(process)
 
@@ -113,7 +103,7 @@ def judge(root: Path, agent_id: str, instance: str, process: Identity) -> Verdic
 def workers(root: Path) -> dict[str, Identity | None]:
     """The workers of this directory that have processes here, by instance; with the worker's own, if that is noted."""
     found: dict[str, Identity | None] = dict.fromkeys(agents_processes(str(root)))
-    for file in (root / '.tt' / 'agents').glob('*.process'):
+    for file in TownDir(root).processes():
         instance, process = noted(root, file.stem)
         if process and verdict(process) == 'alive':
             found[instance] = process
@@ -124,7 +114,7 @@ def forget(root: Path, agent_id: str) -> None:
     """Removes what is kept for an agent that is no more."""
     import shutil  # late: it brings every compression
 
-    for path in (root / '.tt' / 'agents').glob(f'{agent_id}.*'):
+    for path in TownDir(root).of_agent(agent_id):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

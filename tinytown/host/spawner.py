@@ -33,6 +33,7 @@ from ..errors import UsageError
 from ..settings import Config
 from . import sd_notify
 from .processes import python, python_path, reap, start_detached
+from .town_dir import TownDir
 
 FD: Final = '{fd}'  # in an argv: the number of the first descriptor that is kept
 _MOST_KEPT: Final = 8
@@ -63,10 +64,10 @@ def _start(order: dict[str, Any], keep: Sequence[int]) -> int:
 
 def _ask(root: Path, request: bytes, keep: Sequence[int]) -> dict[str, Any] | None:
     """The keeper's answer; None if there is no keeper."""
-    directory = root / '.tt' / 'run'
-    if not (directory / 'keeper.sock').exists():
+    place = TownDir(root).keeper_socket
+    if not place.exists():
         return None
-    with socket.socket(socket.AF_UNIX) as sock, _short(directory) as path:
+    with socket.socket(socket.AF_UNIX) as sock, _short(place) as path:
         sock.settimeout(_TIMEOUT)
         try:
             sock.connect(path)
@@ -80,11 +81,11 @@ def _ask(root: Path, request: bytes, keep: Sequence[int]) -> dict[str, Any] | No
 
 
 @contextmanager
-def _short(directory: Path) -> Iterator[str]:
-    """A path for the keeper's socket that is short enough for a socket, wherever the directory is (Linux)."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _short(place: Path) -> Iterator[str]:
+    """A path for a socket in `place` that is short enough for one, wherever the directory is (Linux)."""
+    descriptor = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield f'/proc/self/fd/{descriptor}/keeper.sock'
+        yield f'/proc/self/fd/{descriptor}/{place.name}'
     finally:
         os.close(descriptor)
 
@@ -130,15 +131,12 @@ def main(root: Path) -> int:
             reap()
             if ending is None and {signal.SIGTERM, signal.SIGINT} & set(told):
                 ending = keeper.end()
-    (root / '.tt' / 'run' / 'keeper.sock').unlink(missing_ok=True)
+    TownDir(root).keeper_socket.unlink(missing_ok=True)
     return 1 if ending.returncode else 0
 
 
 def _listen(listener: socket.socket, root: Path) -> None:
-    directory = root / '.tt' / 'run'
-    for each in (directory.parent, directory):
-        each.mkdir(mode=0o700, exist_ok=True)
-    with _short(directory) as path:
+    with _short(TownDir(root).made().keeper_socket) as path:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(path) == 0:
                 raise SystemExit(f'keeper: the town in {root} has a keeper already')

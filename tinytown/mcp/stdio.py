@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from .. import config as configuration
-from .. import redaction
 from ..auth import agent_tokens
 from ..core.town import Town, open_town
 from ..errors import Unavailable, UsageError
-from ..host import managed_redis
+from ..host import managed_redis, town_secrets
 from ..model import ALL_SCOPES, LOCAL, READ, Json, Principal
 from ..state.event_feed import EventFeed
 from ..state.store import Step, Store
@@ -205,7 +204,7 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     """Serves the town in `root` to whoever started us, until our input ends. The exit status. Raises UsageError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = configuration.load(root, flags)
-    redaction.ready_log(root, config)
+    town_secrets.ready_log(root, config)
     settings = config.townhall
     town = _Opening(root, flags, not settings.read_only)
     store = Store(managed_redis.address(root, config), config.name, config.retention.events)

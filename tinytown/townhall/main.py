@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import __version__
 from .. import config as configuration
-from ..cli.parser import Parser, end_streams, explain, ready_streams, town_root
+from ..cli.parser import Parser, town_root
+from ..console import end_streams, explain, ready_streams
 from ..say import begin, finish, last_words, say
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
@@ -84,12 +85,12 @@ def _run(argv: list[str] | None) -> int:
         'townhall.read_only': arguments.read_only,
         'townhall.log.level': _level(arguments),
     }
-    from .. import redaction  # late: --help and a wrong command line need none of it
-    from ..auth.access import check_start
+    from ..auth.access import check_start  # late: --help and a wrong command line need none of it
+    from ..host import town_secrets
     from .process import TownhallProcess
 
     config = configuration.load(root, flags)
-    redaction.ready_log(root, config)
+    town_secrets.ready_log(root, config)
     say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
     check_start(config, config.townhall.bind)  # before anything is started
     return TownhallProcess(root, config, flags, arguments.mode).run()

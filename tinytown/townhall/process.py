@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import config as configuration
-from .. import redaction
 from ..auth.access import Access, TokenVerifier, check_start
-from ..cli.lifecycle import note_townhall
 from ..core import hosts
 from ..core.operations import OPERATIONS
 from ..core.town import Town, open_town
 from ..errors import TownError, UsageError
-from ..host import managed_redis, sd_notify
+from ..host import managed_redis, sd_notify, town_secrets
+from ..host.townhalls import note_townhall
 from ..http.http1 import Request, Response
 from ..http.listener import UNIX, host_of, is_passed, open_sockets, url_of
 from ..http.replies import Answer
@@ -64,7 +63,7 @@ class TownhallProcess:
         self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
         self._manager = sd_notify.notifier(os.environ)
         self._host = host_of(self._listeners[0])
-        for warning in (*check_start(config, self._host), *redaction.exposed(root, config)):
+        for warning in (*check_start(config, self._host), *town_secrets.exposed(root, config)):
             _say(warning, 'warning')
         self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
         self._note: Path | None = None
@@ -237,7 +236,7 @@ class TownhallProcess:
             tell_it(f'the configuration is not taken up, the old one stays in force: {e}', 'error', fault)
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
-        redaction.ready_log(town.root, config)
+        town_secrets.ready_log(town.root, config)
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
         tell_it(f'the configuration was taken up again{needs}')

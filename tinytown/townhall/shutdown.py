@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from .. import config as configuration
-from ..cli.lifecycle import stop_townhalls
-from ..cli.parser import complain
+from ..console import complain
 from ..core import agents
 from ..core.town import Call, Town
 from ..errors import TownError, UsageError
 from ..host import managed_redis
 from ..host.processes import GRACE_SECS, agents_processes, name_host, stop_tree
+from ..host.townhalls import stop_townhalls
 from ..model import ALL_SCOPES, Principal
 from ..say import say
 from ..settings import Config

@@ -18,6 +18,7 @@ from .. import config as configuration
 from ..cli.parser import Parser, meant_root
 from ..clis import registry
 from ..errors import TownError, UsageError
+from ..files import write_atomically
 from ..host import managed_redis
 from ..host.processes import python_path
 from ..http.listener import UNIX
@@ -85,7 +86,7 @@ def _install(arguments: argparse.Namespace) -> int:
         _run(arguments, 'stop', socket.name)  # and with it townhall, whose port it holds
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        configuration.write_atomically(directory / name, text)
+        write_atomically(directory / name, text)
         print(f'wrote {directory / name}')
     if is_over:
         socket.unlink()

@@ -22,15 +22,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from .. import redaction
 from ..auth import agent_tokens
 from ..clis import registry
 from ..clis.registry import Cli
-from ..config import from_values, write_atomically
-from ..core.agents import worker_log
+from ..config import from_values
 from ..core.town import Town
 from ..errors import Conflict, NotFound, TownError, Unavailable, UsageError
-from ..host import managed_redis, report_spool
+from ..files import write_atomically
+from ..host import managed_redis, report_spool, town_secrets
 from ..host.processes import (
     INSTANCE_VARIABLE,
     become_subreaper,
@@ -42,6 +41,7 @@ from ..host.processes import (
     stop_tree,
     tree,
 )
+from ..host.town_dir import TownDir
 from ..model import rfc3339
 from ..state.store import NO_RUN, Command, Store, text
 from .cli_run import CliRun, RunLog
@@ -220,11 +220,11 @@ class Worker:
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
-        self.log.secrets = redaction.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
+        self.log.secrets = town_secrets.known(self.town.root, self.town.config, os.environ)  # those of today
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
-            env, file = self._environment(work), report_spool.prompt_file(self.town.root, self.id)
+            env, file = self._environment(work), TownDir(self.town.root).prompt(self.id)
             job = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
         except OSError as e:
             self._cannot_run(e)
@@ -327,7 +327,7 @@ def _letter(message: list[bytes]) -> Letter:
 
 def install_tt(root: Path) -> Path:
     """A directory that holds a `tt` of this very installation."""
-    directory = root / '.tt' / 'bin'
+    directory = TownDir(root).programs
     directory.mkdir(mode=0o700, exist_ok=True)
     script = f'#!/bin/sh\nPYTHONPATH={shlex.quote(python_path())} exec {shlex.join(python("tinytown.cli"))} "$@"\n'
     file = directory / 'tt'
@@ -344,8 +344,8 @@ def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = 
     become_subreaper()
     os.environ[INSTANCE_VARIABLE] = instance
     agent_tokens.issue(town.root, agent_id, instance)
-    secrets = redaction.known_secrets(town.root, town.config, os.environ)
-    log = RunLog(worker_log(town.root, name), town.config.retention.log_bytes, secrets, echo)
+    secrets = town_secrets.known(town.root, town.config, os.environ)
+    log = RunLog(TownDir(town.root).log(name), town.config.retention.log_bytes, secrets, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()
     return worker
