@@ -52,8 +52,8 @@ from ..model import (
     is_uuid,
     new_id,
 )
-from ..state.store import Command, Page, Step, text
-from . import hosts
+from ..state.store import Page, Step, text
+from . import holders, hosts
 from .tasks import listing
 from .town import Call, Town
 
@@ -301,8 +301,7 @@ def stop_process(
         judged = report_spool.judge(call.town.root, found.id, found.instance, found.process)
         if is_beside(found.process) and judged != 'dead':
             return (yield from _stop_beside(call, found, why, to, abandon))
-        draining = call.store.steer(found.id, 'stop', 'Draining', LIVE)  # it takes nothing new from here on
-        yield from _unless_gone(call, found.id, draining)
+        yield from _unless_gone(call, found.id, _drain(call, found.id))
     elif found.state == 'Error':
         yield call.store.steer(found.id, 'stop', 'Stopped', ('Error',))  # nor is it started again
     if found.instance:
@@ -312,8 +311,13 @@ def stop_process(
                 f"Processes {left} of agent '{found.name}' can't be stopped; they may belong to another user"
             )
     if found.state in LIVE:
-        yield from report_spool.deliver_all(call.store, call.town.root, found.id)
-        yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
+        ending = call.store.depart(found.id, found.instance, 'Stopped', why, to)
+        yield from _unless_gone(call, found.id, holders.free(call.store, call.town.root, found.id, ending))
+
+
+def _drain(call: Call, agent_id: str) -> Step[None]:
+    """Has an agent take nothing new from here on."""
+    yield call.store.steer(agent_id, 'stop', 'Draining', LIVE)
 
 
 def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, abandon: bool) -> Step[None]:
@@ -328,8 +332,7 @@ def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, aband
             f'round, or is stopped when one is there again. To give it up now:  tt kill {found.name} --force',
             retry_after=5,
         )
-    why = f'{why}; given up, for host {host} is silent'
-    yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
+    yield from _give_up(call, found, f'{why}; given up, for host {host} is silent', to)
 
 
 def _stop_beside(call: Call, found: Known, why: str, to: str, abandon: bool) -> Step[None]:
@@ -340,14 +343,22 @@ def _stop_beside(call: Call, found: Known, why: str, to: str, abandon: bool) -> 
             f'there, or give it up:  tt kill {found.name} --force',
             code='other-host',
         )
-    why = f'{why}; given up, for it runs in another container'
-    yield from _unless_gone(call, found.id, call.store.depart(found.id, found.instance, 'Stopped', why, to))
+    yield from _give_up(call, found, f'{why}; given up, for it runs in another container', to)
 
 
-def _unless_gone(call: Call, agent_id: str, command: Command) -> Step[None]:
+def _give_up(call: Call, found: Known, why: str, to: str) -> Step[None]:
+    """Frees what an agent holds whose process may live on: what it reports later is refused."""
+
+    def depart() -> Step[None]:
+        yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
+
+    yield from _unless_gone(call, found.id, depart())
+
+
+def _unless_gone(call: Call, agent_id: str, change: Step[None]) -> Step[None]:
     """A change of an agent that is live, unless its worker has said goodbye by itself meanwhile."""
     try:
-        yield command
+        yield from change
     except Conflict:
         if (yield from look_up(call, agent_id)).state in LIVE:
             raise

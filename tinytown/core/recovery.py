@@ -10,7 +10,7 @@ from ..host import report_spool
 from ..host.processes import GRACE_SECS, Identity, is_beside, stop_tree
 from ..model import AT_REST, LIVE, AgentRef, Field
 from ..state.store import Step, text
-from . import hosts
+from . import holders, hosts
 from .agents import MAX_MOVED, look_up, prune, stop_process
 from .town import Call
 
@@ -66,16 +66,12 @@ def recover(call: Call) -> Step[Recovered]:
         if process.pid and report_spool.judge(call.town.root, agent_id, instance, process) == 'dead':
             stop_tree(None, instance)  # what it left behind
             try:
-                yield from _free(call, agent_id, instance, 'its process died')
+                death = holders.death(call.store, call.config, agent_id, instance, 'its process died')
+                yield from holders.free(call.store, call.town.root, agent_id, death)
             except (Conflict, NotFound):
                 continue  # someone else was faster
             recovered.append(name)
     return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}
-
-
-def _free(call: Call, agent_id: str, instance: str, why: str) -> Step[None]:
-    yield from report_spool.deliver_all(call.store, call.town.root, agent_id)
-    yield call.store.died(agent_id, instance, why, call.config.agent.retry_backoff_secs, 0)
 
 
 def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, int, str, Identity]]:
@@ -101,7 +97,8 @@ def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[
             return
         before = age
         wait(1.0)
-    yield from _free(call, wanted, instance, 'its container was not heard of for a lease')
+    death = holders.death(call.store, call.config, wanted, instance, 'its container was not heard of for a lease')
+    yield from holders.free(call.store, call.town.root, wanted, death)
 
 
 def reclaim(

@@ -4,8 +4,8 @@ note of its process.
 The note is locked for as long as the worker lives. So it is known here, and known to live, whatever its host is called
 now, and from other containers that have the same directory.
 
-A report is on disk before it is sent and stays there until it was received. So a result survives its worker: whoever
-frees an agent's tasks delivers its reports first, or work that is done would be done again.
+A report is on disk before it is sent and stays there until it was received. So a result survives its worker:
+`core.holders.free` delivers an agent's reports before it frees its tasks, or work that is done would be done again.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from ..auth import agent_tokens
 from ..clis import registry
 from ..clis.registry import Cli
 from ..config import from_values
+from ..core import holders
 from ..core.town import Town
 from ..errors import Conflict, NotFound, TownError, Unavailable, UsageError
 from ..files import write_atomically
@@ -161,8 +162,8 @@ class Worker:
         self.note(f'stopping: {why}')
         self._clean_up()
         try:
-            self.town.store.run(report_spool.deliver_all(self.town.store, self.town.root, self.id))
-            self.town.store.call(self.town.store.depart(self.id, self.instance, state, why, 'backlog'))
+            ending = self.town.store.depart(self.id, self.instance, state, why, 'backlog')
+            self.town.store.run(holders.free(self.town.store, self.town.root, self.id, ending))
         except TownError as e:
             self.note(f'could not say so: {e.detail}')
         return 0

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final
 
+from ..core import holders
 from ..core.agents import WORKER_START_SECS, start_worker
 from ..core.hosts import Presence
 from ..core.town import Town
@@ -29,7 +30,7 @@ from ..host import report_spool
 from ..host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from ..model import new_id
 from ..say import say
-from ..state.store import text
+from ..state.store import Command, text
 
 TICK_SECS: Final = 1.0
 LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it
@@ -171,17 +172,15 @@ class Supervisor(threading.Thread):
     def _bury(self, agent_id: str, name: str, instance: str) -> None:
         """Ends what a dead worker has left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
-        self._store.run(
-            report_spool.deliver_all(self._store, self.town.root, agent_id)
-        )  # finished work is not done again
-        self._died(agent_id, instance, 'its process died')
+        ending = self._death(agent_id, instance, 'its process died')
+        self._store.run(holders.free(self._store, self.town.root, agent_id, ending))
         say(SUPERVISOR, f"the worker of '{name}' died; what it held is queued again")
 
-    def _died(self, agent_id: str, instance: str, why: str) -> None:
-        """Frees what a process held that is no more; by policy the agent is to be started again."""
+    def _death(self, agent_id: str, instance: str, why: str) -> Command:
+        """The ending of a process that is no more; by policy the agent is to be started again."""
         settings = self.town.config.agent
-        again = 0 if settings.restart == 'never' else settings.restart_cap
-        self._store.call(self._store.died(agent_id, instance, why, settings.retry_backoff_secs, again))
+        restarts = 0 if settings.restart == 'never' else settings.restart_cap
+        return holders.death(self._store, self.town.config, agent_id, instance, why, restarts)
 
     def _judge_leases(self, rows: list[list[bytes]], silent: dict[str, float], now: float) -> None:
         """Takes a task from a holder that has not been heard of for a lease."""
@@ -226,7 +225,7 @@ class Supervisor(threading.Thread):
             self._start_worker(self.town, agent_id, name, instance)
         except Exception:
             stop_tree(None, instance, 0)
-            self._died(agent_id, instance, 'its worker did not start')
+            self._store.call(self._death(agent_id, instance, 'its worker did not start'))
             raise
         say(SUPERVISOR, f"'{name}' runs again")
 
