@@ -44,7 +44,7 @@ def _own(root: Path) -> UnixSocket:
 
 
 def socket_path(root: Path) -> Path:
-    """The socket of the managed Redis: in the town's `.tt`, or where `.tt/redis.addr` says if that path is too long."""
+    """The socket of the managed Redis: in `.tt`, or where `redis_elsewhere` says if that path is too long."""
     if not is_redis_elsewhere(root):
         return TownDir(root).redis_socket
     note = TownDir(root).redis_elsewhere
