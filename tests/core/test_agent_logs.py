@@ -16,7 +16,7 @@ import pytest
 from tinytown.core.agent_logs import MAX_PAGE_BYTES, LogReader
 from tinytown.core.task_history import Change, runs, with_durations
 from tinytown.errors import Conflict, Invalid, NotFound
-from tinytown.host.town_secrets import known
+from tinytown.host.town_secrets import known_secrets
 from tinytown.redaction import REDACTED, Redactor, Secrets
 from tinytown.settings import AgentSettings, Config, RedisSettings
 from tinytown.worker.cli_run import RunLog
@@ -108,7 +108,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
         'HOME': '/srv/somebody',
         'OTHER': 'not-passed-on',
     }
-    secrets = known(tmp_path, config, environ)
+    secrets = known_secrets(tmp_path, config, environ)
     hidden = [
         KEY,
         'my-own-token',

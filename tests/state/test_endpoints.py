@@ -16,7 +16,7 @@ import pytest
 
 from tinytown.config import FILE, load
 from tinytown.errors import TownError, Unavailable, UsageError
-from tinytown.host.town_secrets import exposed, known
+from tinytown.host.town_secrets import exposed, known_secrets
 from tinytown.settings import RedisSettings
 from tinytown.state import endpoints
 from tinytown.state.endpoints import Cluster, Login, Sentinels, Server, Tls, locate
@@ -160,7 +160,7 @@ def test_a_password_in_a_file_opens_a_town_and_is_shown_nowhere(
     place = settle(stack, directory, url=f'redis://me@{HOST}:{node.port}/5', password_file='../secret')  # noqa: S106
     assert place.do('town.get')['redis_url'] == f'redis://me@{HOST}:{node.port}/5'
     assert b'db5:keys=' in node.ask('INFO', 'keyspace')
-    assert known(place.root, load(place.root), {}).hide(b'say a-long-secret') == b'say [redacted]'
+    assert known_secrets(place.root, load(place.root), {}).hide(b'say a-long-secret') == b'say [redacted]'
     (directory / 'secret').write_text('an-old-secret')
     said = place.tt('status', check=False)
     assert (said.returncode, said.stderr.count('WRONGPASS')) == (1, 1)

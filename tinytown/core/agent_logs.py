@@ -246,7 +246,7 @@ def open_log(call: Call, agent: str) -> Step[LogReader]:
     file = TownDir(call.town.root).log(name)
     if hosts.is_other_host(host):
         yield from hosts.check_here(call, f"The log of '{name}'", host, file.exists())
-    return LogReader(name, file, town_secrets.known(call.town.root, call.config, os.environ))
+    return LogReader(name, file, town_secrets.known_secrets(call.town.root, call.config, os.environ))
 
 
 def read_log(

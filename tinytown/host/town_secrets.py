@@ -20,7 +20,7 @@ from .town_dir import TownDir
 _PATH: Final = re.compile(r'/[\w./:+-]*')
 
 
-def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
+def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
     """The secrets of a town that this process knows of.
 
     The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis (those in files,
@@ -41,7 +41,7 @@ def known(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
 def ready_log(root: Path, config: Config) -> None:
     """Has this process write its log as a town's settings say, and without its secrets."""
     log = config.townhall.log
-    say.configure(log.format, log.level, config.name, known(root, config, os.environ).hide)
+    say.configure(log.format, log.level, config.name, known_secrets(root, config, os.environ).hide)
 
 
 def exposed(root: Path, config: Config) -> list[str]:

@@ -221,7 +221,7 @@ class Worker:
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
-        self.log.secrets = town_secrets.known(self.town.root, self.town.config, os.environ)  # those of today
+        self.log.secrets = town_secrets.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
         letters = [_letter(each) for each in messages]
         prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
         try:
@@ -345,7 +345,7 @@ def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = 
     become_subreaper()
     os.environ[INSTANCE_VARIABLE] = instance
     agent_tokens.issue(town.root, agent_id, instance)
-    secrets = town_secrets.known(town.root, town.config, os.environ)
+    secrets = town_secrets.known_secrets(town.root, town.config, os.environ)
     log = RunLog(TownDir(town.root).log(name), town.config.retention.log_bytes, secrets, echo)
     worker = Worker(town, agent_id, instance, log)
     worker.start()
