@@ -817,7 +817,7 @@ import sys
 from pathlib import Path
 from tinytown.stream import Slow
 from tinytown.http1 import Peer, Response
-from tinytown.listen import open_sockets
+from tinytown.listen import open_listeners
 from tinytown.town import open_town
 from tinytown.web import Server
 
@@ -843,8 +843,9 @@ class Broken:
 
 town = open_town(Path(sys.argv[1]))
 store = town.store
-server = Server(open_sockets('127.0.0.1', 0)[0], Broken(), store, town.config.townhall)
-print(server.server_address[1], flush=True)
+[listener] = open_listeners('127.0.0.1', 0)
+server = Server(listener, Broken(), store, town.config.townhall)
+print(listener.server_address[1], flush=True)
 server.serve()
 """
 

@@ -1,7 +1,9 @@
-"""Where a townhall listens: sockets for an address and a port, or for a path on this machine.
+"""The listening sockets of a townhall, owned by `http.server`: `open_listeners` makes them.
 
-A service manager may have made the socket already (sd_listen_fds(3)): then clients are never refused, but wait in its
-backlog while a townhall is started, or started again. Such a socket must be where the settings say.
+`HTTPServer` binds, activates, accepts and closes. A `Listener` gives it a longer backlog and spares it a look-up of a
+host name; `UnixListener` has a path in place of an address; `PassedListener` takes a socket that a service manager has
+made (sd_listen_fds(3)). Then clients are never refused: they wait in its backlog while a townhall starts, or starts
+again. The event loop (`web`) serves one listener.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import os
 import socket
 import stat
 from collections.abc import Mapping, MutableMapping
+from http.server import HTTPServer
 from pathlib import Path
-from typing import Final
+from socketserver import BaseRequestHandler, BaseServer, TCPServer
+from typing import Any, Final
 
 from ..errors import UsageError
 
@@ -20,68 +24,115 @@ UNIX: Final = 'unix:'
 _FIRST_PASSED: Final = 3  # the descriptor of the first socket that is passed
 
 
-def open_sockets(bind: str, port: int, count: int = 1, mode: str = 'rest') -> list[socket.socket]:
-    """Listening sockets, one for each of `count` processes, that share the clients of one address.
+class Listener(HTTPServer):
+    """Listens on an address and a port from when it is made. Raises OSError.
 
-    `bind` is an address, `localhost`, or unix:/path (which only we may open: mode 0600). Port 0 is a free one. A socket
-    that a service manager has passed is taken; of several the one that is named as `mode`. Raises UsageError when it
-    can't be listened on, or another one was passed.
+    `get_request` accepts a connection. The event loop makes a `Connection` of it, so the request handler that
+    `socketserver` asks for is never called. Listeners that `shares_port` may bind one port, each for a process.
+    """
+
+    request_queue_size = BACKLOG
+
+    def __init__(self, address: tuple[str, int] | str, family: int = socket.AF_INET, shares_port: bool = False) -> None:
+        self.address_family = family
+        self.allow_reuse_port = shares_port
+        super().__init__(address, BaseRequestHandler)  # type: ignore[arg-type]  # which knows of no paths
+
+    def server_bind(self) -> None:
+        """Binds. HTTPServer would look up the name of the host then, and wait for DNS; nobody needs that name."""
+        TCPServer.server_bind(self)
+
+    def share_port(self) -> None:
+        """Lets further listeners bind this port, too."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    @property
+    def host(self) -> str:
+        """The address on which it really listens; a path begins with /."""
+        address: Any = self.socket.getsockname()
+        return str(address if isinstance(address, str) else address[0])
+
+    def url(self, scheme: str = 'http') -> str:
+        """How clients name it: http://address:port or unix:/path."""
+        if self.socket.family == socket.AF_UNIX:
+            return UNIX + self.host
+        port = self.socket.getsockname()[1]
+        return f'{scheme}://[{self.host}]:{port}' if ':' in self.host else f'{scheme}://{self.host}:{port}'
+
+
+class UnixListener(Listener):
+    """Listens on a path, which only our user may open (mode 0600). Raises OSError, UsageError."""
+
+    allow_reuse_address = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), socket.AF_UNIX)
+
+    def server_bind(self) -> None:
+        """Binds in the place of a socket that a dead server has left."""
+        mask = os.umask(0o177)
+        try:
+            _remove_stale(Path(str(self.server_address)))
+            super().server_bind()
+        finally:
+            os.umask(mask)
+
+
+class PassedListener(Listener):
+    """Listens on a socket that a service manager has made, bound and activated."""
+
+    def __init__(self, passed: socket.socket) -> None:
+        BaseServer.__init__(self, passed.getsockname(), BaseRequestHandler)  # TCPServer's would make another socket
+        self.socket = passed
+
+
+def open_listeners(bind: str, port: int, count: int = 1, mode: str = 'rest') -> list[Listener]:
+    """A listener for each of `count` processes, which share the clients of one address.
+
+    On a TCP port each has a socket of its own, and the kernel spreads the clients; a path and a passed socket have one
+    listener for all. `bind` is an address, `localhost`, or unix:/path. Port 0 is a free one. A socket that a service
+    manager has passed is taken; of several the one that is named as `mode`. Raises UsageError if nothing can listen
+    there, or if the passed socket is elsewhere.
     """
     if is_passed(os.environ):
-        listener = _passed(os.environ, mode)
-        _check_passed(listener, bind, port)
-        return [listener, *(listener.dup() for _ in range(count - 1))]
+        passed = _passed(os.environ, mode)
+        _check_passed(passed, bind, port)
+        return [passed] * count
     if bind.startswith(UNIX):
-        listener = _unix_socket(Path(bind.removeprefix(UNIX)))
-        return [listener, *(listener.dup() for _ in range(count - 1))]
-    family = socket.AF_INET6 if ':' in bind else socket.AF_INET
+        return [_open_unix(Path(bind.removeprefix(UNIX)))] * count
     try:
-        first = _bind(family, bind, port)
-        if count == 1:
-            sockets = [first]
-        else:  # the first one has proven that nobody else listens there, which those that share a port would not notice
-            port = first.getsockname()[1]
-            first.close()
-            sockets = [_bind(family, bind, port, shared=True) for _ in range(count)]
-        for each in sockets:
-            each.listen(BACKLOG)
+        return _open_tcp(bind, port, count)
     except (OSError, OverflowError) as e:
         what = getattr(e, 'strerror', None) or e
         raise UsageError(
             f'{bind}:{port}: {what}; choose another: townhall --port N, or tt config townhall.rest_port N'
         ) from None
-    return sockets
 
 
-def _bind(family: int, bind: str, port: int, shared: bool = False) -> socket.socket:
-    sock = socket.socket(family)
+def _open_tcp(bind: str, port: int, count: int) -> list[Listener]:
+    """Listeners on one port. The first binds it alone: listeners that share a port would not notice another server."""
+    family = socket.AF_INET6 if ':' in bind else socket.AF_INET
+    listeners = [Listener((bind, port), family)]
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((bind, port))
+        if count > 1:
+            listeners[0].share_port()
+        port = listeners[0].socket.getsockname()[1]
+        for _ in range(count - 1):
+            listeners.append(Listener((bind, port), family, shares_port=True))
     except OSError:
-        sock.close()
+        for each in listeners:
+            each.server_close()
         raise
-    return sock
+    return listeners
 
 
-def _unix_socket(path: Path) -> socket.socket:
-    """A listening socket at a path. One that a dead server has left is replaced."""
+def _open_unix(path: Path) -> UnixListener:
     if not path.is_absolute():
         raise UsageError(f'--bind {UNIX}{path}: give an absolute path')
-    sock = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
     try:
-        _remove_stale(path)
-        sock.bind(str(path))
-        sock.listen(BACKLOG)
+        return UnixListener(path)
     except OSError as e:
-        sock.close()
         raise UsageError(f'--bind {UNIX}{path}: {e.strerror or e}; choose another path') from None
-    finally:
-        os.umask(mask)
-    return sock
 
 
 def _remove_stale(path: Path) -> None:
@@ -104,8 +155,8 @@ def is_passed(environ: Mapping[str, str]) -> bool:
     return environ.get('LISTEN_PID') == str(os.getpid())
 
 
-def _passed(environ: MutableMapping[str, str], mode: str) -> socket.socket:
-    """The socket that was passed for a mode; what tells of it is removed, so that no child takes it for its own."""
+def _passed(environ: MutableMapping[str, str], mode: str) -> PassedListener:
+    """Listens on the socket that was passed for a mode. Clears the variables: no child may take it for its own."""
     del environ['LISTEN_PID']
     count, names = environ.pop('LISTEN_FDS', ''), environ.pop('LISTEN_FDNAMES', '').split(':')
     descriptors = range(_FIRST_PASSED, _FIRST_PASSED + (int(count) if count.isdecimal() else 0))
@@ -117,40 +168,25 @@ def _passed(environ: MutableMapping[str, str], mode: str) -> socket.socket:
             f'or name one with  FileDescriptorName={mode}'
         )
     os.set_inheritable(chosen[0], False)
-    listener = socket.socket(fileno=chosen[0])
-    if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    passed = socket.socket(fileno=chosen[0])
+    if passed.type != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise UsageError('the socket that was passed is none that listens; use  ListenStream=  and  Accept=no')
-    return listener
+    return PassedListener(passed)
 
 
-def _check_passed(listener: socket.socket, bind: str, port: int) -> None:
+def _check_passed(listener: Listener, bind: str, port: int) -> None:
     """Refuses a socket that is elsewhere than the settings say: what was checked there was checked for them."""
     if bind.startswith(UNIX):
         wanted = bind
-        fits = url_of(listener) == bind
+        fits = listener.url() == bind
     else:
-        address = listener.getsockname()
+        address = listener.socket.getsockname()
         family = socket.AF_INET6 if ':' in bind else socket.AF_INET
         host = '127.0.0.1' if bind == 'localhost' else bind
-        fits = listener.family == family and address[0] == host and port in (0, address[1])
+        fits = listener.socket.family == family and address[0] == host and port in (0, address[1])
         wanted = f'{bind}:{port}'
     if not fits:
         raise UsageError(
-            f'the socket that was passed is {url_of(listener)}, but townhall.bind and the port say {wanted}; '
+            f'the socket that was passed is {listener.url()}, but townhall.bind and the port say {wanted}; '
             'make them the same:  tt config, or  townhall service install --socket  again'
         )
-
-
-def url_of(listener: socket.socket, scheme: str = 'http') -> str:
-    """How clients name what a socket listens on: http://address:port or unix:/path."""
-    address = listener.getsockname()
-    if isinstance(address, str):
-        return UNIX + address
-    host, port = address[:2]
-    return f'{scheme}://[{host}]:{port}' if ':' in host else f'{scheme}://{host}:{port}'
-
-
-def host_of(listener: socket.socket) -> str:
-    """The address on which a socket really listens; a path begins with /."""
-    address = listener.getsockname()
-    return str(address if isinstance(address, str) else address[0])

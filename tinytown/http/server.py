@@ -1,7 +1,7 @@
 """The HTTP server: one thread, an event loop, and what it does with whole requests; drain.
 
-`http.server` gives the socket and the names of things; its parser, its threads and its lack of limits are replaced.
-One thread owns every connection (`connection`) and the loop (epoll; poll elsewhere). It starts a request's step, and
+`http.server` owns the listening socket (`listen`); its parser, its threads and its lack of limits are replaced. One
+thread owns every connection (`connection`) and the loop (epoll; poll elsewhere). It starts a request's step, and
 hands the step's Redis commands to a `Link`, so that whatever is ready together shares one write to Redis; it never
 waits for Redis, nor for a client. Operations that are slow (processes, waiting) run on threads of their own.
 """
@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from http.server import HTTPServer
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -31,7 +30,7 @@ from ..state import client
 from ..state.store import Command, Store
 from .connection import IN, OUT, Application, Connection, Sock
 from .http1 import Peer, Request, Response, problem
-from .listener import BACKLOG
+from .listener import BACKLOG, Listener
 from .replies import Done, Later, Slow
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ class RequestMeter(Protocol):
     def gauge(self, connections: int, streams: int) -> None: ...
 
 
-class Server(HTTPServer):
-    """Serves an application on a listening socket until a signal ends it.
+class Server:
+    """Serves an application to the clients of a listener until a signal ends it.
 
     `connections` are those that are open, `draining` says that no more are taken. Made on the main thread: from then on
     SIGTERM, SIGINT, SIGQUIT and SIGHUP are its own. The first of the former two drains, a second one or SIGQUIT ends it
@@ -66,7 +65,7 @@ class Server(HTTPServer):
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: Listener,
         application: Application,
         store: Store,
         settings: TownhallSettings,
@@ -78,6 +77,7 @@ class Server(HTTPServer):
         before_flush: Callable[[], TownError | None] = lambda: None,
     ) -> None:
         self.application = application
+        self._listener = listener
         self._meter = meter
         self._before_flush = before_flush
         self.connections: set[Connection] = set()
@@ -102,9 +102,6 @@ class Server(HTTPServer):
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self.link = client.Link(store.address, self.call_soon, self._watch_redis, prepare)
-        super().__init__(listener.getsockname(), Connection, bind_and_activate=False)  # type: ignore[arg-type]
-        self.socket.close()  # which http.server has made
-        self.socket = listener
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -128,14 +125,14 @@ class Server(HTTPServer):
     def serve(self) -> None:
         """Runs until SIGTERM or SIGINT has drained it; a second one ends it at once."""
         _allow_descriptors(self.limits.connections + _SPARE_DESCRIPTORS)
-        self.socket.setblocking(False)
+        self._listener.socket.setblocking(False)  # an event loop must not wait in `accept`
         self._register(self._wake_read, IN, self._woken)
         if self._lifeline >= 0:
             self._register(self._lifeline, IN, self._orphaned)
         self.link.reconnect()
         try:
             self._await_redis()
-            self.watch(self.socket, IN, self._accept)
+            self.watch(self._listener.socket, IN, self._accept)
             while not self._is_over():
                 self._turn()
         finally:
@@ -184,7 +181,7 @@ class Server(HTTPServer):
             connection.expire(now)
         if self._paused_until and now > self._paused_until and not self.draining:
             self._paused_until = 0.0
-            self.watch(self.socket, IN, self._accept)
+            self.watch(self._listener.socket, IN, self._accept)
 
     def _is_over(self) -> bool:
         if self._reloads:
@@ -202,8 +199,8 @@ class Server(HTTPServer):
             self._accept(0)  # who came before the signal
         self.draining = True
         self._drain_until = time.monotonic() + self.limits.drain_secs
-        self.unwatch(self.socket)
-        self.socket.close()
+        self.unwatch(self._listener.socket)
+        self._listener.server_close()
         for connection in list(self.connections):
             connection.wind_down()
 
@@ -214,7 +211,7 @@ class Server(HTTPServer):
         for connection in list(self.connections):
             connection.break_off()
         self.link.close()
-        self.socket.close()
+        self._listener.server_close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -278,14 +275,14 @@ class Server(HTTPServer):
     def _accept(self, _mask: int) -> None:
         for _ in range(_AT_ONCE):
             try:
-                sock, address = self.get_request()
+                sock, address = self._listener.get_request()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
                 continue
             except OSError:
                 self._paused_until = time.monotonic() + 0.1  # out of descriptors, say: clients wait in the backlog
-                self.unwatch(self.socket)
+                self.unwatch(self._listener.socket)
                 return
             over = len(self.connections) - self.limits.connections
             if over >= (0 if self._encrypt else 64):

@@ -6,7 +6,6 @@ import dataclasses
 import faulthandler
 import gc
 import os
-import socket
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..errors import TownError, UsageError
 from ..host import managed_redis, sd_notify, town_secrets
 from ..host.townhalls import note_townhall
 from ..http.http1 import Request, Response
-from ..http.listener import UNIX, host_of, is_passed, open_sockets, url_of
+from ..http.listener import UNIX, Listener, is_passed, open_listeners
 from ..http.replies import Answer
 from ..http.server import Encrypt, Server
 from ..rest.app import Guarded, RestApp
@@ -60,12 +59,12 @@ class TownhallProcess:
         settings = config.townhall
         self._verifier, self._encrypt = _verifier(config, ask=True), _encryption(config, root)
         self._is_passed = is_passed(os.environ)
-        self._listeners = open_sockets(settings.bind, _port(settings, mode), settings.workers, mode)
+        self._listeners = open_listeners(settings.bind, _port(settings, mode), settings.workers, mode)
         self._manager = sd_notify.notifier(os.environ)
-        self._host = host_of(self._listeners[0])
+        self._host = self._listeners[0].host
         for warning in (*check_start(config, self._host), *town_secrets.exposed(root, config)):
             _say(warning, 'warning')
-        self._url = url_of(self._listeners[0], 'https' if self._encrypt else 'http')
+        self._url = self._listeners[0].url('https' if self._encrypt else 'http')
         self._note: Path | None = None
         try:
             self._open_town(root)
@@ -115,7 +114,7 @@ class TownhallProcess:
     def _close(self) -> None:
         """Lets no client into a backlog that nobody serves any more."""
         for each in self._listeners:
-            each.close()
+            each.server_close()
 
     def _serve(self, number: int, lifeline: int = -1) -> int:
         """Serves in this process. The first of several has the caretaker."""
@@ -191,11 +190,13 @@ class TownhallProcess:
     def _hint(self) -> str:
         return f'try  {_example(self._url)}' if self._mode == 'rest' else f'MCP clients take  {self._url}/mcp'
 
-    def _listener(self, number: int) -> socket.socket:
-        """The socket of one process; the others' are closed in it."""
-        for each in self._listeners[:number] + self._listeners[number + 1 :]:
-            each.close()
-        return self._listeners[number]
+    def _listener(self, number: int) -> Listener:
+        """The listener of one process; the others' are closed in it."""
+        ours = self._listeners[number]
+        for each in self._listeners:
+            if each is not ours:
+                each.server_close()
+        return ours
 
     def _share(self) -> TownhallSettings:
         """The settings of one process: of what is limited, its share."""
