@@ -13,6 +13,7 @@ goes into the town's configuration, the key into .tt/api-key of the volume (mode
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinytown import config as configuration
+from tinytown import log
 from tinytown.auth.access import is_local
 from tinytown.cli.main import build_parser
 from tinytown.console import explain
@@ -32,13 +34,14 @@ from tinytown.host import town_secrets
 from tinytown.host.processes import python
 from tinytown.host.town_dir import TownDir
 from tinytown.model import ALL_SCOPES, Principal
-from tinytown.say import begin, last_words, say
 from tinytown.townhall.main import townhall_parser
+
+logger = logging.getLogger('tinytown.townhall')
 
 
 def main(words: list[str]) -> NoReturn:
     """Becomes the command. Ends with status 2 if the configuration can't be used, 1 if the volume or Redis can't."""
-    begin(os.environ)
+    log.configure_from_environment(os.environ)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 would not hear
     root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
     os.environ['TINYTOWN_TOWN'] = str(root)
@@ -54,7 +57,7 @@ def main(words: list[str]) -> NoReturn:
         become(words)
     except (TownError, UsageError, OSError) as e:
         said, status = explain(e)
-        last_words(said)
+        log.fatal(said)
         raise SystemExit(status) from None
 
 
@@ -85,7 +88,7 @@ def ready_key(root: Path, words: list[str]) -> None:
         return
     file = TownDir(root).api_key
     tt('generate-api-key', '--write', '--to', str(file), '--town', str(root))
-    say('townhall', f'the network reaches {config.townhall.bind}, so an API key was made; it is in {file}', 'warning')
+    logger.warning(f'the network reaches {config.townhall.bind}, so an API key was made; it is in {file}')
 
 
 def worker(root: Path, words: list[str]) -> list[str]:
@@ -102,11 +105,9 @@ def worker(root: Path, words: list[str]) -> list[str]:
     for option, field in (('cli', 'cli'), ('role', 'role_id'), ('nickname', 'nickname')):
         wanted = getattr(asked, field)
         if wanted not in (None, found[field]):
-            say(
-                'townhall',
+            logger.warning(
                 f"--{option} {wanted}: '{name}' was spawned with {found[field] or 'none'} and keeps it; to change that "
-                'stop this, have the agents that are stopped forgotten (tt prune), and start it again',
-                'warning',
+                'stop this, have the agents that are stopped forgotten (tt prune), and start it again'
             )
     call.store.run(recovery.recover(call))  # what an earlier container was killed with, if it can be told
     call.store.run(recovery.outwait(call, name, time.sleep))

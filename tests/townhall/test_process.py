@@ -58,7 +58,7 @@ def change(place: Place, **settings: Any) -> None:
 
 def test_what_is_seldom_served_is_not_imported_before_it_is_asked_for(hall: Hall) -> None:
     late = {f'tinytown.{name}' for name in ('mcp', 'mcp_http', 'mcp_catalogue', 'openapi', 'dashboard', 'tls', 'oidc')}
-    late |= {'redis', 'argon2', 'asyncio', 'logging'}
+    late |= {'redis', 'argon2', 'asyncio'}
     late |= {f'tinytown.{name}' for name in ('cli', 'doctor', 'keys', 'local', 'ping', 'render', 'watch')}  # of `tt`
     code = 'import sys, tinytown.townhall, tinytown.townhall.process; print(*sys.modules)'
     found = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True)

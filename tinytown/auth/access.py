@@ -8,6 +8,7 @@ Nothing in here ever hashes, or waits for anyone, on the event loop.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -25,7 +26,6 @@ from ..errors import BadRequest, Forbidden, TownError, Unauthorized, UsageError
 from ..http.http1 import Peer, Request
 from ..http.replies import Stream
 from ..model import ALL_SCOPES, LOCAL, READ, Principal
-from ..say import say
 from ..settings import AuthSettings, Config
 from ..state.store import Step
 from . import agent_tokens
@@ -33,6 +33,8 @@ from .api_keys import Checks, Entry, Keyring
 from .audit import Audit
 from .peer_uid import CAN_TELL, own_uids, uid_of
 from .rate_limit import Buckets, Throttle
+
+logger = logging.getLogger('tinytown.auth.api_keys')
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
 _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')
@@ -349,7 +351,7 @@ class Watched:
         except UsageError as e:
             if str(e) != self._told:
                 self._told = str(e)
-                say('townhall', f'the keys are not taken up, the old ones stay in force: {e}', 'warning')
+                logger.warning(f'the keys are not taken up, the old ones stay in force: {e}')
 
 
 def _version(file: str, was_missing: bool = False) -> _Version:

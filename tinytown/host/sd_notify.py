@@ -6,13 +6,15 @@ nothing that is started here speaks in our name. Without one, telling does nothi
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections.abc import MutableMapping
 from typing import Final
 
-from ..say import say
+logger = logging.getLogger('tinytown.host')
+
 
 _TIMEOUT: Final = 0.5  # seconds for the manager to take a datagram
 _DRAIN_STEP_SECS: Final = 10  # so much more time a stop asks for, each time that it says it is still draining
@@ -58,7 +60,7 @@ class Notifier:
                 sock.settimeout(_TIMEOUT)
                 sock.sendto('\n'.join(lines).encode(), self._address)
         except OSError as e:  # a manager that does not hear us will act by itself
-            say('notify', f'the service manager can not be told {lines[0]}: {e.strerror or e}', 'warning')
+            logger.warning(f'the service manager can not be told {lines[0]}: {e.strerror or e}')
 
 
 def notifier(environ: MutableMapping[str, str]) -> Notifier:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from .. import say
+from .. import log
 from ..clis.registry import key_names
 from ..config import FILE, read_settings
 from ..redaction import Secrets, masked, passwords
@@ -40,8 +40,8 @@ def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Sec
 
 def ready_log(root: Path, config: Config) -> None:
     """Has this process write its log as a town's settings say, and without its secrets."""
-    log = config.townhall.log
-    say.configure(log.format, log.level, config.name, known_secrets(root, config, os.environ).hide)
+    wanted = config.townhall.log
+    log.configure(wanted.format, wanted.level, config.name, known_secrets(root, config, os.environ).hide)
 
 
 def exposed(root: Path, config: Config) -> list[str]:

@@ -9,6 +9,7 @@ waits for Redis, nor for a client. Operations that are slow (processes, waiting)
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import resource
 import select
@@ -22,9 +23,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
+from .. import log
 from ..errors import Internal, TownError, Unavailable
 from ..model import rfc3339
-from ..say import as_line, is_told, retry, say, write
 from ..settings import TownhallSettings
 from ..state import client
 from ..state.store import Command, Store
@@ -35,6 +36,9 @@ from .replies import Done, Later, Slow
 
 if TYPE_CHECKING:
     from .tls import TlsSocket
+
+logger = logging.getLogger('tinytown.http')
+access_logger = logging.getLogger('tinytown.http.access')
 
 T = TypeVar('T')
 Encrypt: TypeAlias = 'Callable[[socket.socket], TlsSocket]'
@@ -163,7 +167,7 @@ class Server:
         if self._meter:
             self._meter.gauge(len(self.connections), self.streams)
         if self._lines:
-            write(''.join(self._lines))
+            log.write(''.join(self._lines))
             self._lines.clear()
 
     def _send_off(self) -> None:
@@ -175,7 +179,7 @@ class Server:
     def _sweep(self, now: float) -> None:
         """Ends what is past its deadline."""
         self._swept = now
-        retry()
+        log.flush(0)
         self.link.expire(now)
         for connection in list(self.connections):
             connection.expire(now)
@@ -368,7 +372,7 @@ class Server:
         if isinstance(error, TownError):
             return problem(error, request.id)
         about = {'request_id': request.id, 'principal': request.caller}
-        say('http', f'request {request.id} failed', 'error', error, **about)
+        logger.error(f'request {request.id} failed', exc_info=error, extra=about)
         return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
     def log(self, request: Request, response: Response) -> None:
@@ -401,9 +405,9 @@ class Server:
     def _note(self, message: str, about: dict[str, Any]) -> None:
         """Notes something for an access log that has fields."""
         if self._access_log == 'json':
-            self._lines.append(as_line('access', message, **about))
+            self._lines.append(log.json_line('access', message, **about))
         else:
-            say('access', message, **about)
+            access_logger.info(message, extra=about)
 
 
 class _Drive(Generic[T]):
@@ -445,7 +449,7 @@ class _Drive(Generic[T]):
 
 def _access_log(settings: TownhallSettings) -> str:
     """The form of the access log: text, json, journal or off."""
-    if settings.access_log == 'off' or not is_told('info'):
+    if settings.access_log == 'off' or not access_logger.isEnabledFor(logging.INFO):
         return 'off'
     return 'json' if settings.access_log == 'json' else settings.log.format
 
@@ -465,7 +469,7 @@ def _safely(what: Callable[[], None]) -> None:
     try:
         what()
     except Exception as e:
-        say('http', f'a fault of ours: {e!r}', 'error', e)
+        logger.error(f'a fault of ours: {e!r}', exc_info=e)
 
 
 def _allow_descriptors(wanted: int) -> None:

@@ -7,6 +7,7 @@ generations differ in how a request says its version, in a handful of methods, a
 
 from __future__ import annotations
 
+import logging
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from typing import Any, Final, Literal, Protocol
 from ..core.dispatch import CallLimits
 from ..errors import TownError
 from ..model import Json, Principal
-from ..say import say
 from ..state.store import Step
 from .jsonrpc import (
     INTERNAL,
@@ -34,6 +34,8 @@ from .jsonrpc import (
     text_of,
     unsupported,
 )
+
+logger = logging.getLogger('tinytown.mcp.protocol')
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
 _LIST_TTL_MS: Final = 60_000
@@ -258,7 +260,8 @@ class McpServer:
         except TownError as e:
             reply = error_reply(Fault(INTERNAL, e.detail, {'code': e.code}, ask.id))
         except Exception as e:  # a request must not end the server
-            say('mcp', f'request {ask.request_id} failed', 'error', e, request_id=ask.request_id, principal=ask.by.name)
+            about = {'request_id': ask.request_id, 'principal': ask.by.name}
+            logger.error(f'request {ask.request_id} failed', exc_info=e, extra=about)
             what = 'this is a fault of the server; its log tells more under the request id'
             reply = error_reply(Fault(INTERNAL, what, {'request_id': ask.request_id}, ask.id))
         return None if ask.cancelled else reply

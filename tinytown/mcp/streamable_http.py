@@ -6,6 +6,7 @@ subscriptions, and the stream (GET) on which it hears of them. Requests are serv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import parse_qs
@@ -15,7 +16,6 @@ from ..errors import Internal, MethodNotAllowed, NotFound, TownError, Unavailabl
 from ..http.http1 import Request, Response, problem
 from ..http.replies import Answer, Later, Slow, Stream
 from ..model import Json, Principal
-from ..say import say
 from ..state.store import Step
 from .headers import EVENTS, JSON, accepts, check_accept, check_headers, check_type, says_its_version, status_of
 from .jsonrpc import (
@@ -32,6 +32,8 @@ from .jsonrpc import (
 )
 from .protocol import Ask, McpServer, Session, not_batched
 from .sessions import Open, Sessions
+
+logger = logging.getLogger('tinytown.mcp.protocol')
 
 PATH: Final = '/mcp'
 SSE_PATH: Final = '/sse'
@@ -358,7 +360,8 @@ def _apology(error: Exception | None, request: Request) -> Response:
     """The answer where a step has raised."""
     if isinstance(error, TownError):
         return problem(error, request.id)
-    say('mcp', f'request {request.id} failed', 'error', error, request_id=request.id, principal=request.caller)
+    about = {'request_id': request.id, 'principal': request.caller}
+    logger.error(f'request {request.id} failed', exc_info=error, extra=about)
     return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
 
 

@@ -10,6 +10,7 @@ connections, and finds out where to: `UnixSocket`, and those in `whereabouts.py`
 
 from __future__ import annotations
 
+import logging
 import re
 import select
 import socket
@@ -21,7 +22,8 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from ..errors import TownError, Unavailable
-from ..say import say
+
+logger = logging.getLogger('tinytown.state')
 
 TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
 _MORE: Final = object()  # the reader has no whole reply yet
@@ -445,14 +447,14 @@ class Link:
         """Notes why there is no connection, when that changes."""
         if what != self._said:
             self._said = what
-            say('redis', what, 'warning')
+            logger.warning(what)
 
     def _attach(self, wire: Wire) -> None:
         if self._closed.is_set():
             wire.close()
             return
         wire.sock.setblocking(False)
-        say('redis', 'connected', 'info' if self._said else 'debug')
+        logger.log(logging.INFO if self._said else logging.DEBUG, 'connected')
         self._said = ''
         self._wire = wire
         self._watch(wire.sock, False)

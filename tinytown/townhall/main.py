@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from typing import Any
 
-from .. import __version__
+from .. import __version__, log
 from .. import config as configuration
 from ..cli.parser import Parser, town_root
 from ..console import end_streams, explain, ready_streams
-from ..say import begin, finish, last_words, say
+
+logger = logging.getLogger('tinytown.townhall')
 
 MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
@@ -46,17 +48,16 @@ def townhall_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
     ready_streams()
-    begin(os.environ)
+    log.configure_from_environment(os.environ)
     try:
         return _run(argv)
     except KeyboardInterrupt:
         return 0
     except Exception as e:
         said, status = explain(e)
-        last_words(said)
+        log.fatal(said)
         return status
     finally:
-        finish()
         end_streams()
 
 
@@ -91,7 +92,7 @@ def _run(argv: list[str] | None) -> int:
 
     config = configuration.load(root, flags)
     town_secrets.ready_log(root, config)
-    say('townhall', f'settings are from {", ".join(configuration.sources(root, flags))}', 'debug')
+    logger.debug(f'settings are from {", ".join(configuration.sources(root, flags))}')
     check_start(config, config.townhall.bind)  # before anything is started
     return TownhallProcess(root, config, flags, arguments.mode).run()
 

@@ -7,6 +7,7 @@ however the parent ends, they notice and end too.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
+from .. import log
 from ..errors import UsageError
 from ..host.processes import reap
-from ..say import finish, last_words, say
 from .liveness import ChildStatus
+
+logger = logging.getLogger('tinytown.townhall')
 
 SHORT_LIFE_SECS: Final = 1.0  # a child that lives shorter is replaced only after as long
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -99,7 +102,7 @@ class Prefork:
         hung = self._roll.hung(now)
         for pid, (number, _) in self._children.items():
             if number in hung:
-                say('townhall', f'process {number} hung for {self._roll.patience:g} s and is killed', 'error')
+                logger.error(f'process {number} hung for {self._roll.patience:g} s and is killed')
                 os.kill(pid, signal.SIGKILL)
                 self._roll.end(number)
 
@@ -117,12 +120,12 @@ class Prefork:
             os.close(self._lifeline[1])
             status = self._serve(number, self._lifeline[0])
         except UsageError as e:
-            last_words(str(e))
+            log.fatal(str(e))
             status = 2
         except BaseException as e:
-            say('townhall', f'process {number} failed', 'error', e)
+            logger.error(f'process {number} failed', exc_info=e)
         finally:
-            finish()
+            log.flush()
             os._exit(status)
 
     def _on_signal(self, number: int) -> None:
@@ -158,7 +161,7 @@ class Prefork:
                 self._status = 2
             else:
                 now = time.monotonic()
-                say('townhall', f'process {number} ended (status {status}) and is replaced', 'warning')
+                logger.warning(f'process {number} ended (status {status}) and is replaced')
                 self._missing[number] = now + SHORT_LIFE_SECS if now - since < SHORT_LIFE_SECS else now
         reap(but=self._children)  # a Redis that was started before the children
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import gc
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -25,7 +26,6 @@ from ..http.replies import Answer
 from ..http.server import Encrypt, Server
 from ..rest.app import Guarded, RestApp
 from ..rest.metrics import Meter
-from ..say import Level, say
 from ..settings import Config, RedisSettings, TownhallSettings
 from ..state.event_feed import EventFeed
 from ..worker.host_orders import HostOrders
@@ -35,6 +35,8 @@ from .prefork import Prefork
 
 if TYPE_CHECKING:
     from ..mcp.protocol import McpServer
+
+logger = logging.getLogger('tinytown.townhall')
 
 # What a running townhall can't change: it would need another socket, another Redis, or other processes.
 _FIXED: Final = (
@@ -63,7 +65,7 @@ class TownhallProcess:
         self._manager = sd_notify.notifier(os.environ)
         self._host = self._listeners[0].host
         for warning in (*check_start(config, self._host), *town_secrets.exposed(root, config)):
-            _say(warning, 'warning')
+            logger.warning(warning)
         self._url = self._listeners[0].url('https' if self._encrypt else 'http')
         self._note: Path | None = None
         try:
@@ -74,7 +76,7 @@ class TownhallProcess:
 
     def _open_town(self, root: Path) -> None:
         self.town = town = open_town(root, self._flags)
-        _say(f'town {town.name} in {town.root}, Redis at {town.redis_url}', 'debug')
+        logger.debug(f'town {town.name} in {town.root}, Redis at {town.redis_url}')
         settings, mode = town.config.townhall, self._mode
         self._access = Access(town, self._verifier)
         self._feed = EventFeed(town.store)
@@ -108,8 +110,8 @@ class TownhallProcess:
     def _open(self) -> None:
         """Tells that it is open: signals are heeded, and clients are served or wait in the backlog."""
         self._note = note_townhall(self.town.root, self._url)
-        _say(self._status())
-        _say(self._hint())
+        logger.info(self._status())
+        logger.info(self._hint())
 
     def _close(self) -> None:
         """Lets no client into a backlog that nobody serves any more."""
@@ -222,7 +224,7 @@ class TownhallProcess:
 
     def _take_up(self, tell: bool = True) -> bool:
         """Loads the configuration again. One that is wrong changes nothing, and is told."""
-        tell_it: Callable[..., None] = _say if tell else lambda *_: None  # of several processes the parent tells
+        note: Callable[..., None] = logger.log if tell else lambda *_, **__: None  # of several the parent tells
         try:
             wanted = configuration.load(self.town.root, self._flags)
             config = self._with_fixed(wanted)
@@ -234,13 +236,13 @@ class TownhallProcess:
             self._access.apply(town, verifier)  # in the parent, too: what it forks from now on begins with this
         except Exception as e:  # whatever is wrong with it, what is in force stays
             fault = None if isinstance(e, UsageError) else e
-            tell_it(f'the configuration is not taken up, the old one stays in force: {e}', 'error', fault)
+            note(logging.ERROR, f'the configuration is not taken up, the old one stays in force: {e}', exc_info=fault)
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
         town_secrets.ready_log(town.root, config)
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
-        tell_it(f'the configuration was taken up again{needs}')
+        note(logging.INFO, f'the configuration was taken up again{needs}')
         return True
 
     def _with_fixed(self, config: Config) -> Config:
@@ -264,7 +266,7 @@ def _verifier(config: Config, ask: bool = False) -> TokenVerifier | None:
 
     made = oidc.OidcVerifier(config.townhall.auth)
     if ask and (warning := made.check()):
-        _say(warning, 'warning')
+        logger.warning(warning)
     return made
 
 
@@ -294,10 +296,6 @@ def _example(url: str) -> str:
     return f'curl -s {url}/v1/status'
 
 
-def _say(what: str, level: Level = 'info', error: BaseException | None = None) -> None:
-    say('townhall', what, level, error)
-
-
 def durability(town: Town) -> str:
     """How safe an acknowledged write is: always, everysec, or none (no append-only file, or an evicting policy)."""
     try:
@@ -309,6 +307,6 @@ def durability(town: Town) -> str:
     except TownError:
         found = 'unknown'  # we may not be allowed to ask
     if found in ('none', 'no'):
-        _say('this Redis may lose acknowledged changes; turn on appendonly and noeviction', 'warning')
+        logger.warning('this Redis may lose acknowledged changes; turn on appendonly and noeviction')
         return 'none'
     return str(found)

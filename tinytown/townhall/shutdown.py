@@ -8,12 +8,14 @@ even if the configuration can't be used any more, by the one that the keeper kno
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from .. import config as configuration
+from .. import log
 from ..console import complain
 from ..core import agents
 from ..core.town import Call, Town
@@ -22,9 +24,10 @@ from ..host import managed_redis
 from ..host.processes import GRACE_SECS, agents_processes, name_host, stop_tree
 from ..host.townhalls import stop_townhalls
 from ..model import ALL_SCOPES, Principal
-from ..say import say
 from ..settings import Config
 from ..state.store import Step, Store
+
+logger = logging.getLogger('tinytown.townhall')
 
 WHY: Final = 'the town was stopped'
 
@@ -38,7 +41,7 @@ def stop_town(root: Path, began: Config | None) -> int:
     name_host(config.host)
     left = stop_townhalls(root, config)[1] + _stop_workers(root, config)
     for what in left:
-        say('townhall', what, 'error')
+        logger.error(what)
     managed_redis.stop_redis(root)
     return 1 if left else 0
 
@@ -50,7 +53,7 @@ def _in_force(root: Path, began: Config | None) -> Config:
     except (UsageError, OSError) as e:
         if began is None:
             raise
-        say('townhall', f'{e}; the town is stopped by the configuration that was in force before', 'warning')
+        logger.warning(f'{e}; the town is stopped by the configuration that was in force before')
         return began
     if began and (now.name, now.host, now.redis) != (began.name, began.host, began.redis):
         return began
@@ -82,6 +85,7 @@ def _stop_workers(root: Path, config: Config) -> list[str]:
 
 def main(root: Path) -> int:
     """The exit status, as that of a command."""
+    log.configure()
     told = json.load(sys.stdin)
     try:
         return stop_town(root, told and configuration.from_values(told, root))

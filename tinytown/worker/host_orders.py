@@ -7,6 +7,7 @@ finds a worker that never came up, as after any start. What it has taken is done
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from ..errors import Conflict, Internal, NotFound, TownError, Unavailable
 from ..host import report_spool
 from ..host.processes import identify, stop_tree
 from ..model import ALL_SCOPES, Principal
-from ..say import say
 from ..state.store import Step, text
+
+logger = logging.getLogger('tinytown.worker.steward')
 
 HOST_ORDERS: Final = 'steward'
 _BLOCK_MS: Final = 5000
@@ -50,7 +52,7 @@ class HostOrders(threading.Thread):
             except TownError as e:
                 if e.detail != self._said:
                     self._said = e.detail
-                    say(HOST_ORDERS, e.detail, 'warning')
+                    logger.warning(e.detail)
                 self._over.wait(_PAUSE_SECS)
 
     def close(self) -> None:
@@ -78,11 +80,11 @@ class HostOrders(threading.Thread):
             error = e
         except Exception as e:  # whatever it is: the one who waits is told
             error = Internal(f'a fault of ours: {e!r}')
-            say(HOST_ORDERS, error.detail, 'error', e)
+            logger.error(error.detail, exc_info=e)
         try:
             store.call(hosts.done(store, self._presence.host, entry, error))
         except TownError as e:
-            say(HOST_ORDERS, f'could not say what came of an order: {e.detail}', 'warning')
+            logger.warning(f'could not say what came of an order: {e.detail}')
         store.close()
 
     def _step(self, order: Order, answer: str) -> Step[None]:

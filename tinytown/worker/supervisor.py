@@ -15,6 +15,7 @@ lease: the task that it holds moves. *quiet*, not heard of for three heartbeats,
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,8 +30,9 @@ from ..errors import TownError, UsageError
 from ..host import report_spool
 from ..host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
 from ..model import new_id
-from ..say import say
 from ..state.store import Command, text
+
+logger = logging.getLogger('tinytown.worker')
 
 TICK_SECS: Final = 1.0
 LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it
@@ -140,7 +142,7 @@ class Supervisor(threading.Thread):
         token, count = map(text, self._store.call(self._store.care(self._token, what, *stale)))
         if token != rival[0]:
             who = 'this caretaker' if token == self._token else 'another caretaker'
-            say(SUPERVISOR, f'{who} looks after {f"host {what}" if what else "the town"}', 'debug')
+            logger.debug(f'{who} looks after {f"host {what}" if what else "the town"}')
         if (token, count) != rival:
             self._rivals[what] = (token, count), now
         return token == self._token
@@ -174,7 +176,7 @@ class Supervisor(threading.Thread):
         stop_tree(None, instance, _LEFTOVER_GRACE)
         ending = self._death(agent_id, instance, 'its process died')
         self._store.run(holders.free(self._store, self.town.root, agent_id, ending))
-        say(SUPERVISOR, f"the worker of '{name}' died; what it held is queued again")
+        logger.info(f"the worker of '{name}' died; what it held is queued again")
 
     def _death(self, agent_id: str, instance: str, why: str) -> Command:
         """The ending of a process that is no more; by policy the agent is to be started again."""
@@ -192,7 +194,7 @@ class Supervisor(threading.Thread):
                 to = 'inbox' if silent.get(agent, lease) < lease else 'backlog'
                 pauses = self.town.config.agent.retry_backoff_secs
                 quiet = f'its holder has not been heard of for {silence[task]:.0f} s'
-                say(SUPERVISOR, f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', task_id=task)
+                logger.info(f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', extra={'task_id': task})
                 self._store.call(self._store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
@@ -200,7 +202,7 @@ class Supervisor(threading.Thread):
         pauses = {text(task): float(pause) for task, pause in rows}
         for task, waited in self._pauses.look(pauses.items(), now).items():
             if waited >= pauses[task]:
-                say(SUPERVISOR, f'task {task} is queued again after a pause of {waited:.0f} s', 'debug', task_id=task)
+                logger.debug(f'task {task} is queued again after a pause of {waited:.0f} s', extra={'task_id': task})
                 self._store.call(self._store.due(task))
 
     def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
@@ -227,7 +229,7 @@ class Supervisor(threading.Thread):
             stop_tree(None, instance, 0)
             self._store.call(self._death(agent_id, instance, 'its worker did not start'))
             raise
-        say(SUPERVISOR, f"'{name}' runs again")
+        logger.info(f"'{name}' runs again")
 
     def _forget_old(self, now: float) -> None:
         """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
@@ -263,7 +265,7 @@ class Supervisor(threading.Thread):
         """Says what is wrong once, and not at every look."""
         if what != self._said:
             self._said = what
-            say(SUPERVISOR, what, 'error' if error else 'warning', error)
+            logger.log(logging.ERROR if error else logging.WARNING, what, exc_info=error)
 
 
 def _is_stillborn(starter: str, instance: str) -> bool:

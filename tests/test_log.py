@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -13,21 +14,32 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from tinytown import say
+from tinytown import log
 
 from .support import PATIENCE, REPOSITORY, Hall, Place, environment, redis_pid
+
+STATE = logging.getLogger('tinytown.state')  # whose part is redis
+HTTP = logging.getLogger('tinytown.http')
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    hook = threading.excepthook
+    root, ours = logging.getLogger(), logging.getLogger('tinytown')
+    levels = root.level, ours.level
+    hook, last, raises = threading.excepthook, logging.lastResort, logging.raiseExceptions
+    log.configure()
     yield
-    say.configure()
-    threading.excepthook = hook
+    for each in root.handlers[:]:
+        if isinstance(each, (log.StderrHandler, log.JournalHandler)):
+            root.removeHandler(each)
+            each.close()
+    threading.excepthook, logging.lastResort, logging.raiseExceptions = hook, last, raises
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 def fail() -> Exception:
@@ -42,17 +54,20 @@ def fail() -> Exception:
 
 
 def test_a_line_of_text_is_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
-    say.say('redis', 'gone\n2026-01-01 townhall: forged\x1b[2J\x85', request_id='unseen')
-    say.say('http', 'request r1 failed', 'error', fail())
+    STATE.info('gone\n2026-01-01 townhall: forged\x1b[2J\x85', extra={'request_id': 'unseen'})
+    HTTP.error('request r1 failed', exc_info=fail())
     first, second, *trace = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r'\S+Z redis: gone\\n2026-01-01 townhall: forged\\x1b\[2J\\x85', first)
     assert re.fullmatch(r'\S+Z http: request r1 failed', second)
     assert (trace[0], trace[-1]) == ('Traceback (most recent call last):', 'ZeroDivisionError: of ours')
 
 
-def test_a_line_of_json_is_one_object_with_the_traceback_in_a_field(capsys: pytest.CaptureFixture[str]) -> None:
-    say.configure('json')
-    say.say('http', 'failed\nx \ud800', 'error', fail(), request_id='r1', status=500)
+def test_a_line_of_json_is_one_object_with_the_traceback_in_a_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # those of pytest can't pass on half a surrogate pair
+    log.configure('json')
+    HTTP.error('failed\nx \ud800', exc_info=fail(), extra={'request_id': 'r1', 'status': 500})
     line = json.loads(capsys.readouterr().err)
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z', line.pop('time'))
     assert line.pop('error').endswith('ZeroDivisionError: of ours\n')
@@ -86,21 +101,22 @@ def journal(directory: Path) -> Iterator[socket.socket]:
 def test_the_journal_gets_fields_that_can_be_asked_for(
     journal: socket.socket, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    say.configure('journal', town='hill', journal=journal.getsockname())
-    say.say('caretaker', 'two\nlines', 'warning', request_id='r1', principal='me', path='/v1', ms=1.5, none='')
+    log.configure('journal', town='hill', journal=journal.getsockname())
+    fields = {'request_id': 'r1', 'principal': 'me', 'path': '/v1', 'ms': 1.5, 'none': ''}
+    logging.getLogger('tinytown.worker').warning('two\nlines', extra=fields)
     assert entry(journal.recv(1 << 16)) == {
         'MESSAGE': 'two\nlines', 'PRIORITY': '4', 'SYSLOG_IDENTIFIER': 'townhall', 'TINYTOWN_PART': 'caretaker',
         'TINYTOWN_TOWN': 'hill', 'REQUEST_ID': 'r1', 'TINYTOWN_PRINCIPAL': 'me', 'URL_PATH': '/v1',
         'DURATION_MS': '1.5',
     }  # fmt: skip
-    say.say('http', 'failed', 'error', fail())
+    HTTP.error('failed', exc_info=fail())
     assert entry(journal.recv(1 << 16))['ERROR'].endswith('ZeroDivisionError: of ours\n')
     assert capsys.readouterr().err == ''
 
 
 def test_an_entry_too_large_for_a_datagram_comes_as_a_sealed_file(journal: socket.socket) -> None:
-    say.configure('journal', journal=journal.getsockname())
-    say.say('http', 'x' * 3_000_000)
+    log.configure('journal', journal=journal.getsockname())
+    HTTP.info('x' * 3_000_000)
     data, [file], *_ = socket.recv_fds(journal, 1 << 16, 1)
     with open(file, 'rb') as sent:
         assert (data, len(entry(os.pread(file, 1 << 23, 0))['MESSAGE'])) == (b'', 3_000_000)
@@ -109,23 +125,23 @@ def test_an_entry_too_large_for_a_datagram_comes_as_a_sealed_file(journal: socke
 
 
 def test_without_a_journal_lines_go_to_stderr(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say.configure('journal', journal=str(directory / 'none'))
-    say.say('redis', 'connected')
+    log.configure('journal', journal=str(directory / 'none'))
+    STATE.info('connected')
     assert re.fullmatch(r'\S+Z redis: connected\n', capsys.readouterr().err)
 
 
 def test_a_journal_that_takes_no_more_holds_nothing_up(
     journal: socket.socket, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    say.configure('journal', journal=journal.getsockname())
+    log.configure('journal', journal=journal.getsockname())
     for i in range(2000):
-        say.say('redis', f'line {i}')
+        STATE.info(f'line {i}')
     assert 'line 1999' in capsys.readouterr().err
     assert entry(journal.recv(1 << 16))['MESSAGE'] == 'line 0'
 
 
 def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
-    say.configure('json')
+    log.configure('json')
     thread = threading.Thread(target=lambda: 1 / 0, name='idle hands')
     thread.start()
     thread.join()
@@ -134,22 +150,89 @@ def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFi
     assert 'ZeroDivisionError' in line['error']
 
 
+@pytest.mark.parametrize(
+    ('name', 'part'),
+    [
+        ('tinytown.townhall', 'townhall'), ('tinytown.http', 'http'), ('tinytown.http.access', 'access'),
+        ('tinytown.state', 'redis'), ('tinytown.host', 'notify'), ('tinytown.auth.api_keys', 'townhall'),
+        ('tinytown.worker', 'caretaker'), ('tinytown.worker.steward', 'steward'), ('tinytown.mcp.protocol', 'mcp'),
+        ('jwt.api_jwk', 'jwt'),
+    ],
+)  # fmt: skip
+def test_a_line_names_the_part_that_its_logger_stands_for(
+    name: str, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger(name).warning('here')
+    assert re.fullmatch(rf'\S+Z {part}: here\n', capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('level', get_args(log.Level))
+def test_libraries_are_heard_from_warnings_on_and_never_below_our_level(
+    level: log.Level, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure(level=level)
+    for name in ('tinytown.http', 'library'):
+        for said in (*get_args(log.Level), 'critical'):
+            getattr(logging.getLogger(name), said)(said)
+    lines = [line.split(' ', 1)[1] for line in capsys.readouterr().err.splitlines()]
+    all_levels = [*get_args(log.Level), 'critical']
+    ours, theirs = all_levels[all_levels.index(level) :], all_levels[max(all_levels.index(level), 2) :]
+    assert lines == [f'http: {said}' for said in ours] + [f'library: {said}' for said in theirs]
+
+
+def test_a_library_that_goes_beyond_the_four_levels_is_told_by_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure('json')
+    logging.getLogger('library').critical('worse', extra={'where': Path('/x')})
+    line = json.loads(capsys.readouterr().err)
+    assert (line['level'], line['part'], line['message'], line['where']) == ('error', 'library', 'worse', '/x')
+
+
+def test_a_library_whose_logger_leads_nowhere_is_heard_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+    lonely = logging.getLogger('lonely')
+    lonely.propagate = False
+    lonely.warning('help')
+    assert re.fullmatch(r'\S+Z lonely: help\n', capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('format', get_args(log.Format))
+def test_a_line_whose_arguments_do_not_fit_is_told_in_one_line(
+    format: log.Format, journal: socket.socket, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # those of pytest would fail the test
+    log.configure(format, journal=journal.getsockname())
+    logging.getLogger('library').warning('%d pieces', 'many')
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a line of library can not be shown: '%d pieces'" in line
+
+
+def test_lines_are_written_once_however_often_the_log_is_configured(
+    journal: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formats: list[log.Format] = ['json', 'journal', 'text', 'journal', 'text']
+    for each in formats:
+        log.configure(each, journal=journal.getsockname())
+    STATE.info('once')
+    assert re.fullmatch(r'\S+Z redis: once\n', capsys.readouterr().err)
+
+
 # ------------------------------------------------------------------------------------------- who reads it, or does not
 
 STALLED = """
-import os, resource, signal, sys
-from tinytown import say
+import logging, os, resource, signal, sys
+from tinytown import log
+log.configure()
+logger = logging.getLogger('tinytown.state')
 LINE = 'x' * 4000
 if sys.argv[1] == 'foreign':  # a pipe that only another user may open
     os.fchmod(2, 0)
     if os.geteuid() == 0:
         os.setresuid(65534, 65534, 65534)
 for i in range(400):
-    say.say('redis', f'{i} {LINE}')
+    logger.info(f'{i} {LINE}')
 print('done', flush=True)
 sys.stdin.readline()
-say.finish(20)
-say.say('redis', 'the end')
+log.flush(20)
+logger.info('the end')
 """
 
 
@@ -177,36 +260,81 @@ def test_a_reader_who_has_stopped_holds_nothing_up_and_misses_whole_lines(whose:
     found = [re.fullmatch(r'\S+Z redis: (\d+) x{4000}', line) for line in lines]
     numbers = [int(each[1]) for each in found if each]
     assert numbers == list(range(len(numbers)))
-    assert say.MOST_WAITING < len(said) < say.MOST_WAITING + 300_000  # what a pipe or socket holds
+    assert log.MOST_WAITING < len(said) < log.MOST_WAITING + 300_000  # what a pipe or socket holds
     dropped = [re.fullmatch(r'\S+Z townhall: (\d+) lines of the log were dropped: nobody took them', x) for x in lines]
     assert [int(each[1]) for each in dropped if each] == [400 - len(numbers)]
     assert lines[-1].endswith('redis: the end')
 
 
+def test_what_waits_at_the_end_comes_if_the_reader_goes_on_in_time() -> None:
+    """`logging` flushes its handlers when the interpreter ends."""
+    script = f"""
+import logging
+from tinytown import log
+log.configure()
+logging.getLogger('tinytown.state').info('x' * {3 * (1 << 18)})
+print(flush=True)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, '-c', script], env=environment(), stdout=pipe, stderr=pipe) as process:
+        assert process.stdout
+        process.stdout.readline()  # the pipe is full by now, and most of the line waits
+        said = process.communicate(timeout=PATIENCE)[1]
+    assert said.endswith(b'x' * (3 * (1 << 18)) + b'\n')
+
+
+def test_what_a_process_had_not_written_is_not_written_again_by_its_child() -> None:
+    script = """
+import logging, os
+from tinytown import log
+log.configure()
+logger = logging.getLogger('tinytown.state')
+for i in range(40):
+    logger.info(f'{i} ' + 'x' * 4000)
+if child := os.fork():
+    print(flush=True)
+    os.waitpid(child, 0)
+    log.flush(20)
+else:
+    logger.info('child')
+    log.flush(20)
+    os._exit(0)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, '-c', script], env=environment(), stdout=pipe, stderr=pipe) as process:
+        assert process.stdout
+        process.stdout.readline()
+        said = process.communicate(timeout=PATIENCE)[1].decode()
+    assert sorted(map(int, re.findall(r' (\d+) x{4}', said))) == list(range(40))
+    assert said.count('redis: child\n') == 1
+
+
 def test_what_a_full_disk_did_not_take_comes_when_there_is_room(tmp_path: Path) -> None:
     script = """
-import resource
-from tinytown import say
+import logging, resource
+from tinytown import log
+log.configure()
+logger = logging.getLogger('tinytown.state')
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 for i in range(9):
-    say.say('redis', f'line {i}')
+    logger.info(f'line {i}')
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-say.say('redis', 'line 9')
+logger.info('line 9')
 """
-    with open(tmp_path / 'log', 'wb') as log:
-        subprocess.run([sys.executable, '-c', script], env=environment(), stderr=log, check=True)
+    with open(tmp_path / 'log', 'wb') as written:
+        subprocess.run([sys.executable, '-c', script], env=environment(), stderr=written, check=True)
     said = (tmp_path / 'log').read_text()
     assert re.findall(r'^\S+Z redis: line (\d)$', said, re.M) == list('0123456789')
 
 
 def test_a_file_that_is_cut_short_goes_on_from_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / 'log'
-    with open(file, 'w') as log:  # as a shell opens it
-        monkeypatch.setattr(sys, 'stderr', log)
-        say.say('redis', 'line 1')
+    with open(file, 'w') as written:  # as a shell opens it
+        monkeypatch.setattr(sys, 'stderr', written)
+        STATE.info('line 1')
         os.truncate(file, 0)
-        say.say('redis', 'line 2')
+        STATE.info('line 2')
     assert re.fullmatch(r'\S+Z redis: line 2\n', file.read_text())
 
 

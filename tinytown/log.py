@@ -1,0 +1,355 @@
+"""How a process writes its log: the handlers and formatters that it gives the stdlib's `logging`.
+
+Each module logs as its room, `logging.getLogger('tinytown.http')`; fields (request_id, principal, …) go into `extra`, a
+fault into `exc_info`. `configure` is where to start reading. Three formats: text is for people (`TIME PART: MESSAGE`,
+then the traceback of a fault), JSON is one object a line, and the journal is systemd's, by its native protocol, so that
+its fields can be searched (`journalctl REQUEST_ID=…`).
+
+The log neither ends the service nor holds it up: what can't be written (a full disk, a closed pipe, a reader that has
+stopped) waits, up to MOST_WAITING bytes. Lines beyond that are dropped, and the log says how many.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import select
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final, Literal, cast, get_args
+
+from .model import rfc3339
+
+Level = Literal['debug', 'info', 'warning', 'error']
+Format = Literal['text', 'json', 'journal']
+Hide = Callable[[bytes], bytes]
+Send = Callable[[bytes | bytearray], int]
+
+MOST_WAITING: Final = 1 << 20
+JOURNAL: Final = '/run/systemd/journal/socket'
+_LAST_SECS: Final = 0.5  # for a reader to take what waits when the process ends
+
+# The part that a line names. It is the last word of the logger's name, but for these; of a library its first word.
+_PARTS: Final = {
+    'tinytown.state': 'redis',
+    'tinytown.host': 'notify',
+    'tinytown.auth.api_keys': 'townhall',
+    'tinytown.worker': 'caretaker',
+}
+_RENAMED: Final = {'PART': 'TINYTOWN_PART', 'PRINCIPAL': 'TINYTOWN_PRINCIPAL', 'PATH': 'URL_PATH', 'MS': 'DURATION_MS'}
+_PRIORITIES: Final = {'debug': '7', 'info': '6', 'warning': '4', 'error': '3'}  # of syslog
+_OWN: Final = frozenset({*vars(logging.makeLogRecord({})), 'message', 'asctime'})  # the others came with `extra`
+
+_logger: Final = logging.getLogger('tinytown.townhall')
+
+
+def configure(
+    format: Format = 'text', level: Level = 'info', town: str = '', hide: Hide = bytes, journal: str = JOURNAL
+) -> None:
+    """Sets how this process writes its log from now on. `hide` takes secrets out of what is written.
+
+    Libraries' warnings and the faults of threads go the same way; nothing else writes to stderr, which could block.
+    """
+    _stderr.setFormatter(JsonFormatter() if format == 'json' else TextFormatter())
+    _stderr.hide = hide
+    handler = JournalHandler(journal, town, hide, _stderr) if format == 'journal' else _stderr
+    root = logging.getLogger()
+    before = [each for each in root.handlers if isinstance(each, (StderrHandler, JournalHandler)) and each != handler]
+    root.addHandler(handler)  # first, so that no line of another thread is lost in between
+    for each in before:
+        root.removeHandler(each)
+        each.close()
+    number = logging.getLevelNamesMapping()[level.upper()]
+    root.setLevel(max(number, logging.WARNING))
+    logging.getLogger('tinytown').setLevel(number)
+    logging.raiseExceptions = False
+    logging.lastResort = _stderr  # for a library's logger that has no handler and does not propagate
+    threading.excepthook = _thread_failed
+
+
+def configure_from_environment(environ: Mapping[str, str]) -> None:
+    """Takes the format from the environment: the complaint about a configuration that can't be read has it, too."""
+    wanted = environ.get('TINYTOWN_TOWNHALL_LOG_FORMAT')
+    configure(cast(Format, wanted) if wanted in get_args(Format) else 'text')
+
+
+def write(lines: str) -> None:
+    """Writes ready-made lines to stderr, without the cost of a record: the access log has one for each request."""
+    _stderr.write(lines)
+
+
+def flush(seconds: float = _LAST_SECS) -> None:
+    """Writes what waits for its reader, and gives the reader as long to take it; with 0 tries once."""
+    _stderr.flush(seconds)
+
+
+def fatal(message: str) -> None:
+    """Tells why a townhall ends, in one line on stderr: a person or a service manager looks there."""
+    if isinstance(_stderr.formatter, JsonFormatter):
+        _logger.error(message)
+    else:
+        write(f'townhall: {message}\n')
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    name = failed.thread.name if failed.thread else 'a thread'
+    _logger.error(f'{name} failed', exc_info=failed.exc_value)
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+class TextFormatter(logging.Formatter):
+    """`TIME PART: MESSAGE`, and the traceback of a fault below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        shown = message if message.isprintable() else ''.join(map(_visible, message))  # no line can be forged
+        return f'{rfc3339(record.created)} {_part(record.name)}: {shown}\n{_trace(record)}'.removesuffix('\n')
+
+
+class JsonFormatter(logging.Formatter):
+    """One object, with the fields of `extra` and the traceback of a fault."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = _fields(record)
+        if trace := _trace(record):
+            fields['error'] = trace
+        return _json(record.created, _level(record.levelno), _part(record.name), record.getMessage(), fields)
+
+
+def json_line(part: str, message: str, **fields: Any) -> str:
+    """A line of level info as JsonFormatter makes it, for `write`."""
+    return _json(time.time(), 'info', part, message, fields) + '\n'
+
+
+def _json(created: float, level: str, part: str, message: str, fields: dict[str, Any]) -> str:
+    line = {'time': rfc3339(created), 'level': level, 'part': part, 'message': message, **fields}
+    return json.dumps(line, default=str)
+
+
+def _part(name: str) -> str:
+    """The part that lines of a logger name."""
+    if name in _PARTS:
+        return _PARTS[name]
+    first, _, rest = name.partition('.')
+    return rest.rpartition('.')[2] if first == 'tinytown' and rest else first
+
+
+def _level(number: int) -> Level:
+    """The level of a line: one of our four, whatever levels a library has."""
+    if number >= logging.ERROR:
+        return 'error'
+    if number >= logging.WARNING:
+        return 'warning'
+    return 'info' if number >= logging.INFO else 'debug'
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _OWN}
+
+
+def _trace(record: logging.LogRecord) -> str:
+    error = record.exc_info[1] if record.exc_info else None
+    return ''.join(traceback.format_exception(error)) if error else ''
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else character.encode('unicode_escape').decode()
+
+
+# -------------------------------------------------------------------------------------------------------------- stderr
+
+
+class StderrHandler(logging.Handler):
+    """Writes lines to the standard error without waiting for its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(TextFormatter())
+        self.hide: Hide = bytes
+        self._stream: Any = None
+        self._send: Send = len
+        self._waiting = bytearray()
+        self._lost = 0
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """In a forked process: what waits is the parent's to write. `logging` itself makes the lock new."""
+        self._waiting, self._lost = bytearray(), 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.write(self.format(record) + '\n')
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Tells of a line that can't be formatted: its arguments do not fit its message."""
+        with suppress(Exception):
+            self.write(self._warning(f'a line of {record.name} can not be shown: {record.msg!r}'))
+
+    def write(self, lines: str) -> None:
+        """Writes whole lines. What the reader does not take now waits."""
+        data = self.hide(lines.encode('utf-8', 'backslashreplace'))
+        self.acquire()
+        try:
+            self._write(data)
+        finally:
+            self.release()
+
+    def flush(self, seconds: float = _LAST_SECS) -> None:
+        """Writes what waits, for so many seconds at most. `logging` calls it when the process ends."""
+        deadline = time.monotonic() + seconds
+        while self._waiting:
+            self.write('')
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.01)
+
+    def _write(self, data: bytes) -> None:
+        if self._stream is not sys.stderr:
+            self._stream, self._send = sys.stderr, _sender(sys.stderr)
+        if not self._waiting:
+            data = data[self._sent(data) :]
+        if len(self._waiting) + len(data) > MOST_WAITING:
+            self._lost += data.count(b'\n')
+        else:
+            self._waiting += data
+        while self._waiting and (sent := self._sent(self._waiting)):
+            del self._waiting[:sent]
+        if self._lost and not self._waiting:
+            lost, self._lost = self._lost, 0
+            self._waiting += self._warning(f'{lost} lines of the log were dropped: nobody took them').encode()
+
+    def _warning(self, message: str) -> str:
+        """A line of the log's own."""
+        fields = {'name': _logger.name, 'levelno': logging.WARNING, 'msg': message}
+        return self.format(logging.makeLogRecord(fields)) + '\n'
+
+    def _sent(self, data: bytes | bytearray) -> int:
+        """How many bytes were taken; 0 if none can be now."""
+        try:
+            return self._send(data) if data else 0
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            return 0
+
+
+def _sender(stream: Any) -> Send:
+    """A function that writes to a stream and waits for nothing but a disk. It raises OSError if it can't write."""
+    try:
+        descriptor = stream.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (OSError, ValueError, AttributeError):
+        return lambda data: _sent_to(stream, data)
+    if stat.S_ISREG(mode):
+        with suppress(OSError):  # as a shell's  2>FILE  does not: log rotation may cut the file short
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
+        return lambda data: os.write(descriptor, data)
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=os.dup(descriptor))
+        return lambda data: sock.send(data, socket.MSG_DONTWAIT)
+    try:  # another description of the same pipe or terminal: the flag is ours alone
+        ours = os.open(f'/proc/self/fd/{descriptor}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # it is another user's, or there is no /proc
+        return lambda data: _sent_in_pieces(descriptor, data)
+    return lambda data: os.write(ours, data)
+
+
+def _sent_to(stream: Any, data: bytes | bytearray) -> int:
+    """Writes to a stream that is no descriptor."""
+    stream.write(data.decode('utf-8', 'backslashreplace'))
+    stream.flush()
+    return len(data)
+
+
+def _sent_in_pieces(descriptor: int, data: bytes | bytearray) -> int:
+    """Writes as much as a pipe surely has room for, if it has any."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return os.write(descriptor, data[: select.PIPE_BUF]) if poll.poll(0) else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+class JournalHandler(logging.Handler):
+    """Sends entries to systemd's journal: its native protocol, a datagram an entry. `otherwise` takes what it can't."""
+
+    def __init__(self, path: str, town: str, hide: Hide, otherwise: StderrHandler) -> None:
+        super().__init__()
+        self._path = path
+        self._town = town
+        self._hide = hide
+        self._otherwise = otherwise
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            is_taken = self._send(self._entry(record))
+        except Exception:
+            self._otherwise.handleError(record)
+        else:
+            if not is_taken:
+                self._otherwise.handle(record)
+
+    def close(self) -> None:
+        super().close()
+        self._socket.close()
+
+    def _entry(self, record: logging.LogRecord) -> dict[str, bytes]:
+        """The fields of a line in the journal."""
+        values = {'message': record.getMessage(), 'priority': _PRIORITIES[_level(record.levelno)]}
+        values |= {'syslog_identifier': 'townhall', 'part': _part(record.name), 'tinytown_town': self._town}
+        values |= {'error': _trace(record)} | _fields(record)
+        named = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in values.items() if value != ''}
+        return {name: self._hide(value.encode('utf-8', 'backslashreplace')) for name, value in named.items()}
+
+    def _send(self, fields: dict[str, bytes]) -> bool:
+        """Sends an entry. Whether the journal took it."""
+        data = b''.join(_field(name.encode(), value) for name, value in fields.items())
+        try:
+            self._socket.sendto(data, self._path)
+        except BlockingIOError:
+            return False
+        except OSError:  # it is too large for a datagram, or nobody is there
+            return self._send_file(data)
+        return True
+
+    def _send_file(self, data: bytes) -> bool:
+        """Sends an entry as a sealed file in memory, as the protocol has it for large ones."""
+        try:
+            file = os.memfd_create('townhall-log', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError):
+            return False
+        try:
+            with open(file, 'wb', closefd=False) as written:
+                written.write(data)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+            passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, file.to_bytes(4, sys.byteorder))]
+            self._socket.sendmsg([], passed, 0, self._path)
+        except OSError:
+            return False
+        finally:
+            os.close(file)
+        return True
+
+
+def _field(name: bytes, value: bytes) -> bytes:
+    """A field of an entry; a value of several lines stands behind its length."""
+    if b'\n' in value:
+        return name + b'\n' + len(value).to_bytes(8, 'little') + value + b'\n'
+    return name + b'=' + value + b'\n'
+
+
+_stderr: Final = StderrHandler()
