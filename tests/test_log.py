@@ -153,7 +153,7 @@ def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ('name', 'part'),
     [
-        ('tinytown.townhall', 'townhall'), ('tinytown.http', 'http'), ('tinytown.http.access', 'access'),
+        ('tinytown.townhall', 'townhall'), ('tinytown.http', 'http'),
         ('tinytown.state', 'redis'), ('tinytown.host', 'notify'), ('tinytown.auth.api_keys', 'townhall'),
         ('tinytown.worker', 'caretaker'), ('tinytown.worker.steward', 'steward'), ('tinytown.mcp.protocol', 'mcp'),
         ('jwt.api_jwk', 'jwt'),
@@ -203,6 +203,21 @@ def test_a_line_whose_arguments_do_not_fit_is_told_in_one_line(
     logging.getLogger('library').warning('%d pieces', 'many')
     [line] = capsys.readouterr().err.splitlines()
     assert "a line of library can not be shown: '%d pieces'" in line
+
+
+def test_a_request_s_line_that_the_journal_does_not_take_goes_to_stderr(
+    journal: socket.socket, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure('journal', journal=journal.getsockname())
+    log.send('access', 'GET /v1 200', path='/v1', tls='')
+    assert entry(journal.recv(1 << 16)) == {
+        'MESSAGE': 'GET /v1 200', 'PRIORITY': '6', 'SYSLOG_IDENTIFIER': 'townhall', 'TINYTOWN_PART': 'access',
+        'URL_PATH': '/v1',
+    }  # fmt: skip
+    assert capsys.readouterr().err == ''
+    log.configure('journal', journal=str(directory / 'none'))
+    log.send('access', 'GET /\x1b 200')
+    assert re.fullmatch(r'\S+Z access: GET /\\x1b 200\n', capsys.readouterr().err)
 
 
 def test_lines_are_written_once_however_often_the_log_is_configured(

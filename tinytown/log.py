@@ -58,15 +58,15 @@ def configure(
 
     Libraries' warnings and the faults of threads go the same way; nothing else writes to stderr, which could block.
     """
+    global _handler
     _stderr.setFormatter(JsonFormatter() if format == 'json' else TextFormatter())
     _stderr.hide = hide
-    handler = JournalHandler(journal, town, hide, _stderr) if format == 'journal' else _stderr
+    before, _handler = _handler, JournalHandler(journal, town, hide, _stderr) if format == 'journal' else _stderr
     root = logging.getLogger()
-    before = [each for each in root.handlers if isinstance(each, (StderrHandler, JournalHandler)) and each != handler]
-    root.addHandler(handler)  # first, so that no line of another thread is lost in between
-    for each in before:
-        root.removeHandler(each)
-        each.close()
+    root.addHandler(_handler)  # first, so that no line of another thread is lost in between
+    if before is not _handler:
+        root.removeHandler(before)
+        before.close()
     number = logging.getLevelNamesMapping()[level.upper()]
     root.setLevel(max(number, logging.WARNING))
     logging.getLogger('tinytown').setLevel(number)
@@ -81,9 +81,23 @@ def configure_from_environment(environ: Mapping[str, str]) -> None:
     configure(cast(Format, wanted) if wanted in get_args(Format) else 'text')
 
 
+# The access log has a line for each request. It goes past `logging`, whose records cost more than all the rest of it.
+
+
 def write(lines: str) -> None:
-    """Writes ready-made lines to stderr, without the cost of a record: the access log has one for each request."""
+    """Writes ready-made lines to stderr."""
     _stderr.write(lines)
+
+
+def json_line(part: str, message: str, **fields: Any) -> str:
+    """A line of level info as JsonFormatter makes it, for `write`."""
+    return _json(time.time(), 'info', part, message, fields) + '\n'
+
+
+def send(part: str, message: str, **fields: Any) -> None:
+    """Sends a line of level info to the journal; to stderr, if there is none or it takes no more."""
+    if not isinstance(_handler, JournalHandler) or not _handler.send('info', part, message, fields):
+        write(_text(time.time(), part, message) + '\n')
 
 
 def flush(seconds: float = _LAST_SECS) -> None:
@@ -111,9 +125,8 @@ class TextFormatter(logging.Formatter):
     """`TIME PART: MESSAGE`, and the traceback of a fault below it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        shown = message if message.isprintable() else ''.join(map(_visible, message))  # no line can be forged
-        return f'{rfc3339(record.created)} {_part(record.name)}: {shown}\n{_trace(record)}'.removesuffix('\n')
+        line = _text(record.created, _part(record.name), record.getMessage())
+        return f'{line}\n{_trace(record)}'.removesuffix('\n')
 
 
 class JsonFormatter(logging.Formatter):
@@ -126,9 +139,9 @@ class JsonFormatter(logging.Formatter):
         return _json(record.created, _level(record.levelno), _part(record.name), record.getMessage(), fields)
 
 
-def json_line(part: str, message: str, **fields: Any) -> str:
-    """A line of level info as JsonFormatter makes it, for `write`."""
-    return _json(time.time(), 'info', part, message, fields) + '\n'
+def _text(created: float, part: str, message: str) -> str:
+    shown = message if message.isprintable() else ''.join(map(_visible, message))  # no line can be forged
+    return f'{rfc3339(created)} {part}: {shown}'
 
 
 def _json(created: float, level: str, part: str, message: str, fields: dict[str, Any]) -> str:
@@ -295,7 +308,8 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            is_taken = self._send(self._entry(record))
+            level, part, trace = _level(record.levelno), _part(record.name), _trace(record)
+            is_taken = self.send(level, part, record.getMessage(), {'error': trace, **_fields(record)})
         except Exception:
             self._otherwise.handleError(record)
         else:
@@ -306,17 +320,15 @@ class JournalHandler(logging.Handler):
         super().close()
         self._socket.close()
 
-    def _entry(self, record: logging.LogRecord) -> dict[str, bytes]:
-        """The fields of a line in the journal."""
-        values = {'message': record.getMessage(), 'priority': _PRIORITIES[_level(record.levelno)]}
-        values |= {'syslog_identifier': 'townhall', 'part': _part(record.name), 'tinytown_town': self._town}
-        values |= {'error': _trace(record)} | _fields(record)
+    def send(self, level: Level, part: str, message: str, fields: dict[str, Any]) -> bool:
+        """Sends an entry, without those fields that are ''. Whether the journal took it."""
+        values = {'message': message, 'priority': _PRIORITIES[level], 'syslog_identifier': 'townhall', 'part': part}
+        values |= {'tinytown_town': self._town, **fields}
         named = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in values.items() if value != ''}
-        return {name: self._hide(value.encode('utf-8', 'backslashreplace')) for name, value in named.items()}
+        encoded = {name: self._hide(value.encode('utf-8', 'backslashreplace')) for name, value in named.items()}
+        return self._send(b''.join(_field(name.encode(), value) for name, value in encoded.items()))
 
-    def _send(self, fields: dict[str, bytes]) -> bool:
-        """Sends an entry. Whether the journal took it."""
-        data = b''.join(_field(name.encode(), value) for name, value in fields.items())
+    def _send(self, data: bytes) -> bool:
         try:
             self._socket.sendto(data, self._path)
         except BlockingIOError:
@@ -353,3 +365,4 @@ def _field(name: bytes, value: bytes) -> bytes:
 
 
 _stderr: Final = StderrHandler()
+_handler: StderrHandler | JournalHandler = _stderr  # that `configure` gave to `logging`

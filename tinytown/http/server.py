@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .tls import TlsSocket
 
 logger = logging.getLogger('tinytown.http')
-access_logger = logging.getLogger('tinytown.http.access')
 
 T = TypeVar('T')
 Encrypt: TypeAlias = 'Callable[[socket.socket], TlsSocket]'
@@ -407,7 +406,7 @@ class Server:
         if self._access_log == 'json':
             self._lines.append(log.json_line('access', message, **about))
         else:
-            access_logger.info(message, extra=about)
+            log.send('access', message, **about)
 
 
 class _Drive(Generic[T]):
@@ -449,7 +448,7 @@ class _Drive(Generic[T]):
 
 def _access_log(settings: TownhallSettings) -> str:
     """The form of the access log: text, json, journal or off."""
-    if settings.access_log == 'off' or not access_logger.isEnabledFor(logging.INFO):
+    if settings.access_log == 'off' or not logger.isEnabledFor(logging.INFO):
         return 'off'
     return 'json' if settings.access_log == 'json' else settings.log.format
 
