@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tinytown import log
 from tinytown.state.store import Command
 
 from .streams import Listen, Listener
@@ -36,6 +38,16 @@ def _no_steering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith('TINYTOWN_') and name != 'TINYTOWN_REDIS_SERVER':
             monkeypatch.delenv(name)
     monkeypatch.setenv('HOME', str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """The log of a process that has just begun; the faults of threads stay pytest's to tell."""
+    hook = threading.excepthook
+    log.configure()
+    threading.excepthook = hook
+    yield
+    threading.excepthook = hook
 
 
 @pytest.fixture

@@ -26,22 +26,6 @@ STATE = logging.getLogger('tinytown.state')  # whose part is redis
 HTTP = logging.getLogger('tinytown.http')
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger('tinytown')
-    levels = root.level, ours.level
-    hook, last, raises = threading.excepthook, logging.lastResort, logging.raiseExceptions
-    log.configure()
-    yield
-    for each in root.handlers[:]:
-        if isinstance(each, (log.StderrHandler, log.JournalHandler)):
-            root.removeHandler(each)
-            each.close()
-    threading.excepthook, logging.lastResort, logging.raiseExceptions = hook, last, raises
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-
-
 def fail() -> Exception:
     """An error with a traceback."""
     try:
