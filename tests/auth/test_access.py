@@ -1,4 +1,4 @@
-"""Who may do what, proven from outside: keys and scopes at every route, wrong keys by the hundred, other users."""
+"""Authentication over HTTP: keys and scopes on every route, floods of wrong keys, other users of the machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FLOOD_SECS = float(os.environ.get('FLOOD_SECS', '2'))
 
 
 class Keyed:
-    """A town whose townhall asks for keys, with one key for each scope."""
+    """A town whose townhall requires API keys, with one key for each scope."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
         self.keys: dict[str, ApiKey] = {scope: generate_key() for scope in (READ, WRITE, MANAGE, ADMIN)}
@@ -51,7 +51,7 @@ class Keyed:
         return {'id': made.id, 'hash': made.hash, 'scopes': [scope]}
 
     def write(self, text: str) -> None:
-        """In one step, as an editor does it."""
+        """Replaces the configuration file atomically, as an editor does."""
         write_atomically(self.file, text)
 
     def bearer(self, scope: str) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Keyed:
 
 @pytest.fixture(scope='module')
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Keyed, Hall]]:
-    """One guarded townhall for the tests that leave its keys as they are."""
+    """One townhall for the tests that do not change its keys."""
     keyed = Keyed(tmp_path_factory.mktemp('g'))
     yield keyed, keyed.place.hall()
     keyed.place.close()
@@ -80,7 +80,7 @@ def make(directory: Path) -> Iterator[Callable[..., Keyed]]:
 
 
 def audit_of(place: Place) -> list[dict[str, Any]]:
-    """What is on record of changes, and then of refusals. A line that is being written does not count yet."""
+    """The audit records of changes, then those of refusals, without a line that is still being written."""
     files = [place.root / '.tt' / name for name in ('audit.jsonl', 'audit.denied.jsonl')]
     return [json.loads(line) for file in files for line in file.read_text().split('\n')[:-1]]
 
@@ -89,7 +89,7 @@ def audit_of(place: Place) -> list[dict[str, Any]]:
 
 
 def route(op: Op, method: str) -> tuple[str, str, Any]:
-    """A request for an operation on things that are not there."""
+    """A request for an operation on an agent or task that does not exist."""
     path = re.sub(r'\{(agent)\}', 'nobody', op.path)
     return method, re.sub(r'\{\w+\}', ID, path), {} if method == 'POST' else None
 
@@ -98,7 +98,7 @@ CASES = [(op, method) for op in OPERATIONS for method in (op.method, op.also) if
 
 
 @pytest.mark.parametrize(('op', 'method'), CASES, ids=[f'{method} {op.name}' for op, method in CASES])
-def test_every_operation_takes_its_scope_and_no_other(guarded: tuple[Keyed, Hall], op: Op, method: str) -> None:
+def test_every_operation_accepts_its_scope_and_no_other(guarded: tuple[Keyed, Hall], op: Op, method: str) -> None:
     keyed, hall = guarded
     request = route(op, method)
     good = keyed.keys[ADMIN].key
@@ -118,7 +118,7 @@ def test_every_operation_takes_its_scope_and_no_other(guarded: tuple[Keyed, Hall
         assert f"needs the scope {op.scope}; 'key:{keyed.keys[scope].id}' has {scope}" in answer.json['detail']
 
 
-def test_every_operation_has_a_scope_and_every_scope_is_asked_for() -> None:
+def test_every_operation_has_a_scope_and_every_scope_is_used() -> None:
     assert {op.scope for op in OPERATIONS} == set(ALL_SCOPES)
 
 
@@ -133,12 +133,12 @@ def test_health_and_metrics_are_public(guarded: tuple[Keyed, Hall], path: str) -
 ODD: dict[str, Callable[[ApiKey], bytes | None]] = {
     'empty': lambda _: b'',
     'scheme alone': lambda _: b'Bearer',
-    'nothing behind the scheme': lambda _: b'Bearer ',
+    'nothing after the scheme': lambda _: b'Bearer ',
     'another scheme': lambda key: b'Basic ' + key.key.encode(),
     'no scheme': lambda key: key.key.encode(),
     'two keys': lambda key: f'Bearer {key.key} {key.key}'.encode(),
     'two schemes': lambda key: f'Bearer Bearer {key.key}'.encode(),
-    'a comma behind': lambda key: f'Bearer {key.key},'.encode(),
+    'a comma at the end': lambda key: f'Bearer {key.key},'.encode(),
     'in quotes': lambda key: f'Bearer "{key.key}"'.encode(),
     'upper case': lambda key: f'Bearer {key.key.upper()}'.encode(),
     'without its checksum': lambda key: f'Bearer {key.key[:-9]}'.encode(),
@@ -156,7 +156,7 @@ ODD: dict[str, Callable[[ApiKey], bytes | None]] = {
 
 
 @pytest.mark.parametrize('odd', ODD.values(), ids=ODD.keys())
-def test_an_odd_or_forged_key_is_401_in_one_shape(
+def test_an_odd_or_forged_key_gets_a_401_that_does_not_repeat_it(
     guarded: tuple[Keyed, Hall], odd: Callable[[ApiKey], bytes | None]
 ) -> None:
     keyed, hall = guarded
@@ -168,7 +168,7 @@ def test_an_odd_or_forged_key_is_401_in_one_shape(
     assert value is None or len(value) < 20 or value not in answer
 
 
-def test_the_same_answer_for_an_unknown_a_mistyped_a_wrong_and_a_revoked_key(make: Callable[..., Keyed]) -> None:
+def test_an_unknown_a_mistyped_a_wrong_and_a_revoked_key_get_the_same_answer(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall = keyed.place.hall()
     assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
@@ -183,7 +183,7 @@ def test_the_same_answer_for_an_unknown_a_mistyped_a_wrong_and_a_revoked_key(mak
 
 
 @pytest.mark.parametrize('how', ['Bearer {}', 'bearer {}', 'BEARER   {}'])
-def test_a_key_is_taken_as_bearer_in_any_case_or_as_x_api_key_but_not_twice(
+def test_a_key_is_accepted_as_bearer_in_any_case_or_as_x_api_key_but_not_as_both(
     guarded: tuple[Keyed, Hall], how: str
 ) -> None:
     keyed, hall = guarded
@@ -215,15 +215,17 @@ def test_the_plain_key_of_one_hash_may_be_any_text(make: Callable[..., Keyed]) -
     assert hall.post('/v1/recover', X_API_Key=text.encode().decode('latin-1')).status == 403
 
 
-# ----------------------------------------------------------------------------------------------------- while it runs
+# -------------------------------------------------------------------------------------- changes while townhall runs
 
 
-def test_keys_come_change_and_go_while_it_runs(make: Callable[..., Keyed]) -> None:
+def test_keys_can_be_created_rotated_changed_and_revoked_while_townhall_runs(make: Callable[..., Keyed]) -> None:
     keyed = make()
     place, hall = keyed.place, keyed.place.hall('--workers', '2')
 
     def status(key: str) -> set[int]:
-        return {hall.get('/v1/status', X_API_Key=key).status for _ in range(6)}  # several, to meet both processes
+        return {
+            hall.get('/v1/status', X_API_Key=key).status for _ in range(6)
+        }  # several requests, to reach both worker processes
 
     made = place.tt_json('key', 'create', '--write')
     assert status(made['key']) == {200}
@@ -240,7 +242,7 @@ def test_keys_come_change_and_go_while_it_runs(make: Callable[..., Keyed]) -> No
     assert status(keyed.keys[READ].key) == {200}
 
 
-def test_an_edit_in_place_of_the_same_length_is_seen_at_once(make: Callable[..., Keyed]) -> None:
+def test_an_in_place_edit_of_the_same_length_is_noticed_at_once(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall, text = keyed.place.hall(), keyed.file.read_bytes()
     other = generate_key(keyed.keys[READ].id)
@@ -254,12 +256,12 @@ def test_an_edit_in_place_of_the_same_length_is_seen_at_once(make: Callable[...,
         keyed.file.write_bytes(text)
 
 
-def test_a_file_is_read_again_while_its_times_may_not_tell_it_from_its_next_version() -> None:
+def test_a_file_is_read_again_while_its_timestamps_are_too_recent_to_show_a_later_change() -> None:
     now = time.time_ns()
     assert not access._is_settled((now, now, 1, 1))
     assert not access._is_settled((now - 10**9, now, 1, 1))
     assert access._is_settled((now - 10**9, now - 10**9, 1, 1))
-    assert access._is_settled((now + 10**12, now, 1, 1))  # of the future: not for ever
+    assert access._is_settled((now + 10**12, now, 1, 1))  # in the future, where it would never settle otherwise
     assert access._is_settled(None)
 
 
@@ -277,7 +279,7 @@ def test_a_key_that_is_revoked_while_it_is_hashed_is_refused(
             town.store.run(inner.prove(request, 'town.get', {}))
 
 
-def test_a_broken_configuration_keeps_the_old_keys_and_says_so_once(make: Callable[..., Keyed]) -> None:
+def test_a_broken_configuration_keeps_the_old_keys_and_logs_so_once(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall, text = keyed.place.hall(), keyed.file.read_text()
     for broken in (text + '[[', text.replace('m=19456', 'm=99999999')):
@@ -288,13 +290,13 @@ def test_a_broken_configuration_keeps_the_old_keys_and_says_so_once(make: Callab
     keyed.write(text.replace(api_key_table.written(keyed.entry(READ)), ''))
     assert hall.get('/v1/status', **keyed.bearer(READ)).status == 401
     hall.kill()
-    told = re.findall(r'^\S+Z townhall: the keys are not taken up.*', hall.log_file.read_text(), re.M)
-    assert len(told) == 2
-    assert 'it is not TOML' in told[0]
-    assert re.search(r"key '[0-9a-f]{8}': the hash has m=99999999,t=2,p=1", told[1])
+    logged = re.findall(r'^\S+Z townhall: the new keys cannot be used.*', hall.log_file.read_text(), re.M)
+    assert len(logged) == 2
+    assert 'it is not TOML' in logged[0]
+    assert re.search(r"key '[0-9a-f]{8}': the hash has m=99999999,t=2,p=1", logged[1])
 
 
-def test_a_key_ends_when_it_expires_and_its_bearer_alone_is_told_so(make: Callable[..., Keyed]) -> None:
+def test_a_key_expires_and_only_its_owner_learns_that_it_expired(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall, made = keyed.place.hall(), generate_key()
     later = config_time(time.time() + 3600)
@@ -311,7 +313,7 @@ def config_time(moment: float) -> str:
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(moment))
 
 
-def test_with_read_only_the_best_key_may_only_read(make: Callable[..., Keyed]) -> None:
+def test_with_read_only_even_an_admin_key_may_only_read(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall = keyed.place.hall('--read-only')
     assert hall.get('/v1/status', **keyed.bearer(ADMIN)).status == 200
@@ -319,7 +321,7 @@ def test_with_read_only_the_best_key_may_only_read(make: Callable[..., Keyed]) -
     assert hall.get('/v1/status', **keyed.bearer(WRITE)).status == 403
 
 
-def test_tt_shows_its_key_and_says_when_it_is_refused(make: Callable[..., Keyed]) -> None:
+def test_tt_sends_its_key_and_reports_a_refusal(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall = keyed.place.hall()
     file = keyed.place.root / 'key'
@@ -339,7 +341,7 @@ def test_tt_shows_its_key_and_says_when_it_is_refused(make: Callable[..., Keyed]
 
 
 class Flood(threading.Thread):
-    """Shows wrong keys of every kind, so many a second."""
+    """Sends `per_second` wrong keys of every kind a second."""
 
     def __init__(self, hall: Hall, key_id: str, per_second: int) -> None:
         super().__init__()
@@ -365,11 +367,11 @@ class Flood(threading.Thread):
 
 
 def resident(pid: int) -> int:
-    """The most memory that a process ever had, in KiB."""
+    """The peak memory of a process, in KiB."""
     return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1])  # type: ignore[index]
 
 
-def test_a_flood_of_wrong_keys_does_not_hold_up_a_good_one(make: Callable[..., Keyed]) -> None:
+def test_a_flood_of_wrong_keys_does_not_delay_a_good_one(make: Callable[..., Keyed]) -> None:
     keyed = make()
     hall = keyed.place.hall()
     connection = http.client.HTTPConnection(hall.address, hall.port, timeout=PATIENCE)
@@ -393,7 +395,7 @@ def test_a_flood_of_wrong_keys_does_not_hold_up_a_good_one(make: Callable[..., K
         flood.over.set()
         flood.join()
         connection.close()
-    # In the short form other tests run beside it, on any machine: a stall is a percent, and a hash takes long.
+    # The short form runs beside other tests, perhaps on a slow machine, so one stall weighs much: the limits are loose.
     most, longest = (0.99, 0.25) if FLOOD_SECS >= 30 else (0.9, 1.0)
     p99 = sorted(took)[int(len(took) * most)]
     grown = resident(hall.process.pid) - before
@@ -404,7 +406,7 @@ def test_a_flood_of_wrong_keys_does_not_hold_up_a_good_one(make: Callable[..., K
     assert hall.get('/v1/status', **keyed.bearer(READ)).status == 200
     wrong = generate_key(keyed.keys[ADMIN].id).key
     answers = (hall.get('/v1/status', X_API_Key=wrong) for _ in range(10))
-    answer = next(each for each in answers if each.status != 401)  # some more may have been allowed meanwhile
+    answer = next(each for each in answers if each.status != 401)  # the bucket may have gained a few tokens meanwhile
     assert (answer.json['code'], int(answer.headers['retry-after']) <= 3) == ('too-many-failures', True)
 
 
@@ -412,11 +414,11 @@ def test_a_flood_of_wrong_keys_does_not_hold_up_a_good_one(make: Callable[..., K
 
 
 NOBODY = 65534
-OTHERS = [NOBODY] if os.geteuid() == 0 else []  # who is not root can't become another user
+OTHERS = [NOBODY] if os.geteuid() == 0 else []  # only root can become another user
 
 
 def connect_as(uid: int, hall: Hall) -> socket.socket:
-    """A connection of another user of this machine."""
+    """A connection that another user of this machine makes."""
     mine = os.geteuid()
     os.seteuid(uid)
     try:
@@ -431,7 +433,7 @@ def status_as(uid: int, hall: Hall) -> bytes:
         return read_all(sock)
 
 
-def test_without_keys_other_users_of_the_machine_are_refused(place: Place) -> None:
+def test_in_mode_none_other_users_of_the_machine_are_refused(place: Place) -> None:
     hall = place.hall()
     assert status_as(os.geteuid(), hall).startswith(b'HTTP/1.1 200 ')
     for uid in OTHERS:
@@ -448,8 +450,8 @@ def test_without_keys_other_users_of_the_machine_are_refused(place: Place) -> No
 
 
 @pytest.mark.parametrize('uid', [os.geteuid(), *OTHERS])
-def test_who_is_gone_before_the_answer_is_never_taken_for_another(place: Place, hall: Hall, uid: int) -> None:
-    """The kernel may show the socket that a process has closed as one of root."""
+def test_a_client_that_disconnects_early_is_never_taken_for_another_user(place: Place, hall: Hall, uid: int) -> None:
+    """The kernel may show root as the owner of a socket that its process has closed."""
     for i in range(20):
         with connect_as(uid, hall) as sock:
             body = json.dumps({'description': f'left {i}'}).encode()
@@ -464,7 +466,7 @@ def test_who_is_gone_before_the_answer_is_never_taken_for_another(place: Place, 
     assert set(outcomes) <= ({'other-user'} if uid in OTHERS else {'other-user', 'ok'})
 
 
-# What the kernel says of a socket: nlmsghdr, inet_diag_msg (sock_diag(7)).
+# Parts of the kernel's answer about a socket: nlmsghdr, inet_diag_msg (sock_diag(7)).
 ENDS = peer_uid._ID.pack(50000, 8787, b'\x7f\0\0\1', b'\x7f\0\0\1', 0, bytes(8))
 
 
@@ -473,13 +475,13 @@ ENDS = peer_uid._ID.pack(50000, 8787, b'\x7f\0\0\1', b'\x7f\0\0\1', 0, bytes(8))
     [
         (1, ENDS, 1000, 7, 20, 1000),
         (1, ENDS, 0, 7, 20, 0),
-        (4, ENDS, 0, 0, 20, None),  # closed by its process: some kernels show root then
-        (10, ENDS, 1000, 7, 20, None),  # a listener, of whoever has that port
-        (1, ENDS[:2] + b'\0\0' + ENDS[4:], 1000, 7, 20, None),  # another connection of that port
+        (4, ENDS, 0, 0, 20, None),  # closed by its process: some kernels then show root
+        (10, ENDS, 1000, 7, 20, None),  # a listener on the same port, of any user
+        (1, ENDS[:2] + b'\0\0' + ENDS[4:], 1000, 7, 20, None),  # another connection on that port
         (1, ENDS, 1000, 7, 2, None),  # an error
     ],
 )
-def test_only_the_very_socket_tells_whose_it_is(
+def test_only_an_answer_about_exactly_this_socket_names_its_owner(
     state: int, ends: bytes, uid: int, inode: int, kind: int, owner: int | None
 ) -> None:
     answer = peer_uid._HEADER.pack(88, kind, 0, 1, 0) + peer_uid._ANSWER.pack(2, state, 0, 0) + ends
@@ -489,32 +491,34 @@ def test_only_the_very_socket_tells_whose_it_is(
 # ---------------------------------------------------------------------------------------------------------- secrets
 
 
-def test_keys_are_nowhere_but_with_their_owners(make: Callable[..., Keyed]) -> None:
+def test_keys_appear_in_no_log_answer_record_or_process(make: Callable[..., Keyed]) -> None:
     keyed = make()
     place, hall = keyed.place, keyed.place.hall()
     admin, wrong = keyed.bearer(ADMIN), generate_key(keyed.keys[ADMIN].id).key
-    said = b''
+    answers = b''
     assert hall.post('/v1/agents', {'name': 'backend', 'cli': 'demo'}, **admin).status == 201
     task = hall.post('/v1/tasks/assign', {'agent': 'backend', 'task': 'work'}, **admin).json['task_id']
     place.await_end(task)
     for scope in keyed.keys:
-        said += hall.post('/v1/agents/backend/kill', {'no': 1}, **keyed.bearer(scope)).body
-    said += hall.get('/v1/status', X_API_Key=wrong).body
-    said += hall.talk(f'GET / HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {wrong}\r\n\r\n'.encode())
-    said += hall.talk(f'GET /v1/town HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {wrong}\x01\r\n\r\n'.encode())
+        answers += hall.post('/v1/agents/backend/kill', {'no': 1}, **keyed.bearer(scope)).body
+    answers += hall.get('/v1/status', X_API_Key=wrong).body
+    answers += hall.talk(f'GET / HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {wrong}\r\n\r\n'.encode())
+    answers += hall.talk(f'GET /v1/town HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {wrong}\x01\r\n\r\n'.encode())
     processes = [path for path in Path('/proc').glob('[0-9]*') if str(place.root) in mentioned(path)]
     assert len(processes) >= 2
-    found = said + b''.join(each.read_bytes() for path in processes for each in (path / 'environ', path / 'cmdline'))
-    found += json.dumps(place.history()).encode()
-    place.do('agent.kill', agent='backend')  # from here on nobody removes a file that is about to be read
+    everything = answers + b''.join(
+        file.read_bytes() for path in processes for file in (path / 'environ', path / 'cmdline')
+    )
+    everything += json.dumps(place.history()).encode()
+    place.do('agent.kill', agent='backend')  # so that nothing removes a file that is read below
     hall.kill()
     files = [path for path in place.root.rglob('*') if path.is_file() and path.name != config.FILE]
     assert {'audit.jsonl', 'backend.log', hall.log_file.name} <= {path.name for path in files}
-    found += b''.join(path.read_bytes() for path in files)
+    everything += b''.join(path.read_bytes() for path in files)
     for made in keyed.keys.values():
-        assert made.key[12:55].encode() not in found
-        assert made.hash.rpartition('$')[2].encode() not in found
-    assert wrong[12:55].encode() not in found
+        assert made.key[12:55].encode() not in everything
+        assert made.hash.rpartition('$')[2].encode() not in everything
+    assert wrong[12:55].encode() not in everything
 
 
 def mentioned(process: Path) -> str:
@@ -524,7 +528,7 @@ def mentioned(process: Path) -> str:
         return ''
 
 
-# ------------------------------------------------------------------------------------------------------ at the start
+# -------------------------------------------------------------------------------------------------- start-up rules
 
 KEY = {'id': '0123abcd', 'hash': '$argon2id$v=19$m=8192,t=1,p=1$c29tZXNhbHRzb21l$' + 'A' * 43, 'scopes': ['admin']}
 
@@ -535,7 +539,7 @@ def configured(**values: Any) -> Config:
 
 
 @pytest.mark.parametrize('address', ['127.0.0.1', '127.8.8.8', '::1', 'localhost', 'unix:/run/x', '/run/x'])
-def test_without_keys_an_address_of_this_machine_is_served(address: str) -> None:
+def test_in_mode_none_a_local_address_is_served(address: str) -> None:
     assert check_start(configured(), address) == []
 
 
@@ -543,7 +547,7 @@ def test_without_keys_an_address_of_this_machine_is_served(address: str) -> None
     'address',
     ['0.0.0.0', '::', '192.0.2.7', '::ffff:192.0.2.7', 'fe80::1%eth0', 'example.com', ''],  # noqa: S104
 )
-def test_without_keys_no_other_address_is_served(address: str) -> None:
+def test_in_mode_none_no_other_address_is_served(address: str) -> None:
     with pytest.raises(UsageError, match='"none", so only a loopback address is served'):
         check_start(configured(), address)
     [advice, warning] = check_start(configured(auth__mode='api_key', auth__keys=[KEY]), address)
@@ -559,13 +563,16 @@ def test_without_keys_no_other_address_is_served(address: str) -> None:
     [
         ({'auth__mode': 'api_key'}, 'there is no key; make one:  tt generate-api-key --write'),
         ({'auth__keys': [KEY]}, 'townhall.auth.keys is set, but townhall.auth.mode is "none".*set mode = "api_key"'),
-        ({'auth__api_key_hash': KEY['hash']}, 'townhall.auth.api_key_hash is set, but .* would not be in force'),
+        ({'auth__api_key_hash': KEY['hash']}, 'townhall.auth.api_key_hash is set, but .* would have no effect'),
         ({'auth__mode': 'oidc', 'auth__keys': [KEY]}, 'keys is set, but townhall.auth.mode is "oidc"'),
         ({'auth__issuer': 'https://x'}, 'issuer is set, but townhall.auth.mode is "none".*set mode = "oidc"'),
-        ({'auth__mode': 'api_key', 'auth__api_key_hash': 'x'}, 'townhall.auth.api_key_hash: the hash is not one of'),
+        (
+            {'auth__mode': 'api_key', 'auth__api_key_hash': 'x'},
+            'townhall.auth.api_key_hash: the hash is not an argon2id hash',
+        ),
     ],
 )
-def test_what_would_not_be_in_force_stops_the_start(values: dict[str, Any], says: str) -> None:
+def test_a_setting_without_effect_stops_the_start(values: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         check_start(configured(**values), '127.0.0.1')
 
@@ -582,7 +589,7 @@ def test_what_would_not_be_in_force_stops_the_start(values: dict[str, Any], says
         ('[townhall.audit]\npath = "no/such/place"\n', 'townhall.audit.path: .*no/such/place: No such file'),
     ],
 )
-def test_a_townhall_that_would_not_be_safe_does_not_start(directory: Path, auth: str, says: str) -> None:
+def test_an_unsafe_townhall_does_not_start(directory: Path, auth: str, says: str) -> None:
     place = make_town(directory)
     (directory / config.FILE).write_text('name = "test"\n' + auth)
     done = subprocess.run(

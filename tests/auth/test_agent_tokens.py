@@ -1,4 +1,4 @@
-"""Agents are known by tokens: what one may do through a townhall and with `tt`, and when its token ends."""
+"""Agent tokens: what an agent may do through a townhall and with `tt`, and when its token becomes invalid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOLD = shell_cli('cat >/dev/null; tt send conductor holding --info; exec sleep 6
 
 @pytest.fixture
 def town(directory: Path) -> Iterator[Place]:
-    """A town in which agents of the role `lead` may manage others; its CLI says that it runs, and goes on."""
+    """A town where agents with the role `lead` may manage others. Its CLI reports that it runs, then stays."""
     made = make_town(
         directory, default_cli='hold', agent_clis={'hold': HOLD}, agent={'role_scopes': {'lead': ['agent.manage']}}
     )
@@ -51,13 +51,13 @@ def spawned(place: Place, *names: str, **more: Any) -> None:
 
 
 def ended(place: Place, task_id: str) -> str:
-    """The state in which a task has ended; '' until then."""
+    """The final state of a task; '' while it has none."""
     state: str = place.do('task.get', task_id=task_id)['state']
     return state if state in ('completed', 'failed', 'cancelled') else ''
 
 
 def working(place: Place, name: str) -> str:
-    """A task that an agent has taken and holds."""
+    """The id of a task that an agent has claimed and is running."""
     task_id: str = place.do('task.assign', agent=name, task='go on')['task_id']
     place.await_event('message.sent', agent_name='conductor')
     assert place.do('task.get', task_id=task_id)['state'] == 'running'
@@ -80,7 +80,7 @@ def test_an_agent_acts_as_itself_and_its_messages_are_verified(town: Place) -> N
     assert town.do('agent.inbox', agent='b')['total'] == 0
 
 
-def test_an_agent_can_not_manage_its_peers_unless_its_role_may(town: Place) -> None:
+def test_an_agent_can_not_manage_other_agents_unless_its_role_may(town: Place) -> None:
     spawned(town, 'a', 'b')
     spawned(town, 'boss', role_id='lead')
     hall = town.hall()
@@ -97,7 +97,7 @@ def test_an_agent_can_not_manage_its_peers_unless_its_role_may(town: Place) -> N
 
 
 @pytest.mark.parametrize('verb', ['complete', 'fail', 'release'])
-def test_only_the_holder_reports_on_a_task_and_says_which_attempt(town: Place, verb: str) -> None:
+def test_only_the_holder_reports_on_a_task_and_must_name_the_attempt(town: Place, verb: str) -> None:
     spawned(town, 'a', 'b')
     hall, task_id = town.hall(), working(town, 'a')
     path = f'/v1/tasks/{task_id}/{verb}'
@@ -115,7 +115,7 @@ def test_only_the_holder_reports_on_a_task_and_says_which_attempt(town: Place, v
     assert town.do('task.history', task_id=task_id)['history'][-1]['by'] == 'a'
 
 
-def test_a_token_ends_with_the_process_that_it_was_made_for(town: Place) -> None:
+def test_a_token_becomes_invalid_with_the_process_that_it_was_made_for(town: Place) -> None:
     spawned(town, 'a')
     hall, first = town.hall(), bearer(town, 'a')
     assert hall.get('/v1/status', **first).status == 200
@@ -138,7 +138,7 @@ FORGED: dict[str, Callable[[str], str]] = {
     'longer': lambda token: token + 'A',
     'another agent': lambda token: token[:4] + '0' * 8 + token[12:],
     'another instance': lambda token: token[:41] + '0' * 8 + token[49:],
-    'of a key of mine': lambda token: token[:78] + hmac.digest(b'mine', token[:77].encode(), 'sha256').hex()[:43],
+    'a MAC with another key': lambda token: token[:78] + hmac.digest(b'mine', token[:77].encode(), 'sha256').hex()[:43],
     'prefix alone': lambda _: agent_tokens.TOKEN_PREFIX,
     'upper case': str.upper,
 }  # fmt: skip
@@ -159,10 +159,10 @@ def test_a_forged_token_is_refused_in_every_mode(town: Place, mode: str) -> None
             assert hall.get('/v1/status', Authorization=f'Bearer {forged}').status == 401, name
 
 
-def test_tt_within_a_run_acts_as_its_agent_and_shows_its_token_to_a_townhall(directory: Path) -> None:
+def test_tt_within_a_run_acts_as_its_agent_and_sends_its_token_to_a_townhall(directory: Path) -> None:
     script = 'cat >/dev/null; tt {url} kill b; tt {url} send conductor --from b no; tt {url} send conductor yes --info'
     place = make_town(directory)
-    hall = place.hall()  # before the town is opened here, which then knows the CLIs
+    hall = place.hall()  # starts before this process reads the configuration, so that it knows the new CLIs
     clis = {name: shell_cli(script.format(url=url)) for name, url in
             (('here', ''), ('there', f'--url http://127.0.0.1:{hall.port}'))}  # fmt: skip
     with open(directory / config.FILE, 'a') as file:
@@ -170,7 +170,7 @@ def test_tt_within_a_run_acts_as_its_agent_and_shows_its_token_to_a_townhall(dir
     for name in clis:
         place.do('agent.spawn', name=name, cli=name)
         task_id = place.do('task.assign', agent=name, task='x')['task_id']
-        assert until(partial(ended, place, task_id), LONG) == 'completed'  # after three commands
+        assert until(partial(ended, place, task_id), LONG) == 'completed'  # once the script has run its three commands
         agent_id = place.do('agent.get', agent=name)['id']
         log = place.log(name)
         assert "agent.kill needs the scope agent.manage; '" in log
@@ -182,7 +182,7 @@ def test_tt_within_a_run_acts_as_its_agent_and_shows_its_token_to_a_townhall(dir
     place.close()
 
 
-def test_the_key_of_a_town_is_made_once_and_is_its_owners(directory: Path) -> None:
+def test_the_token_key_of_a_town_is_made_once_and_only_its_owner_may_read_it(directory: Path) -> None:
     make_town(directory)
     key = agent_tokens.key_of(directory)
     assert agent_tokens.key_of(directory) == key
@@ -195,7 +195,7 @@ def test_the_key_of_a_town_is_made_once_and_is_its_owners(directory: Path) -> No
         agent_tokens.read_token(key + b'0', shown)
 
 
-def test_a_token_of_the_conductor_would_be_refused_though_its_mac_were_right(town: Place) -> None:
+def test_a_token_of_the_conductor_is_refused_even_with_a_right_mac(town: Place) -> None:
     nobody = Call(town.town, OPERATOR)
     with pytest.raises(Unauthorized):
         town.store.run(agent_tokens.principal(nobody, CONDUCTOR_ID, ''))
@@ -203,7 +203,7 @@ def test_a_token_of_the_conductor_would_be_refused_though_its_mac_were_right(tow
         town.store.run(look_up(nobody, CONDUCTOR_ID))
 
 
-def test_roles_give_scopes_beyond_those_of_every_agent(directory: Path) -> None:
+def test_a_role_adds_scopes_to_those_of_every_agent(directory: Path) -> None:
     (directory / config.FILE).write_text(
         'name = "x"\n[agent.role_scopes]\nlead = ["agent.manage"]\ndefault = ["admin"]'
     )

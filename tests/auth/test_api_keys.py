@@ -1,4 +1,4 @@
-"""API keys: what is made, what of a configuration is taken, how a key is checked, and the commands that manage keys."""
+"""API keys: generating, the configuration, verifying, and the commands that manage keys."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def settings(text: str) -> AuthSettings:
 
 
 def entry(**changed: Any) -> str:
-    """A [[townhall.auth.keys]] that is right but for what is changed; None leaves a line out."""
+    """A valid [[townhall.auth.keys]] with some values changed; None leaves a line out."""
     return api_key_table.written({name: value for name, value in (FULL | changed).items() if value is not None})
 
 
-# ------------------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------------- generating
 
 
-def test_a_new_key_fits_its_hash_and_no_other_key_does() -> None:
+def test_a_new_key_matches_its_hash_and_no_other_key_does() -> None:
     made, other = generate_key(), generate_key()
     check_hash(made.hash, 'a new key')
     assert matches(made.key.encode(), made.hash)
@@ -56,7 +56,7 @@ def test_a_new_key_fits_its_hash_and_no_other_key_does() -> None:
         HASH[:-30], HASH + '$', HASH + '\n', 'secret', '$2b$12$' + 'a' * 53,
     ],
 )  # fmt: skip
-def test_a_hash_outside_the_bounds_stops_the_start_and_its_key_is_named(text: str) -> None:
+def test_a_hash_outside_the_bounds_stops_the_start_with_an_error_that_names_its_key(text: str) -> None:
     with pytest.raises(UsageError, match=r"^townhall.auth.keys: key '0123abcd': the hash .*make one:  tt generate"):
         Keyring(AuthSettings(keys=[FULL | {'hash': text}]))
     with pytest.raises(UsageError, match=r'^townhall.auth.api_key_hash: '):
@@ -88,23 +88,23 @@ def test_a_hash_outside_the_bounds_stops_the_start_and_its_key_is_named(text: st
         ('townhall.auth.mode = "apikey"', "choose one of 'none', 'api_key', 'oidc'"),
     ],
 )
-def test_a_key_that_is_written_wrong_is_named_without_its_hash(text: str, says: str) -> None:
+def test_an_error_names_a_wrong_key_entry_without_its_hash(text: str, says: str) -> None:
     with pytest.raises(UsageError) as raised:
         settings(text)
     assert says in str(raised.value)
     assert 'argon2' not in str(raised.value).replace('begins with $argon2id$', '')
 
 
-def test_an_expiry_may_be_a_time_or_its_text() -> None:
+def test_an_expiry_may_be_a_toml_time_or_a_text() -> None:
     for text in ('"2027-01-31T12:00:00Z"', '2027-01-31T12:00:00Z', '2027-01-31T13:00:00+01:00'):
         [key] = settings(entry() + f'expires = {text}\n').keys
         assert api_key_table.expiry(key) == datetime(2027, 1, 31, 12, tzinfo=UTC).timestamp()
 
 
-# ----------------------------------------------------------------------------------------------------------- checking
+# ---------------------------------------------------------------------------------------------------------- verifying
 
 
-def test_an_id_and_a_checksum_find_the_hash_and_any_other_text_may_be_the_plain_key() -> None:
+def test_a_key_claims_the_entry_of_its_id_and_any_other_text_that_of_api_key_hash() -> None:
     one, two = generate_key(), generate_key()
     keys = [{'id': made.id, 'hash': made.hash, 'scopes': ['town.read']} for made in (one, two)]
     ring = Keyring(AuthSettings(keys=keys))
@@ -123,7 +123,7 @@ def test_an_id_and_a_checksum_find_the_hash_and_any_other_text_may_be_the_plain_
         assert with_plain.claimed(text) is None
 
 
-def test_the_plain_key_may_do_everything_unless_its_scopes_say_otherwise() -> None:
+def test_the_key_of_api_key_hash_may_do_everything_unless_its_scopes_say_otherwise() -> None:
     found = Keyring(settings(f"townhall.auth.api_key_hash = '{HASH}'")).claimed('x')
     assert found
     assert found.principal.may('agent.manage')
@@ -137,7 +137,7 @@ def ring() -> tuple[str, api_keys.Entry]:
     return made.key, found
 
 
-def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
+def test_a_key_is_hashed_once_even_if_several_clients_send_it_at_the_same_time(
     ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
@@ -151,10 +151,10 @@ def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
     checks, answers = Checks(Buckets()), []
     threads = [threading.Thread(target=lambda: answers.append(checks.verify(key, found, 'a'))) for _ in range(12)]
     assert checks.recall(key) == ''
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert answers == [True] * 12
     assert len(hashed) == 1
     assert checks.recall(key) == found.hash
@@ -162,17 +162,17 @@ def test_a_key_is_hashed_once_and_once_for_all_who_show_it_at_the_same_time(
     assert len(hashed) == 1
 
 
-def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
+def test_at_most_two_keys_are_hashed_at_once_and_a_full_queue_refuses_more(
     ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = ring
-    may_go, started, most = threading.Event(), threading.Semaphore(0), []
+    may_go, started, running = threading.Event(), threading.Semaphore(0), []
     under_way = 0
 
     def held(_shown: bytes, _text: str) -> bool:
         nonlocal under_way
         under_way += 1
-        most.append(under_way)
+        running.append(under_way)
         started.release()
         may_go.wait(20)
         under_way -= 1
@@ -188,21 +188,21 @@ def test_no_more_than_two_are_hashed_at_once_and_a_full_queue_is_refused(
             refused.release()
 
     threads = [threading.Thread(target=show, args=(i,)) for i in range(24)]
-    for each in threads:
-        each.start()
+    for thread in threads:
+        thread.start()
     for _ in range(24 - api_keys.MAX_HASHING - api_keys.MAX_WAITING_HASHES):
         assert refused.acquire(timeout=20)
     assert started.acquire(timeout=20)
     with pytest.raises(Unavailable):
         checks.admit(found, 'b')
     may_go.set()
-    for each in threads:
-        each.join()
-    assert max(most) <= api_keys.MAX_HASHING
+    for thread in threads:
+        thread.join()
+    assert max(running) <= api_keys.MAX_HASHING
     checks.admit(found, 'b')
 
 
-def test_wrong_keys_of_one_address_are_refused_unseen_and_others_go_on(
+def test_after_too_many_wrong_keys_an_address_is_refused_unhashed_and_others_are_not(
     ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
@@ -222,7 +222,7 @@ def test_wrong_keys_of_one_address_are_refused_unseen_and_others_go_on(
     checks.admit(found, 'mallory')
 
 
-def test_wrong_keys_are_counted_by_network_and_for_a_key_over_all_addresses(
+def test_wrong_keys_are_counted_for_each_network_and_for_each_key_over_all_addresses(
     ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, found = ring
@@ -245,14 +245,16 @@ def test_wrong_keys_are_counted_by_network_and_for_a_key_over_all_addresses(
     assert checks.recall(key) == found.hash
 
 
-def test_what_is_known_of_keys_is_bounded(ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_keys_is_bounded(
+    ring: tuple[str, api_keys.Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, found = ring
     monkeypatch.setattr(api_keys, 'matches', lambda *_: True)
     checks = Checks(Buckets())
-    for i in range(api_keys.MOST_KNOWN + 5):
+    for i in range(api_keys.MAX_KNOWN + 5):
         assert checks.verify(f'key {i}', found, 'a')
-    known = [i for i in range(api_keys.MOST_KNOWN + 5) if checks.recall(f'key {i}')]
-    assert known == list(range(5, api_keys.MOST_KNOWN + 5))
+    known = [i for i in range(api_keys.MAX_KNOWN + 5) if checks.recall(f'key {i}')]
+    assert known == list(range(5, api_keys.MAX_KNOWN + 5))
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -281,7 +283,7 @@ def made_by(tt: Tt, *words: str) -> dict[str, str]:
 
 @pytest.mark.parametrize('newline', ['\n', '\r\n'])
 @pytest.mark.parametrize('mark', ['', '\ufeff'])
-def test_a_key_that_is_written_and_revoked_leaves_every_other_byte(
+def test_writing_and_revoking_a_key_leaves_every_other_byte_of_the_file(
     directory: Path, tt: Tt, newline: str, mark: str
 ) -> None:
     file = directory / config.FILE
@@ -301,7 +303,7 @@ def test_a_key_that_is_written_and_revoked_leaves_every_other_byte(
     assert [key['id'] for key in config.load(directory).townhall.auth.keys] == [two['id']]
     assert tt('key', 'revoke', two['id'])[0] == 0
     expected = before.replace(b'mode = "none"', b'mode = "api_key"')
-    assert file.read_bytes() == expected + newline.encode()  # the end of the last line, which had none
+    assert file.read_bytes() == expected + newline.encode()  # the last line had no line end and has one now
 
 
 def test_a_rotated_key_keeps_its_id_scopes_and_comments(directory: Path, tt: Tt) -> None:
@@ -320,7 +322,7 @@ def test_a_rotated_key_keeps_its_id_scopes_and_comments(directory: Path, tt: Tt)
     assert 'of the build' not in file.read_text()
 
 
-def test_the_lines_to_paste_are_taken_as_they_are(directory: Path, tt: Tt) -> None:
+def test_the_lines_to_paste_are_valid_as_they_are(directory: Path, tt: Tt) -> None:
     file = directory / config.FILE
     status, out, _ = tt('key', 'create', '--expires', '90d')
     assert status == 0
@@ -335,7 +337,7 @@ def test_the_lines_to_paste_are_taken_as_they_are(directory: Path, tt: Tt) -> No
     assert 89.9 < days <= 90
 
 
-def test_the_list_tells_of_scopes_notes_and_ends_and_never_shows_a_hash(directory: Path, tt: Tt) -> None:
+def test_the_list_shows_scopes_notes_and_expiry_and_never_a_hash(directory: Path, tt: Tt) -> None:
     assert tt('key', 'list')[1] == 'townhall.auth.mode is "none", so no key is asked for.\n'
     made = made_by(tt, 'key', 'create', '--note', 'for CI', '--expires', '2099-01-01T00:00:00Z', '--write')
     with open(directory / config.FILE, 'a') as file:
@@ -362,7 +364,7 @@ def test_the_list_tells_of_scopes_notes_and_ends_and_never_shows_a_hash(director
         ('key create --write --url http://x', 2, 'acts on this machine'),
     ],
 )
-def test_what_is_not_right_changes_nothing(directory: Path, tt: Tt, words: str, status: int, says: str) -> None:
+def test_a_wrong_command_changes_nothing(directory: Path, tt: Tt, words: str, status: int, says: str) -> None:
     found = tt(*words.split(' '))
     assert (found[0], found[1]) == (status, '')
     assert says in found[2]
@@ -376,7 +378,7 @@ def test_what_is_not_right_changes_nothing(directory: Path, tt: Tt, words: str, 
         'name = "a"\ntownhall = {auth = {mode = "none"}}\n',
     ],
 )
-def test_a_file_that_can_not_be_changed_safely_is_left_alone(directory: Path, tt: Tt, text: str) -> None:
+def test_a_file_that_can_not_be_edited_safely_is_left_alone(directory: Path, tt: Tt, text: str) -> None:
     file = directory / config.FILE
     file.write_text(text)
     for words in (('key', 'create', '--write'), ('key', 'revoke', '0123abcd'), ('key', 'rotate', '0123abcd')):
@@ -386,18 +388,18 @@ def test_a_file_that_can_not_be_changed_safely_is_left_alone(directory: Path, tt
         assert file.read_text() == text
 
 
-def test_commands_at_the_same_time_lose_no_key(directory: Path) -> None:
+def test_concurrent_commands_lose_no_key(directory: Path) -> None:
     (directory / config.FILE).write_text(MINE)
     threads = [threading.Thread(target=main, args=(['key', 'create', '--write', '--town', str(directory)],))
                for _ in range(8)]  # fmt: skip
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(config.load(directory).townhall.auth.keys) == 8
 
 
-def test_the_checksum_is_over_all_that_comes_before_it() -> None:
+def test_the_checksum_covers_everything_before_it() -> None:
     made = generate_key()
     body, _, check = made.key.rpartition('_')
     assert check == checksum(body)

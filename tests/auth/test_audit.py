@@ -1,4 +1,4 @@
-"""The audit: what stands in it, that nothing is changed without it, and that it is bounded and never torn."""
+"""The audit: its records, that nothing is changed without it, that it is bounded, and that no line is ever torn."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def visit(**arguments: Any) -> AuditSubject:
+def subject(**arguments: Any) -> AuditSubject:
     return AuditSubject('r1', '10.0.0.1', BY, 'task.complete', arguments)
 
 
-# --------------------------------------------------------------------------------------------------- from the outside
+# ---------------------------------------------------------------------------------------------------------- over HTTP
 
 
-def test_a_change_has_a_line_before_and_one_after_it_and_a_read_has_none(place: Place, hall: Hall) -> None:
+def test_a_change_has_a_begin_and_an_end_line_and_a_read_has_none(place: Place, hall: Hall) -> None:
     assert hall.get('/v1/status').status == 200
     added = hall.post('/v1/backlog', {'description': 'the text of a task', 'tags': ['x']}, X_Request_ID='mine-1')
     task_id = added.json['task_id']
@@ -61,7 +61,7 @@ def test_a_change_has_a_line_before_and_one_after_it_and_a_read_has_none(place: 
     assert (fourth['phase'], fourth['outcome']) == ('end', 'stale-attempt')
 
 
-def test_a_slow_operation_and_a_repetition_are_on_record_too(place: Place, hall: Hall) -> None:
+def test_a_slow_operation_and_an_idempotent_repetition_are_recorded_too(place: Place, hall: Hall) -> None:
     for _ in range(2):
         assert hall.post('/v1/recover', Idempotency_Key='once').status == 200
     assert [(line['phase'], line['outcome']) for line in lines(place.root / '.tt' / 'audit.jsonl')] == [
@@ -98,7 +98,7 @@ def test_every_refusal_is_one_line(directory: Path) -> None:
     ]
 
 
-def test_with_a_full_disk_nothing_is_changed_and_readiness_ends(directory: Path) -> None:
+def test_with_a_full_disk_nothing_is_changed_and_readiness_fails(directory: Path) -> None:
     place = make_town(directory, townhall__audit={'path': '/dev/full'})
     hall = place.hall()
     assert hall.get('/ready').status == 200
@@ -115,7 +115,7 @@ def test_with_a_full_disk_nothing_is_changed_and_readiness_ends(directory: Path)
     place.close()
 
 
-def test_a_change_stands_in_the_file_before_redis_is_told_of_it(tmp_path: Path) -> None:
+def test_the_begin_line_of_a_change_is_in_the_file_before_redis_gets_the_change(tmp_path: Path) -> None:
     bed = make_town(tmp_path / 'bed', name='bed')
     proxy = Proxy(tmp_path / 'proxy', managed_redis.socket_path(bed.town.root))
     place = make_town(tmp_path / 'town', redis={'url': f'unix://{tmp_path}/proxy'})
@@ -128,7 +128,7 @@ def test_a_change_stands_in_the_file_before_redis_is_told_of_it(tmp_path: Path) 
             begun = (place.root / '.tt' / 'audit.jsonl').read_text().count('"phase":"begin"')
             early.append(begun < len(arrived))
 
-    assert hall.post('/v1/backlog', {'description': 'so that Redis knows the script'}).status == 201
+    assert hall.post('/v1/backlog', {'description': 'loads the script into Redis'}).status == 201
     arrived = ['the first']
     proxy.judge = judge
     with ThreadPoolExecutor(8) as pool:
@@ -143,9 +143,9 @@ def add(hall: Hall) -> int:
     return hall.post('/v1/backlog', {'description': 'x'}).status
 
 
-def test_what_was_begun_together_is_refused_together_and_reads_go_on(place: Place, hall: Hall) -> None:
+def test_changes_begun_in_one_turn_are_refused_together_and_reads_continue(place: Place, hall: Hall) -> None:
     assert add(hall) == 201
-    assert hall.get('/health').status == 200  # by its answer the end of what was answered before is in the file
+    assert hall.get('/health').status == 200  # after this answer the end line of the change is in the file
     file = place.root / '.tt' / 'audit.jsonl'
     file.rename(place.root / 'before')
     file.symlink_to('/dev/full')
@@ -163,53 +163,53 @@ def test_what_was_begun_together_is_refused_together_and_reads_go_on(place: Plac
     assert hall.get('/ready').status == 200
     gap, *rest = lines(file)
     assert gap['phase'] == 'gap'
-    assert gap['lost'] > 32, 'the lines of all changes, and of how those ended that were refused in the last moment'
+    assert gap['lost'] > 32, 'the begin lines of all changes, and the end lines of those that were refused last'
     assert [line['phase'] for line in rest] == ['begin', 'end']
 
 
 # ----------------------------------------------------------------------------------------------------------- the file
 
 
-def test_lines_that_wait_are_written_in_order_and_those_of_other_threads_at_once(directory: Path) -> None:
+def test_gathered_lines_are_written_in_order_and_those_of_other_threads_at_once(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 1 << 20)
     with audit.gathering():
         for i in range(100):
-            audit.end(audit.begin(visit(task_id=f't{i}')), 'ok')
+            audit.end(audit.begin(subject(task_id=f't{i}')), 'ok')
         assert not file.read_text()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(audit.begin, visit(task_id='other')).result()
+            pool.submit(audit.begin, subject(task_id='other')).result()
         assert [line['target'] for line in lines(file)] == [{'task_id': 'other'}]
         assert audit.flush() is None
         assert audit.flush() is None
         phases = [(line['target']['task_id'], line['phase']) for line in lines(file)[1:]]
         assert phases == [(f't{i}', phase) for i in range(100) for phase in ('begin', 'end')]
-        audit.begin(visit(task_id='last'))
+        audit.begin(subject(task_id='last'))
     assert lines(file)[-1]['target'] == {'task_id': 'last'}
-    audit.begin(visit(task_id='after'))
+    audit.begin(subject(task_id='after'))
     assert lines(file)[-1]['target'] == {'task_id': 'after'}
 
 
-def test_a_change_whose_line_can_not_be_written_fails_and_the_next_one_at_once(directory: Path) -> None:
+def test_changes_fail_while_their_lines_can_not_be_written(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 1 << 20)
     with audit.gathering():
-        record = audit.begin(visit())
+        record = audit.begin(subject())
         assert audit.flush() is None
         file.unlink()
         file.symlink_to('/dev/full')
         audit.end(record, 'ok')
-        assert audit.flush() is None, 'nothing waits that could still be refused'
+        assert audit.flush() is None, 'no change waits that could still be refused'
         assert not audit.is_writable()
         with pytest.raises(Unavailable, match='so nothing was changed'):
-            audit.begin(visit())
+            audit.begin(subject())
         file.unlink()
-        audit.begin(visit())
+        audit.begin(subject())
         assert [line.get('lost') for line in lines(file)] == [2, None]
         file.unlink()
         file.symlink_to('/dev/full')
         for _ in range(100):
-            audit.begin(visit())
+            audit.begin(subject())
         refused = audit.flush()
         assert refused
         assert (refused.status, refused.code) == (503, 'audit-unavailable')
@@ -218,49 +218,49 @@ def test_a_change_whose_line_can_not_be_written_fails_and_the_next_one_at_once(d
         assert [line['lost'] for line in lines(file)] == [100]
 
 
-def test_an_end_that_can_not_be_written_leaves_the_answer_and_is_counted(directory: Path) -> None:
+def test_an_end_line_that_can_not_be_written_is_counted_as_lost_without_an_error(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 1 << 20)
-    record = audit.begin(visit(task_id='t1'))
+    record = audit.begin(subject(task_id='t1'))
     file.rename(directory / 'away')
     file.symlink_to('/dev/full')
     audit.end(record, 'ok')
     audit.end(record, 'ok')
-    audit.denied(visit(), Conflict('no'))
+    audit.denied(subject(), Conflict('no'))
     assert not audit.is_writable()
-    with pytest.raises(Unavailable, match='the audit can not be written'):
-        audit.begin(visit())
+    with pytest.raises(Unavailable, match='the audit cannot be written'):
+        audit.begin(subject())
     file.unlink()
     assert audit.is_writable()
     [gap] = lines(file)
     assert (gap['phase'], gap['lost']) == ('gap', 3)
-    audit.begin(visit())
+    audit.begin(subject())
     assert len(lines(file)) == 2
 
 
-def test_half_a_line_is_taken_back(directory: Path) -> None:
+def test_half_a_line_is_removed(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 1 << 20)
-    audit.begin(visit())
+    audit.begin(subject())
     size = file.stat().st_size
 
     def write_beyond() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, size + 50))
         with pytest.raises(Unavailable):
-            audit.begin(visit())
+            audit.begin(subject())
 
     forked(1, write_beyond)
     assert file.stat().st_size == size
-    audit.begin(visit())
+    audit.begin(subject())
     assert len(lines(file)) == 2
 
 
-def test_a_file_that_is_full_is_put_aside_once(directory: Path) -> None:
+def test_a_full_file_is_rotated(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 2000)
     for i in range(100):
-        audit.begin(visit(task_id=f't{i}'))
+        audit.begin(subject(task_id=f't{i}'))
     found = lines(directory / 'audit.jsonl.1') + lines(file)
     kept = [line for line in found if line['phase'] == 'begin']
     assert [line['target']['task_id'] for line in kept] == [f't{i}' for i in range(100 - len(kept), 100)]
@@ -268,16 +268,16 @@ def test_a_file_that_is_full_is_put_aside_once(directory: Path) -> None:
     assert {path.name for path in directory.iterdir()} == {'audit.jsonl', 'audit.jsonl.1', 'audit.denied.jsonl'}
 
 
-def test_the_last_files_are_kept_and_a_new_one_tells_how_much_was_discarded(directory: Path) -> None:
+def test_the_newest_files_are_kept_and_a_new_one_says_how_much_was_discarded(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 2000, keep=3)
-    written, told, before = 0, 0, 0
-    while told < 2:
-        audit.begin(visit(task_id=f't{written}'))
+    written, reports, before = 0, 0, 0
+    while reports < 2:
+        audit.begin(subject(task_id=f't{written}'))
         written += 1
         first = lines(file)[0]
         if first['phase'] == 'discarded' and len(lines(file)) == 2:
-            told += 1
+            reports += 1
             assert first['bytes'] == before
         before = (directory / 'audit.jsonl.3').stat().st_size if (directory / 'audit.jsonl.3').exists() else 0
     aside = [directory / f'audit.jsonl.{i}' for i in (3, 2, 1)]
@@ -286,17 +286,17 @@ def test_the_last_files_are_kept_and_a_new_one_tells_how_much_was_discarded(dire
     assert not (directory / 'audit.jsonl.4').exists()
     aside[1].unlink()
     while lines(file)[0]['phase'] == 'discarded':
-        audit.begin(visit())
-    assert all(path.exists() for path in aside), 'a free place is taken, and nothing is discarded'
+        audit.begin(subject())
+    assert all(path.exists() for path in aside), 'a free number is used, and nothing is discarded'
 
 
-def test_refusals_fill_files_of_their_own_and_displace_no_change(directory: Path) -> None:
+def test_refusals_fill_their_own_files_and_displace_no_change(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 2000)
-    audit.begin(visit(task_id='t1'))
+    audit.begin(subject(task_id='t1'))
     before = file.read_text()
     for _ in range(100):
-        audit.denied(visit(task_id='t2'), Conflict('no'))
+        audit.denied(subject(task_id='t2'), Conflict('no'))
     assert file.read_text() == before
     denied = directory / 'audit.denied.jsonl'
     assert {path.name for path in directory.iterdir()} == {file.name, denied.name, f'{denied.name}.1'}
@@ -304,23 +304,23 @@ def test_refusals_fill_files_of_their_own_and_displace_no_change(directory: Path
     assert all(path.stat().st_size <= 2000 for path in directory.iterdir())
 
 
-def test_a_pipe_takes_changes_and_refusals(directory: Path) -> None:
+def test_a_pipe_receives_changes_and_refusals(directory: Path) -> None:
     pipe = directory / 'pipe'
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     audit = Audit(pipe, 1 << 20)
-    audit.begin(visit())
-    audit.denied(visit(), Conflict('no'))
+    audit.begin(subject())
+    audit.denied(subject(), Conflict('no'))
     found = [json.loads(line)['phase'] for line in os.read(reader, 65536).splitlines()]
     os.close(reader)
     assert found == ['begin', 'denied']
     assert [path.name for path in directory.iterdir()] == ['pipe']
 
 
-def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_put_aside(directory: Path) -> None:
+def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_rotated(directory: Path) -> None:
     file, each, count = directory / 'audit.jsonl', 400, 4
     Audit(file, 1 << 20).begin(AuditSubject('10000-100', '', BY, 'x', {}))
-    most = each * count * file.stat().st_size * 2 // 3  # so that two files hold them all
+    most = each * count * file.stat().st_size * 2 // 3  # so that two files are enough for all lines
     file.unlink()
     audit = Audit(file, most)
     ours, theirs = os.pipe()
@@ -343,14 +343,14 @@ def test_processes_that_share_a_file_lose_and_tear_nothing_when_it_is_put_aside(
         assert mine == sorted(mine)
 
 
-def test_nobody_writes_while_a_process_may_be_putting_the_file_aside(directory: Path) -> None:
+def test_nobody_writes_while_a_process_may_be_rotating_the_file(directory: Path) -> None:
     audit = Audit(directory / 'audit.jsonl', 1 << 20)
     go, going = os.pipe()
     done, doing = os.pipe()
     child = os.fork()
     if not child:
         os.read(go, 1)
-        audit.begin(visit())
+        audit.begin(subject())
         os.write(doing, b'.')
         os._exit(0)
     with audit._changes._alone():
@@ -362,12 +362,12 @@ def test_nobody_writes_while_a_process_may_be_putting_the_file_aside(directory: 
         os.close(each)
 
 
-def test_a_file_that_was_moved_away_by_another_is_made_again(directory: Path) -> None:
+def test_a_file_that_someone_moved_away_is_created_again(directory: Path) -> None:
     file = directory / 'audit.jsonl'
     audit = Audit(file, 1 << 20)
-    audit.begin(visit(task_id='t1'))
+    audit.begin(subject(task_id='t1'))
     file.rename(directory / 'moved')
-    audit.begin(visit(task_id='t2'))
+    audit.begin(subject(task_id='t2'))
     assert [line['target'] for line in lines(file)] == [{'task_id': 't2'}]
     assert len(lines(directory / 'moved')) == 1
 
@@ -375,13 +375,15 @@ def test_a_file_that_was_moved_away_by_another_is_made_again(directory: Path) ->
 def test_a_target_is_a_name_or_an_id_and_never_a_key(directory: Path) -> None:
     file, key = directory / 'audit.jsonl', generate_key().key
     audit = Audit(file, 1 << 20)
-    audit.begin(visit(agent=key, name='a b', to=['x'], task_id='t1', id='x' * 64, task='text', **{'from': 'a-b_c'}))
-    audit.end(audit.begin(visit()), 'ok', {'task_id': 't2', 'agent_name': key, 'state': 'x'})
+    audit.begin(subject(agent=key, name='a b', to=['x'], task_id='t1', id='x' * 64, task='text', **{'from': 'a-b_c'}))
+    audit.end(audit.begin(subject()), 'ok', {'task_id': 't2', 'agent_name': key, 'state': 'x'})
     assert key not in file.read_text()
     assert [line['target'] for line in lines(file)] == [{'from': 'a-b_c', 'task_id': 't1'}, {}, {'task_id': 't2'}]
 
 
 @pytest.mark.parametrize('path', ['no/such/directory/audit', '.'])
-def test_an_audit_that_can_not_be_opened_is_named(directory: Path, path: str) -> None:
-    with pytest.raises(UsageError, match=r'^townhall.audit.path: .*; nothing is changed without an audit'):
+def test_an_error_names_an_audit_that_can_not_be_opened(directory: Path, path: str) -> None:
+    with pytest.raises(
+        UsageError, match=r'^townhall.audit.path: .*; give a path .* without an audit no change is allowed'
+    ):
         Audit(directory / path, 65536)

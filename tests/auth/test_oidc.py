@@ -1,4 +1,4 @@
-"""OpenID Connect: which tokens are let in and which are not, keys that change, issuers that are away or lie."""
+"""OpenID Connect: which tokens are accepted, keys that change, issuers that are down or wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STRANGER, WEAK = Signer.rsa('one'), Signer.rsa('weak', 1024)
 
 @dataclass
 class Clock:
-    """Time that only a test moves: as seconds since 1970, and as seconds that pass."""
+    """A clock that only the test moves: seconds since 1970, and monotonic seconds."""
 
     passed: float = 0.0
     began: float = field(default_factory=time.time)
@@ -46,14 +46,14 @@ class Clock:
 
 @pytest.fixture(scope='module')
 def shared() -> Iterator[Issuer]:
-    """An issuer that stays as it is."""
+    """An issuer that no test changes."""
     with issuing(RSA, EC, ED, WEAK) as issuer:
         yield issuer
 
 
 @pytest.fixture(scope='module')
 def verifier(shared: Issuer) -> OidcVerifier:
-    """A verifier with the keys of `shared`, which it never has cause to ask for again."""
+    """A verifier with the keys of `shared`, which never become old."""
     made = OidcVerifier(auth(shared), ticks=lambda: 0.0)
     assert made.check() == ''
     return made
@@ -71,14 +71,14 @@ def auth(issuer: Issuer, **more: Any) -> AuthSettings:
 
 
 def refusal(verifier: OidcVerifier, token: str) -> str:
-    """What `known` and `verify` say alike to a bad token."""
-    said = set()
+    """The detail with which both `known` and `verify` refuse a bad token."""
+    details = set()
     for judge in (verifier.known, verifier.verify):
         with pytest.raises(Unauthorized) as raised:
             judge(token)
-        said.add(raised.value.detail)
-    [only] = said
-    return only
+        details.add(raised.value.detail)
+    [detail] = details
+    return detail
 
 
 # ------------------------------------------------------------------------------------------------------- good tokens
@@ -92,9 +92,7 @@ def test_a_good_token_names_its_subject_and_its_scopes(shared: Issuer, verifier:
 
 
 @pytest.mark.parametrize('kind', [None, 'JWT', 'jwt', 'AT+JWT', 'application/at+jwt'])
-def test_a_token_may_say_in_each_of_the_usual_ways_that_it_is_one(
-    shared: Issuer, verifier: OidcVerifier, kind: str | None
-) -> None:
+def test_every_usual_type_of_access_token_is_accepted(shared: Issuer, verifier: OidcVerifier, kind: str | None) -> None:
     assert verifier.known(EC.token(shared.claims(), typ=kind))
 
 
@@ -118,7 +116,7 @@ def test_a_token_may_say_in_each_of_the_usual_ways_that_it_is_one(
         ({'scope': None, 'scopes': 'admin', 'roles': ['admin'], 'permissions': ['admin']}, ''),
     ],
 )
-def test_only_our_scopes_count_and_only_to_the_letter(
+def test_only_our_scopes_count_and_only_if_spelled_exactly(
     shared: Issuer, verifier: OidcVerifier, claims: dict[str, Any], scopes: str
 ) -> None:
     found = verifier.verify(EC.token(shared.claims(**claims)))
@@ -137,7 +135,7 @@ def test_only_our_scopes_count_and_only_to_the_letter(
         ('', {'': 'admin', 'scope': 'town.read'}, 'town.read'),
     ],
 )
-def test_a_configured_claim_is_the_only_one_that_gives_scopes(
+def test_a_configured_claim_is_the_only_source_of_scopes(
     shared: Issuer, claim: str, claims: dict[str, Any], scopes: str
 ) -> None:
     found = OidcVerifier(auth(shared, scope_claim=claim)).verify(EC.token(shared.claims(**claims)))
@@ -155,12 +153,12 @@ def test_a_token_without_a_required_scope_is_forbidden(shared: Issuer) -> None:
             assert raised.value.challenge == 'Bearer error="insufficient_scope", scope="townhall town.read"'
 
 
-def test_a_token_that_names_no_key_is_taken_if_only_one_fits() -> None:
+def test_a_token_that_names_no_key_is_accepted_if_only_one_key_fits() -> None:
     with issuing(EC) as alone, issuing(EC, Signer.ec('four')) as pair:
         assert OidcVerifier(auth(alone)).verify(EC.token(alone.claims(), kid=None)).name == 'oidc:ann'
         two = OidcVerifier(auth(pair))
         assert two.check() == ''
-        assert 'which key' in refusal(two, EC.token(pair.claims(), kid=None))
+        assert 'does not name the key' in refusal(two, EC.token(pair.claims(), kid=None))
 
 
 # ----------------------------------------------------------------------------------------------------- forged tokens
@@ -176,7 +174,7 @@ def unsigned(issuer: Issuer, algorithm: str) -> str:
 
 
 def signed_with_the_public_key(issuer: Issuer, secret: bytes) -> str:
-    """What passes where the algorithm is the token's choice: the public key taken for the secret of an HMAC."""
+    """A token that a verifier accepts if it trusts the token's algorithm: an HMAC whose secret is the public key."""
     head = base64url(json.dumps({'alg': 'HS256', 'kid': 'one', 'typ': 'JWT'}).encode())
     body = f'{head}.{base64url(json.dumps(issuer.claims(scope="admin")).encode())}'
     return f'{body}.{base64url(hmac.new(secret, body.encode(), hashlib.sha256).digest())}'
@@ -203,23 +201,26 @@ def with_header(text: bytes) -> str:
 
 
 FORGED: dict[str, tuple[Callable[[Issuer], str], str]] = {
-    'algorithm none': (lambda i: unsigned(i, 'none'), 'algorithm is none of'),
-    'algorithm None': (lambda i: unsigned(i, 'None'), 'algorithm is none of'),
-    'no algorithm': (lambda i: EC.token(i.claims(), alg=None), 'algorithm is none of'),
-    'a list as algorithm': (lambda i: EC.token(i.claims(), alg=['ES256']), 'algorithm is none of'),
-    'HMAC with the public key (PEM)': (lambda i: signed_with_the_public_key(i, public_pem(RSA)), 'algorithm is none'),
+    'algorithm none': (lambda i: unsigned(i, 'none'), 'algorithm is not one of'),
+    'algorithm None': (lambda i: unsigned(i, 'None'), 'algorithm is not one of'),
+    'no algorithm': (lambda i: EC.token(i.claims(), alg=None), 'algorithm is not one of'),
+    'a list as algorithm': (lambda i: EC.token(i.claims(), alg=['ES256']), 'algorithm is not one of'),
+    'HMAC with the public key (PEM)': (
+        lambda i: signed_with_the_public_key(i, public_pem(RSA)),
+        'algorithm is not one of',
+    ),
     'HMAC with the public key (JWK)': (
         lambda i: signed_with_the_public_key(i, json.dumps(RSA.jwk()).encode()),
-        'algorithm is none of',
+        'algorithm is not one of',
     ),
-    'PS256': (lambda i: RSA.token(i.claims(), alg='PS256'), 'algorithm is none of'),
-    'RS512': (lambda i: RSA.token(i.claims(), alg='RS512'), 'algorithm is none of'),
+    'PS256': (lambda i: RSA.token(i.claims(), alg='PS256'), 'algorithm is not one of'),
+    'RS512': (lambda i: RSA.token(i.claims(), alg='RS512'), 'algorithm is not one of'),
     'the algorithm of another key': (lambda i: EC.token(i.claims(), kid='one'), 'does not publish'),
     'RSA signature said to be EC': (lambda i: RSA.token(i.claims(), alg='ES256', kid='two'), 'signature is wrong'),
     'a key of another': (lambda i: STRANGER.token(i.claims()), 'signature is wrong'),
     'an unknown key': (lambda i: Signer(STRANGER.private, 'nine').token(i.claims()), 'does not publish'),
     'a key id with a path': (lambda i: EC.token(i.claims(), kid='../../dev/null'), 'does not publish'),
-    'a number as key id': (lambda i: EC.token(i.claims(), kid=2), 'can not be read'),
+    'a number as key id': (lambda i: EC.token(i.claims(), kid=2), 'it is malformed'),
     'RSA of 1024 bits, published': (lambda i: WEAK.token(i.claims()), 'does not publish'),
     'jku': (lambda i: STRANGER.token(i.claims(), jku=f'{i.url}/evil'), 'signature is wrong'),
     'x5u': (lambda i: STRANGER.token(i.claims(), x5u=f'{i.url}/evil'), 'signature is wrong'),
@@ -254,38 +255,38 @@ FORGED: dict[str, tuple[Callable[[Issuer], str], str]] = {
     'expiry 1e400': (lambda i: EC.token(raw(i, '"exp": 1e400')), 'exp is not a time'),
     'expiry Infinity': (lambda i: EC.token(raw(i, '"exp": Infinity')), 'exp is not a time'),
     'expiry NaN': (lambda i: EC.token(raw(i, '"exp": NaN')), 'exp is not a time'),
-    'expiry of 5000 digits': (lambda i: EC.token(raw(i, f'"exp": {"9" * 5000}')), 'can not be read'),
-    'not yet valid': (lambda i: EC.token(i.claims(nbf=int(time.time()) + 90)), 'of the future (nbf)'),
+    'expiry of 5000 digits': (lambda i: EC.token(raw(i, f'"exp": {"9" * 5000}')), 'it is malformed'),
+    'not yet valid': (lambda i: EC.token(i.claims(nbf=int(time.time()) + 90)), 'its nbf is in the future'),
     'nbf as text': (lambda i: EC.token(i.claims(nbf='0')), 'nbf is not a time'),
     'nbf null': (lambda i: EC.token(raw(i, '"exp": 9999999999, "nbf": null')), 'nbf is not a time'),
-    'issued in the future': (lambda i: EC.token(i.claims(iat=int(time.time()) + 90)), 'of the future (iat)'),
+    'issued in the future': (lambda i: EC.token(i.claims(iat=int(time.time()) + 90)), 'its iat is in the future'),
     'no subject': (lambda i: EC.token(i.claims(sub=None)), 'subject (sub)'),
     'an empty subject': (lambda i: EC.token(i.claims(sub='')), 'subject (sub)'),
     'a long subject': (lambda i: EC.token(i.claims(sub='s' * 256)), 'subject (sub)'),
     'a subject with a line break': (lambda i: EC.token(i.claims(sub='ann\nroot')), 'subject (sub)'),
     'a subject of confusable letters': (lambda i: EC.token(i.claims(sub='аnn')), 'subject (sub)'),
     'a number as subject': (lambda i: EC.token(i.claims(sub=0)), 'subject (sub)'),
-    'claims that are no object': (lambda _: EC.token(b'[1]'), 'can not be read'),
-    'claims that are no JSON': (lambda _: EC.token(b'{'), 'can not be read'),
-    'claims that are no UTF-8': (lambda _: EC.token(b'{"iss": "\xff"}'), 'can not be read'),
-    'claims nested deep': (lambda _: EC.token(b'{"a": ' + b'[' * 5000), 'can not be read'),
-    'a header that is no object': (lambda _: with_header(b'[]'), 'can not be read'),
-    'a header nested deep': (lambda _: with_header(b'[' * 5000), 'can not be read'),
+    'claims that are no object': (lambda _: EC.token(b'[1]'), 'it is malformed'),
+    'claims that are no JSON': (lambda _: EC.token(b'{'), 'it is malformed'),
+    'claims that are no UTF-8': (lambda _: EC.token(b'{"iss": "\xff"}'), 'it is malformed'),
+    'claims nested deep': (lambda _: EC.token(b'{"a": ' + b'[' * 5000), 'it is malformed'),
+    'a header that is no object': (lambda _: with_header(b'[]'), 'it is malformed'),
+    'a header nested deep': (lambda _: with_header(b'[' * 5000), 'it is malformed'),
     'over 8 KiB': (lambda i: EC.token(i.claims(pad='p' * 8192)), 'at most 8192 bytes'),
     'not ASCII': (lambda i: EC.token(i.claims()) + 'é', 'ASCII'),
-    'one part': (lambda _: 'abc', 'can not be read'),
-    'two parts': (lambda i: '.'.join(pieces(EC.token(i.claims()))[:2]), 'can not be read'),
-    'four parts': (lambda i: EC.token(i.claims()) + '.e30', 'can not be read'),
-    'five parts (encrypted)': (lambda _: 'e30.e30.e30.e30.e30', 'can not be read'),
-    'empty parts': (lambda _: '..', 'can not be read'),
-    'nothing': (lambda _: '', 'can not be read'),
-    'spaces in it': (lambda i: EC.token(i.claims()).replace('.', '. '), 'can not be read'),
-    'the alphabet of plain base64': (lambda _: 'a+/b.a+/b.a+/b', 'can not be read'),
+    'one part': (lambda _: 'abc', 'it is malformed'),
+    'two parts': (lambda i: '.'.join(pieces(EC.token(i.claims()))[:2]), 'it is malformed'),
+    'four parts': (lambda i: EC.token(i.claims()) + '.e30', 'it is malformed'),
+    'five parts (encrypted)': (lambda _: 'e30.e30.e30.e30.e30', 'it is malformed'),
+    'empty parts': (lambda _: '..', 'it is malformed'),
+    'nothing': (lambda _: '', 'it is malformed'),
+    'spaces in it': (lambda i: EC.token(i.claims()).replace('.', '. '), 'it is malformed'),
+    'the alphabet of plain base64': (lambda _: 'a+/b.a+/b.a+/b', 'it is malformed'),
 }
 
 
 @pytest.mark.parametrize('name', FORGED)
-def test_a_forged_token_is_refused_and_its_addresses_are_not_called(
+def test_a_forged_token_is_refused_and_its_urls_are_not_fetched(
     shared: Issuer, verifier: OidcVerifier, name: str
 ) -> None:
     forge, says = FORGED[name]
@@ -293,11 +294,13 @@ def test_a_forged_token_is_refused_and_its_addresses_are_not_called(
     assert not [path for path in shared.calls if 'evil' in path]
 
 
-def test_a_token_that_differs_by_one_character_is_another_one(shared: Issuer, verifier: OidcVerifier) -> None:
+def test_a_verified_token_with_one_character_changed_is_refused(shared: Issuer, verifier: OidcVerifier) -> None:
     token = ED.token(shared.claims())
     assert verifier.known(token)
     for place in range(0, len(token), 7):
-        other = 'g' if token[place] in 'ABCDEFGHIJKLMNOP' else 'A'  # the last one stands for two bits, the upper ones
+        other = (
+            'g' if token[place] in 'ABCDEFGHIJKLMNOP' else 'A'
+        )  # the last character has only two significant bits, the upper ones
         with pytest.raises(Unauthorized):
             verifier.verify(token[:place] + other + token[place + 1 :])
 
@@ -320,7 +323,7 @@ def test_the_clocks_may_differ_by_the_configured_seconds(
                 verifier.verify(token)
 
 
-def test_a_token_that_was_let_in_ends_with_its_time(shared: Issuer) -> None:
+def test_a_cached_token_expires(shared: Issuer) -> None:
     clock = Clock()
     verifier = OidcVerifier(auth(shared), clock.time, clock.ticks)
     token = EC.token(shared.claims(exp=int(clock.time()) + 300))
@@ -334,7 +337,7 @@ def test_a_token_that_was_let_in_ends_with_its_time(shared: Issuer) -> None:
 # ---------------------------------------------------------------------------------------------------- keys and issuers
 
 
-def test_a_token_is_known_without_waiting_once_its_key_is(issuer: Issuer) -> None:
+def test_a_token_is_verified_without_waiting_once_its_key_is_known(issuer: Issuer) -> None:
     verifier = OidcVerifier(auth(issuer))
     token = EC.token(issuer.claims())
     assert verifier.known(token) is None
@@ -344,7 +347,7 @@ def test_a_token_is_known_without_waiting_once_its_key_is(issuer: Issuer) -> Non
     assert issuer.calls == ['/.well-known/openid-configuration', '/keys']
 
 
-def test_a_new_key_is_fetched_when_a_token_names_it_and_an_old_one_ends(issuer: Issuer) -> None:
+def test_a_new_key_is_fetched_when_a_token_names_it_and_a_withdrawn_one_stops_working(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.rsa('new')
     verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     old_token, new_token = EC.token(issuer.claims()), new.token(issuer.claims())
@@ -358,7 +361,7 @@ def test_a_new_key_is_fetched_when_a_token_names_it_and_an_old_one_ends(issuer: 
     assert len(issuer.calls) == 4
 
 
-def test_a_withdrawn_key_ends_by_itself(issuer: Issuer) -> None:
+def test_a_withdrawn_key_stops_working_when_the_keys_are_old(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('new')
     verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     token = EC.token(issuer.claims(exp=int(time.time()) + 9000))
@@ -373,7 +376,7 @@ def test_a_withdrawn_key_ends_by_itself(issuer: Issuer) -> None:
             judge(token)
 
 
-def test_the_only_key_may_be_replaced_without_a_name(issuer: Issuer) -> None:
+def test_the_only_key_may_be_replaced_even_without_a_key_id(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('')
     issuer.keys = [EC.jwk(kid='')]
     verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
@@ -383,7 +386,7 @@ def test_the_only_key_may_be_replaced_without_a_name(issuer: Issuer) -> None:
     assert verifier.verify(new.token(issuer.claims(), kid=None))
 
 
-def test_a_flood_of_unknown_keys_asks_the_issuer_once_an_interval(issuer: Issuer) -> None:
+def test_a_flood_of_unknown_keys_asks_the_issuer_once_in_retry_secs(issuer: Issuer) -> None:
     clock = Clock()
     verifier = OidcVerifier(auth(issuer, jwks_url=f'{issuer.url}/keys'), clock.time, clock.ticks)
     good = EC.token(issuer.claims())
@@ -406,7 +409,7 @@ def test_a_flood_of_unknown_keys_asks_the_issuer_once_an_interval(issuer: Issuer
     assert issuer.calls == ['/keys'] * 4
 
 
-def test_while_the_issuer_hangs_few_wait_and_good_tokens_are_known(
+def test_while_the_issuer_hangs_few_threads_wait_and_cached_tokens_are_accepted(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oidc, 'FETCH_SECS', PATIENCE)
@@ -435,7 +438,7 @@ def test_while_the_issuer_hangs_few_wait_and_good_tokens_are_known(
     assert len(issuer.calls) == 2
 
 
-def test_while_the_issuer_is_away_known_keys_go_on_and_unknown_ones_are_503(issuer: Issuer) -> None:
+def test_while_the_issuer_is_down_known_keys_work_and_unknown_ones_are_503(issuer: Issuer) -> None:
     clock, new = Clock(), Signer.ec('new')
     verifier = OidcVerifier(auth(issuer), clock.time, clock.ticks)
     token, other = EC.token(issuer.claims(exp=int(time.time()) + 9000)), new.token(issuer.claims())
@@ -462,10 +465,10 @@ def test_while_the_issuer_is_away_known_keys_go_on_and_unknown_ones_are_503(issu
     [
         ({'status': 302, 'headers': {'Location': '/keys'}}, 'answered 302'),
         ({'status': 404}, 'answered 404'),
-        ({'body': b'<html>'}, 'no JSON of at most 262144 bytes'),
-        ({'body': b'[' * 100_000}, 'no JSON of at most'),
-        ({'body': b'[]'}, 'no JSON object'),
-        ({'body': b'{"keys": "' + b'k' * 300_000 + b'"}'}, 'no JSON of at most'),
+        ({'body': b'<html>'}, 'not JSON of at most 262144 bytes'),
+        ({'body': b'[' * 100_000}, 'not JSON of at most'),
+        ({'body': b'[]'}, 'not a JSON object'),
+        ({'body': b'{"keys": "' + b'k' * 300_000 + b'"}'}, 'not JSON of at most'),
         ({'keys': []}, '/keys has no key for RS256, ES256, EdDSA'),
         ({'keys': [WEAK.jwk()]}, 'has no key'),
         ({'keys': [EC.jwk(use='enc')]}, 'has no key'),
@@ -489,36 +492,38 @@ def test_an_issuer_that_gives_no_keys_is_a_warning_and_tokens_are_503(
             judge(EC.token(issuer.claims()))
 
 
-def test_a_damaged_key_does_not_take_the_others_with_it(issuer: Issuer) -> None:
+def test_a_damaged_key_does_not_make_the_others_unusable(issuer: Issuer) -> None:
     issuer.keys = [{'kty': 'EC'}, EC.jwk(x='AA'), EC.jwk(), RSA.jwk(use='sig', key_ops=['verify'], alg='RS256')]
     verifier = OidcVerifier(auth(issuer))
     assert verifier.verify(EC.token(issuer.claims()))
     assert verifier.verify(RSA.token(issuer.claims()))
 
 
-def test_an_issuer_that_drips_or_hangs_is_given_up_in_time(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_issuer_that_answers_too_slowly_or_not_at_all_is_cut_off_at_the_deadline(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(oidc, 'FETCH_SECS', 0.4)
     issuer.drips = True
     for _ in ('drips', 'hangs'):
         began = time.monotonic()
-        assert 'no whole answer in 0.4 s' in OidcVerifier(auth(issuer)).check()
+        assert 'no complete answer in 0.4 s' in OidcVerifier(auth(issuer)).check()
         assert time.monotonic() - began < 3
         issuer.gate.clear()
 
 
-def test_an_issuer_that_is_not_there_is_a_warning() -> None:
+def test_an_unreachable_issuer_is_a_warning() -> None:
     with issuing(EC) as gone:
         pass
-    assert 'tokens are answered 503' in OidcVerifier(auth(gone)).check()
+    assert 'answered 503' in OidcVerifier(auth(gone)).check()
 
 
-def test_an_issuer_that_says_it_is_another_stops_the_start(issuer: Issuer) -> None:
+def test_an_issuer_with_another_name_stops_the_start(issuer: Issuer) -> None:
     issuer.discovery = {'issuer': issuer.url + '/'}
-    with pytest.raises(UsageError, match='the two must be the same to the letter'):
+    with pytest.raises(UsageError, match='the two must be exactly the same'):
         OidcVerifier(auth(issuer)).check()
 
 
-def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issuer: Issuer) -> None:
+def test_discovery_of_an_issuer_with_a_path_and_a_slash_follows_the_standard(issuer: Issuer) -> None:
     issuer.discovery = {'issuer': issuer.url + '/realms/a/'}
     assert OidcVerifier(auth(issuer).but(issuer=issuer.url + '/realms/a/')).check() == ''
     assert issuer.calls[0] == '/realms/a/.well-known/openid-configuration'
@@ -530,7 +535,7 @@ def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issu
 @pytest.mark.parametrize(
     ('given', 'says'),
     [
-        ({'issuer': ''}, 'townhall.auth.issuer is missing, and townhall.auth.mode is "oidc"; give the URL'),
+        ({'issuer': ''}, 'townhall.auth.issuer is missing, but townhall.auth.mode is "oidc"; give the URL'),
         ({'audience': ''}, 'townhall.auth.audience is missing'),
         ({'issuer': 'http://id.example.com'}, "townhall.auth.issuer = 'http://id.example.com': give an https://"),
         ({'issuer': 'http://127.0.0.1.example.com'}, 'give an https://'),
@@ -544,11 +549,11 @@ def test_an_issuer_with_a_path_and_a_slash_is_asked_where_the_standard_says(issu
         ({'issuer': 'https://id.example.com/?a=b'}, 'an issuer has no query'),
         ({'jwks_url': 'http://id.example.com/keys'}, "townhall.auth.jwks_url = 'http://id.example.com/keys': give"),
         ({'jwks_url': 'ftp://127.0.0.1/keys'}, 'give an https://'),
-        ({'required_scopes': ['a b']}, "townhall.auth.required_scopes: 'a b' is no scope; give one word"),
-        ({'required_scopes': ['a', 'b"']}, "'b\"' is no scope"),
+        ({'required_scopes': ['a b']}, "townhall.auth.required_scopes: 'a b' is not a scope; give words"),
+        ({'required_scopes': ['a', 'b"']}, "'b\"' is not a scope"),
     ],
 )
-def test_settings_that_can_not_work_say_so(given: dict[str, Any], says: str) -> None:
+def test_unusable_settings_are_refused(given: dict[str, Any], says: str) -> None:
     settings = AuthSettings(mode='oidc', issuer='https://id.example.com', audience='town')
     with pytest.raises(UsageError) as raised:
         OidcVerifier(settings.but(**given))
@@ -558,15 +563,15 @@ def test_settings_that_can_not_work_say_so(given: dict[str, Any], says: str) -> 
 @pytest.mark.parametrize(
     'issuer', ['https://id.example.com', 'http://localhost:1/a', 'http://[::1]:1', 'http://127.9.9.9']
 )
-def test_plain_http_is_taken_on_this_machine_only(issuer: str) -> None:
+def test_plain_http_is_accepted_on_this_machine_only(issuer: str) -> None:
     assert OidcVerifier(AuthSettings(mode='oidc', issuer=issuer, audience='town')).trouble
 
 
-def test_without_the_extra_the_start_says_what_to_install() -> None:
+def test_without_the_extra_the_error_says_what_to_install() -> None:
     script = (
         'import sys; sys.modules["jwt"] = None\n'
-        'from tinytown.settings import Auth; from tinytown.auth.oidc import Verifier\n'
-        'Verifier(Auth(mode="oidc", issuer="https://a.example", audience="b"))'
+        'from tinytown.settings import AuthSettings; from tinytown.auth.oidc import OidcVerifier\n'
+        'OidcVerifier(AuthSettings(mode="oidc", issuer="https://a.example", audience="b"))'
     )
     done = subprocess.run(
         [sys.executable, '-c', script], env=environment(), capture_output=True, text=True, timeout=60, check=False
@@ -585,17 +590,17 @@ def test_the_packages_of_the_extra_are_not_loaded_without_need() -> None:
 # --------------------------------------------------------------------------------------------------------- resources
 
 
-def test_the_memory_of_tokens_is_bounded(shared: Issuer) -> None:
+def test_the_cache_of_tokens_is_bounded(shared: Issuer) -> None:
     verifier = OidcVerifier(auth(shared))
     first = ED.token(shared.claims(sub='first'))
     assert verifier.verify(first)
-    for i in range(oidc.MOST_CACHED + 10):
+    for i in range(oidc.MAX_CACHED + 10):
         verifier.known(ED.token(shared.claims(sub=f's{i}')))
-    assert len(verifier._cache) == oidc.MOST_CACHED
+    assert len(verifier._cache) == oidc.MAX_CACHED
     assert verifier.known(first)
 
 
-def test_no_secret_of_a_token_is_in_what_is_said_about_it(shared: Issuer, verifier: OidcVerifier) -> None:
+def test_no_error_repeats_a_part_of_the_token(shared: Issuer, verifier: OidcVerifier) -> None:
     for forge, _ in FORGED.values():
         token = forge(shared)
         for judge in (verifier.known, verifier.verify):

@@ -1,4 +1,4 @@
-"""Rate limits: the buckets, in one process and in several, and what callers are answered."""
+"""Rate limits: the buckets, in one process and in several, and the answers to clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALICE, BOB, ANYONE = (Principal(name, ALL_SCOPES) for name in ('alice', 'bob', L
 # ------------------------------------------------------------------------------------------------------------ buckets
 
 
-def test_a_bucket_gives_what_it_holds_and_what_flows_in() -> None:
+def test_a_bucket_gives_its_burst_and_what_it_gains_over_time() -> None:
     now = [5.0]
     buckets = Buckets(lambda: now[0])
     assert [buckets.take('a', 60, 3) for _ in range(4)] == [0, 0, 0, 1]
@@ -39,14 +39,14 @@ def test_a_bucket_gives_what_it_holds_and_what_flows_in() -> None:
     assert [buckets.take('a', 60, 3) for _ in range(4)] == [0, 0, 0, 1]
 
 
-def test_to_ask_takes_nothing() -> None:
+def test_checking_a_bucket_takes_nothing() -> None:
     buckets = Buckets(lambda: 1.0)
     assert [buckets.take('a', 60, 1, 0.0) for _ in range(3)] == [0, 0, 0]
     assert buckets.take('a', 60, 1) == 0
     assert buckets.take('a', 60, 1, 0.0) == 1
 
 
-def test_names_beyond_the_room_take_the_place_of_the_oldest() -> None:
+def test_in_a_full_table_a_new_name_replaces_the_oldest() -> None:
     table, now = Table(64), 0.0
     for i in range(1000):
         now += 1
@@ -67,7 +67,7 @@ def value_of(table: Table, name: str) -> float:
 
 
 def forked(count: int, work: Any) -> None:
-    """Runs `work` in so many processes at once, and waits for them."""
+    """Runs `work` in `count` processes at once, and waits for them."""
     children = []
     for _ in range(count):
         child = os.fork()
@@ -81,7 +81,7 @@ def forked(count: int, work: Any) -> None:
         assert os.waitpid(child, 0)[1] == 0
 
 
-def test_processes_that_were_forked_share_one_bucket_and_lose_no_change() -> None:
+def test_forked_processes_share_one_bucket_and_lose_no_change() -> None:
     buckets, table = Buckets(lambda: 1.0), Table(64)
 
     def work() -> None:
@@ -95,13 +95,13 @@ def test_processes_that_were_forked_share_one_bucket_and_lose_no_change() -> Non
     assert left == 8000
 
 
-def test_a_process_that_is_killed_with_the_lock_leaves_it() -> None:
+def test_the_lock_of_a_dead_process_is_released() -> None:
     table = Table(64)
     forked(1, lambda: table.change('a', 1.0, lambda _value, _when: os._exit(0)))
     assert value_of(table, 'a') == 0
 
 
-def test_threads_of_a_process_change_it_one_after_the_other() -> None:
+def test_threads_of_a_process_change_the_table_one_after_the_other() -> None:
     table, inside, other_is_done, early = Table(64), threading.Event(), threading.Event(), []
 
     def slow(value: float, _when: float) -> float:
@@ -115,10 +115,10 @@ def test_threads_of_a_process_change_it_one_after_the_other() -> None:
         other_is_done.set()
 
     threads = [threading.Thread(target=other), threading.Thread(target=table.change, args=('count', 1.0, slow))]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert early == [False]
     assert value_of(table, 'count') == 2
 
@@ -130,7 +130,7 @@ def throttle(now: list[float], **settings: Any) -> Throttle:
     return Throttle(RateLimitSettings(enabled=True, **settings), Buckets(lambda: now[0]))
 
 
-def test_reads_and_changes_of_each_caller_are_counted_apart() -> None:
+def test_reads_and_changes_are_counted_separately_for_each_caller() -> None:
     limits = throttle([1.0], requests_per_minute=60, burst_size=2, mutating_requests_per_minute=1)
     for by in (ALICE, BOB):
         for _ in range(2):
@@ -141,7 +141,7 @@ def test_reads_and_changes_of_each_caller_are_counted_apart() -> None:
                 limits.take(by, '10.0.0.2', changes)
 
 
-def test_how_long_to_wait_is_told_in_whole_seconds() -> None:
+def test_the_time_to_wait_is_in_whole_seconds() -> None:
     limits = throttle([1.0], mutating_requests_per_minute=7)
     for _ in range(7):
         limits.take(ALICE, 'a', True)
@@ -150,7 +150,7 @@ def test_how_long_to_wait_is_told_in_whole_seconds() -> None:
     assert raised.value.retry_after == 9
 
 
-def test_nothing_is_limited_unless_it_is_configured() -> None:
+def test_nothing_is_limited_by_default() -> None:
     limits = Throttle(RateLimitSettings(), Buckets())
     for _ in range(1000):
         limits.take(ALICE, 'a', True)
@@ -161,7 +161,7 @@ def test_nothing_is_limited_unless_it_is_configured() -> None:
     [('', False), ('[townhall.rate_limit]', True), ('[townhall.rate_limit]\nburst_size = 5', True),
      ('[townhall.rate_limit]\nenabled = false\nburst_size = 5', False)],
 )  # fmt: skip
-def test_the_table_turns_limits_on_by_being_there(text: str, enabled: bool) -> None:
+def test_the_presence_of_the_table_turns_limits_on(text: str, enabled: bool) -> None:
     found = config.from_values(config.parse(text.encode(), 'x') | {'name': 'x'}, Path()).townhall.rate_limit
     assert found.enabled == enabled
     assert (found.requests_per_minute, found.mutating_requests_per_minute) == (600, 120)
@@ -180,7 +180,7 @@ def test_the_table_turns_limits_on_by_being_there(text: str, enabled: bool) -> N
         ('', '', True),
     ],
 )
-def test_who_is_not_known_is_counted_by_address_or_network(one: str, other: str, alike: bool) -> None:
+def test_an_anonymous_caller_is_counted_by_address_or_network(one: str, other: str, alike: bool) -> None:
     assert (network(one) == network(other)) == alike
     limits = throttle([1.0], burst_size=1)
     limits.take(ANYONE, one, False)
@@ -191,7 +191,7 @@ def test_who_is_not_known_is_counted_by_address_or_network(one: str, other: str,
         limits.take(ANYONE, other, False)
 
 
-# --------------------------------------------------------------------------------------------------- from the outside
+# ---------------------------------------------------------------------------------------------------------- over HTTP
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def limited(directory: Any) -> Any:
 
 
 def spent(hall: Hall, most: int, changes: bool, **headers: str) -> int:
-    """How many calls are answered before the first 429."""
+    """The number of calls before the first 429."""
     for count in range(most + 1):
         answer = hall.post('/v1/recover', **headers) if changes else hall.get('/v1/town', **headers)
         if answer.status == 429:
@@ -214,7 +214,7 @@ def spent(hall: Hall, most: int, changes: bool, **headers: str) -> int:
 
 
 @pytest.mark.parametrize('workers', ['1', '3'])
-def test_the_limit_is_the_same_for_any_number_of_processes_and_a_reload_gives_nothing(
+def test_the_limit_is_the_same_for_any_number_of_processes_and_a_reload_refills_no_bucket(
     limited: Place, workers: str
 ) -> None:
     hall = limited.hall('--workers', workers)
@@ -229,14 +229,14 @@ def test_the_limit_is_the_same_for_any_number_of_processes_and_a_reload_gives_no
 
 
 def wait_for_log(hall: Hall, text: str) -> None:
-    """Returns when the townhall has said something; its log grows by a copying process, so it is looked at again."""
+    """Waits until the log of the townhall contains a text. Another process copies the log, so this polls the file."""
     ends = time.monotonic() + PATIENCE
     while text not in hall.log_file.read_text():
-        assert time.monotonic() < ends, f'{text!r} was not said'
+        assert time.monotonic() < ends, f'{text!r} is not in the log'
         hall.get('/health')
 
 
-def test_each_key_has_limits_of_its_own(limited: Place) -> None:
+def test_each_key_has_its_own_limits(limited: Place) -> None:
     one, two = generate_key(), generate_key()
     file = limited.root / config.FILE
     keys = [api_key_table.written({'id': made.id, 'hash': made.hash, 'scopes': ['admin']}) for made in (one, two)]

@@ -1,4 +1,4 @@
-"""Answers that go on end with what let their reader in: a key, a token of an issuer or of an agent."""
+"""Open streams end with the credential of their reader: an API key, a token of an issuer or of an agent."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..streams import Listener, await_streams, happen
 from ..support import Hall, Place, make_town
 from ..tokens import Signer, issuing
 
-SOON = 10.0  # seconds within which a stream has ended, on a busy machine; else it goes on for ever
+SOON = 10.0  # seconds within which a stream must end, even on a busy machine; without revocation it never does
 PATHS = ['/v1/events', '/v1/agents/a/logs', '/sse']
 Keyed = tuple[Place, Hall, Callable[..., ApiKey]]
 
 
 @pytest.fixture
 def keyed(directory: Path) -> Iterator[Keyed]:
-    """A townhall with keys, and what makes one more."""
+    """(town, townhall with API keys, a function that adds a key)."""
     place = make_town(directory, townhall__auth={'mode': 'api_key'})
     file = directory / FILE
 
@@ -50,7 +50,7 @@ def field(key: str) -> str:
 
 
 def is_ended(listener: Listener) -> bool:
-    """Whether it comes to its proper end; waits for that."""
+    """Reads the stream to its end. Returns whether it ended properly, with a last chunk."""
     with contextlib.suppress(ConnectionError):
         while True:
             listener._more()
@@ -62,7 +62,7 @@ Open = Callable[[Hall, str, str], Listener]
 
 @pytest.fixture
 def reader() -> Iterator[Open]:
-    """Opens a stream with a key."""
+    """A function that opens a stream with a key."""
     opened: list[Listener] = []
 
     def start(hall: Hall, path: str, key: str) -> Listener:
@@ -75,7 +75,7 @@ def reader() -> Iterator[Open]:
         each.close()
 
 
-def test_streams_and_long_polls_end_when_their_key_is_revoked_and_others_go_on(keyed: Keyed, reader: Open) -> None:
+def test_streams_and_long_polls_end_when_their_key_is_revoked_and_others_stay_open(keyed: Keyed, reader: Open) -> None:
     place, hall, add = keyed
     bad, good = add(), add()
     readers, kept = [reader(hall, path, bad.key) for path in PATHS], reader(hall, '/v1/events', good.key)
@@ -120,7 +120,7 @@ def moment(seconds: float) -> str:
 
 
 @pytest.mark.parametrize('command', ['revoke', 'rotate'])
-def test_a_townhall_that_can_not_take_a_revocation_up_is_told_of(keyed: Keyed, tmp_path: Path, command: str) -> None:
+def test_revoking_reports_a_townhall_that_still_accepts_the_key(keyed: Keyed, tmp_path: Path, command: str) -> None:
     place, _, add = keyed
     made = add()
     hall = place.hall(HOME=str(tmp_path / 'other'))
@@ -138,12 +138,12 @@ def test_a_townhall_that_can_not_take_a_revocation_up_is_told_of(keyed: Keyed, t
     assert hall.get('/v1/town', X_API_Key=made.key).status == 401
 
 
-def test_a_client_that_takes_little_at_a_time_is_cut_off_too(keyed: Keyed, reader: Open) -> None:
+def test_the_stream_of_a_slow_reader_is_cut_off_too(keyed: Keyed, reader: Open) -> None:
     place, hall, add = keyed
     made, good = add(), add()
     listener, quick = reader(hall, '/v1/events', made.key), reader(hall, '/v1/events', good.key)
-    happen(place, 300, 30_000)  # far more than the sockets hold
-    for _ in range(300):  # by then as much was there for the other one
+    happen(place, 300, 30_000)  # far more than the socket buffers can take
+    for _ in range(300):  # then as many have been sent to the slow reader
         while quick.event().type != 'task.created':
             pass
     place.tt('key', 'revoke', made.id)

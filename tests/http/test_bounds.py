@@ -1,4 +1,4 @@
-"""What one townhall bears: slow and greedy clients, many of them, no descriptors, a stalled Redis, its own end."""
+"""The limits of one townhall: slow and greedy clients, many clients, no descriptors, a stalled Redis, its shutdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATUS = b'GET /v1/status HTTP/1.1\r\n' + HOST + b'\r\n'
 
 @pytest.fixture(scope='module')
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for the tests of this file that leave Redis alone."""
+    """One town for the tests of this file that do not change it."""
     made = make_town(tmp_path_factory.mktemp('bounds'))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HOME', str(made.root))
@@ -41,7 +41,7 @@ def brief(town: Place) -> Hall:
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """As many open files as this process may have."""
+    """Raises this process's limit of open files to its maximum."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -49,7 +49,7 @@ def many_files() -> Iterator[None]:
 
 
 def memory(hall: Hall) -> int:
-    """The bytes of memory that a townhall has."""
+    """The resident memory of a townhall, in bytes."""
     fields = dict(line.split(':', 1) for line in Path(f'/proc/{hall.process.pid}/status').read_text().splitlines())
     return int(fields['VmRSS'].split()[0]) * 1024
 
@@ -57,7 +57,7 @@ def memory(hall: Hall) -> int:
 # -------------------------------------------------------------------------------------------------- slow and greedy
 
 
-def test_a_client_that_takes_its_answer_in_drips_is_given_up(brief: Hall, town: Place) -> None:
+def test_a_client_that_reads_its_answer_in_tiny_pieces_is_cut_off(brief: Hall, town: Place) -> None:
     task = town.do('backlog.add', description='€' * 65536)
     page = b'GET /v1/tasks/%b HTTP/1.1\r\n' % task['task_id'].encode() + HOST + b'\r\n'
     before = descriptors(brief)
@@ -74,7 +74,7 @@ def test_a_client_that_takes_its_answer_in_drips_is_given_up(brief: Hall, town: 
             sock.recv(512)
 
 
-def test_empty_lines_that_drip_do_not_keep_a_connection(brief: Hall) -> None:
+def test_a_slow_stream_of_empty_lines_does_not_keep_a_connection_open(brief: Hall) -> None:
     with brief.connect() as sock:
         sock.sendall(GET)
         assert read_answer(sock).status == 200
@@ -87,7 +87,7 @@ def test_empty_lines_that_drip_do_not_keep_a_connection(brief: Hall) -> None:
 
 
 def send_ahead(sock: socket.socket, most: int) -> int:
-    """Sends requests until no more are taken. Gives how many bytes were; fails over `most`."""
+    """Sends requests until the socket takes no more. Returns the bytes sent; fails if they exceed `most`."""
     sent = 0
     while select.select([], [sock], [], 0.2)[1]:
         sent += sock.send(STATUS * 1000)
@@ -111,7 +111,7 @@ def test_a_client_that_sends_more_than_it_reads_is_not_read_further(town: Place)
     assert memory(greedy) - before < 8 << 20
 
 
-def test_memory_is_bounded_by_the_bodies_that_are_under_way(town: Place) -> None:
+def test_memory_is_bounded_by_the_bodies_that_are_arriving(town: Place) -> None:
     loaded = town.hall()
     assert loaded.get('/v1/status').status == 200
     before = memory(loaded)
@@ -134,7 +134,7 @@ def test_memory_is_bounded_by_the_bodies_that_are_under_way(town: Place) -> None
 
 
 @pytest.mark.usefixtures('many_files')
-def test_a_thousand_idle_connections_cost_little_and_a_new_client_nothing(town: Place) -> None:
+def test_a_thousand_idle_connections_take_little_memory_and_do_not_slow_a_new_client(town: Place) -> None:
     crowded = town.hall()
     with connections(crowded, 10) as first:
         for sock in first:
@@ -150,14 +150,14 @@ def test_a_thousand_idle_connections_cost_little_and_a_new_client_nothing(town: 
             times = sorted(timed(crowded.get, '/v1/status')[1] for _ in range(20))
             assert median(times) < 0.5
             began = crowded.cpu_secs()
-            quiet = select.poll()  # select itself takes no descriptor above 1023
+            quiet = select.poll()  # select.select accepts no descriptor above 1023
             for sock in held:
                 quiet.register(sock, select.POLLIN)
             assert quiet.poll(1000) == []
             assert crowded.cpu_secs() - began < 0.3
 
 
-def test_connections_over_the_limit_that_come_at_once_are_each_told_to_come_again(town: Place) -> None:
+def test_a_burst_of_connections_over_the_limit_gets_a_503_each(town: Place) -> None:
     small = town.hall(TINYTOWN_TOWNHALL_LIMITS_CONNECTIONS='20')
     with connections(small, 30) as socks:
         for sock in socks:
@@ -170,10 +170,10 @@ def test_connections_over_the_limit_that_come_at_once_are_each_told_to_come_agai
 FEW_FILES = 'import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))\n'
 
 
-def test_a_server_that_may_open_few_files_does_not_spin_and_serves_everybody_in_turn(
+def test_a_server_that_may_open_few_files_does_not_spin_and_serves_all_clients_in_turn(
     town: Place, tmp_path: Path
 ) -> None:
-    assert town.do('agent.list')['agents'] == []  # Redis runs, with the files that it wants
+    assert town.do('agent.list')['agents'] == []  # starts Redis before the limit applies
     (tmp_path / 'sitecustomize.py').write_text(FEW_FILES)
     poor = town.hall(PYTHONPATH=f'{tmp_path}:{REPOSITORY}')
     with connections(poor, 120) as socks:
@@ -190,7 +190,7 @@ def test_a_server_that_may_open_few_files_does_not_spin_and_serves_everybody_in_
         assert poor.cpu_secs() - began < 0.3, 'it spins'
         assert len(waiting) > 60, 'it was never out of files'
         served[0].sendall(STATUS)
-        assert read_answer(served[0]).status == 200  # who is in is served
+        assert read_answer(served[0]).status == 200  # an accepted connection is served
         while waiting:
             for sock in served:
                 sock.close()
@@ -202,11 +202,13 @@ def test_a_server_that_may_open_few_files_does_not_spin_and_serves_everybody_in_
     assert poor.get('/v1/status').status == 200
 
 
-# --------------------------------------------------------------------------------------------------------- its end
+# --------------------------------------------------------------------------------------------------------- shutdown
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_under_load_a_stop_answers_what_it_took_and_takes_nothing_else(place: Place, number: signal.Signals) -> None:
+def test_a_shutdown_under_load_answers_every_accepted_request_and_accepts_no_other(
+    place: Place, number: signal.Signals
+) -> None:
     ending = place.hall()
     load = Load(ending, 32)
     load.await_flow(500)
@@ -221,7 +223,9 @@ def test_under_load_a_stop_answers_what_it_took_and_takes_nothing_else(place: Pl
 # --------------------------------------------------------------------------------------------------- a stalled Redis
 
 
-def test_redis_that_stalls_costs_64_clients_one_timeout_and_health_nothing(place: Place, hall: Hall) -> None:
+def test_a_stalled_redis_costs_64_clients_one_timeout_together_and_does_not_delay_health(
+    place: Place, hall: Hall
+) -> None:
     assert hall.get('/v1/status').status == 200
     pid = redis_pid(place)
     with connections(hall, 64) as socks:

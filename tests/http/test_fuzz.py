@@ -1,7 +1,7 @@
-"""Requests that are nearly right, against the h11 package: what it refuses is never served, and what it takes is served
-as it was sent, or refused for a reason that stands in the list below.
+"""Fuzzing: requests that are nearly right, compared with the h11 package. We must never serve what h11 refuses. We must
+serve what h11 accepts exactly as it was sent, or refuse it for one of the reasons in REFUSED and PERHAPS.
 
-FUZZ is how many, FUZZ_SEED which.
+The environment variable FUZZ sets the number of cases, FUZZ_SEED the seed of the generator.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from ..support import Hall, Place, Reply
 COUNT: Final = int(os.environ.get('FUZZ') or 300)
 SEED: Final = int(os.environ.get('FUZZ_SEED') or 1)
 AT_ONCE: Final = 150  # connections of a batch
-BATCHES: Final = 4  # at once: most of their time they wait for deadlines
-DEADLINE: Final = 4  # seconds, in which a client sends all that it will even where all is slow
-IN_TIME: Final = 30.0  # seconds for all of these, of which deadlines take DEADLINE and lingering 2
+BATCHES: Final = 4  # at once, because a batch mostly waits for deadlines
+DEADLINE: Final = 4  # seconds; even on a slow machine a client sends everything within them
+IN_TIME: Final = 30.0  # seconds for a batch, of which the deadline takes DEADLINE and lingering 2
 
-# ------------------------------------------------------------------------------------------------ what h11 makes of it
+# ------------------------------------------------------------------------------------------------ how h11 reads it
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Seen:
 
 @dataclass
 class Reading:
-    """The requests in what a client sent; whether they end in one that is refused or cut off, and in a HEAD at that."""
+    """The requests of a client. `ends_well` is false if the last one is refused or cut off (a HEAD: `ends_in_head`)."""
 
     requests: list[Seen]
     ends_well: bool = True
@@ -81,7 +81,7 @@ class Reading:
 def read(data: bytes) -> Reading:
     found = Reading([])
     while data:
-        rest = re.sub(rb'\A(\r\n)+', b'', data)  # forgiven before a request (RFC 9112, 2.2), which h11 does not
+        rest = re.sub(rb'\A(\r\n)+', b'', data)  # we allow empty lines before a request (RFC 9112, 2.2), h11 does not
         try:
             request, left = read_one(rest)
         except h11.RemoteProtocolError:
@@ -95,7 +95,7 @@ def read(data: bytes) -> Reading:
 
 
 def read_one(data: bytes, has_host: bool = True) -> tuple[Seen | None, bytes]:
-    """The first request, None if it is not whole, and what follows it. Raises RemoteProtocolError."""
+    """(first request or None if it is incomplete, the bytes after it). Raises RemoteProtocolError."""
     parser = h11.Connection(h11.SERVER)
     parser.receive_data(data)
     try:
@@ -103,7 +103,7 @@ def read_one(data: bytes, has_host: bool = True) -> tuple[Seen | None, bytes]:
     except h11.RemoteProtocolError as e:
         if 'Missing mandatory Host' not in str(e):
             raise
-        return read_one(re.sub(rb'\r?\n', b'\r\nHost: localhost\r\n', data, count=1), False)  # we answer, and go on
+        return read_one(re.sub(rb'\r?\n', b'\r\nHost: localhost\r\n', data, count=1), False)  # we answer it and go on
     if not isinstance(head, h11.Request):
         return None, b''
     raw = data[: len(data) - len(parser.trailing_data[0])]
@@ -116,7 +116,7 @@ def read_one(data: bytes, has_host: bool = True) -> tuple[Seen | None, bytes]:
     return seen, bytes(parser.trailing_data[0])
 
 
-# ------------------------------------------------------------------------------------- what we refuse and h11 does not
+# ------------------------------------------------------------------------------------- what only we refuse
 
 ONCE: Final = (b'host', b'content-length', b'content-type', b'transfer-encoding', b'expect', b'origin', b'x-request-id')
 PLAIN: Final = ('/health', '/healthz', '/ready', '/readyz', '/metrics')
@@ -127,7 +127,7 @@ ROUTES: Final = [
 
 
 def methods(request: Seen) -> set[str]:
-    """The methods of a request's path; none where there is no such path."""
+    """The methods of a request's path; empty if there is no such path."""
     path = request.path.decode('utf-8', 'replace')
     found = {method for pattern, there in ROUTES if re.fullmatch(pattern, path) for method in there if method}
     return found | {'OPTIONS'} | ({'HEAD'} if 'GET' in found else set()) if found else found
@@ -165,7 +165,7 @@ HOST_PORT: Final = re.compile(r'(\[[\da-f:.]+\]|[\w.-]+)(:\d{0,5})?', re.A | re.
 FOREIGN: Final = re.compile(r'(?!localhost\.?(:|$))([\w.-]*[a-z][\w.-]*(:\d*)?|1\.2\.3)', re.A | re.I)
 
 
-# The known differences: a status, and when it is the right one. Where one of these holds, nothing is served.
+# The known differences: (status, name, condition). A request that meets a condition must be refused with its status.
 REFUSED: Final[tuple[tuple[int, str, Callable[[Seen], object]], ...]] = (
     (400, 'a line that is folded, or not ended by CRLF', lambda r: re.search(rb'(?<!\r)\n|\r(?!\n)|\n[ \t]', r.head)),
     (400, 'a control character', lambda r: re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]', r.head)),
@@ -194,7 +194,7 @@ REFUSED: Final[tuple[tuple[int, str, Callable[[Seen], object]], ...]] = (
     (405, 'no such method', lambda r: methods(r) and r.method not in methods(r)),
     (415, 'a body that is not JSON', lambda r: r.method == 'POST' and r.body and not is_json(r) and not query(r)),
 )  # fmt: skip
-# What depends on more than this file models: then a request may be served or refused.
+# Conditions that this file does not model in full: a request that meets one may be served or refused.
 PERHAPS: Final[tuple[tuple[int, str, Callable[[Seen], object]], ...]] = (
     (400, 'what JSON, or a query, may be; a body where there is none', lambda r: r.body or query(r)),
     (422, 'arguments that do not fit', lambda r: r.body or query(r) or r.method == 'POST' or '{' in template(r)),
@@ -206,7 +206,7 @@ BEFORE_ITS_BODY: Final = frozenset({400, 403, 404, 405, 408, 411, 413, 414, 417,
 
 
 def lengths(request: Seen) -> list[bytes]:
-    """The Content-Lengths as sent: h11 gives one where the same stands twice."""
+    """The Content-Lengths as sent; h11 merges two equal ones."""
     return [value.strip(b' \t') for value in re.findall(rb'(?im)^content-length:([^\r\n]*)', request.head)]
 
 
@@ -217,15 +217,15 @@ def template(request: Seen) -> str:
     return ''.join(found)
 
 
-def meant(rules: tuple[tuple[int, str, Callable[[Seen], object]], ...], request: Seen) -> set[int]:
+def statuses(rules: tuple[tuple[int, str, Callable[[Seen], object]], ...], request: Seen) -> set[int]:
     return {status for status, _, holds in rules if holds(request)}
 
 
-# ------------------------------------------------------------------------------------------------------------ judging
+# ----------------------------------------------------------------------------------------------------------- comparing
 
 
 def parse(raw: bytes, reading: Reading) -> Iterator[Reply]:
-    """The answers in what the server sent; an interim one only where a client asked for it."""
+    """The answers that the server sent, without the interim answers (100) that the client asked for."""
     seen = reading.requests
     to_head = [request.method == 'HEAD' for request in seen] + [reading.ends_in_head] * (not reading.ends_well)
     is_clear = all(request.blank_lines < 2 for request in seen) and not reading.ends_in_head
@@ -248,12 +248,12 @@ def parse(raw: bytes, reading: Reading) -> Iterator[Reply]:
 
 
 def judge(case: Case, raw: bytes) -> list[str]:
-    """Raises AssertionError for an answer that is wrong. Gives the texts of the tasks that were added."""
+    """Raises AssertionError for a wrong answer. Returns the texts of the tasks that were added."""
     reading = read(case.data)
     seen = reading.requests
     answers = list(parse(raw, reading))
     assert len(answers) <= len(seen) + (not reading.ends_well), f'{len(answers)} answers to {len(seen)} requests'
-    assert not [each for each in answers[:-1] if is_last(each)], 'an answer after the last one'
+    assert not [early for early in answers[:-1] if is_last(early)], 'an answer after the last one'
     if len(answers) < len(seen) or not (reading.ends_well or case.finishes):
         assert answers and is_last(answers[-1]), 'a request without an answer'  # noqa: PT018
     for answer in answers:
@@ -261,7 +261,7 @@ def judge(case: Case, raw: bytes) -> list[str]:
             assert answer.headers['content-type'] == 'application/problem+json'
             assert answer.json['status'] == answer.status
     for extra in answers[len(seen) :]:
-        assert extra.status in BEFORE_ITS_BODY, f'{extra.status} for what h11 does not take'
+        assert extra.status in BEFORE_ITS_BODY, f'{extra.status} for a request that h11 refuses'
     return [text for pair in zip(seen, answers, strict=False) for text in compare(*pair)]
 
 
@@ -270,15 +270,15 @@ def is_last(answer: Reply) -> bool:
 
 
 def compare(request: Seen, answer: Reply) -> list[str]:
-    """Raises AssertionError unless this is an answer to that request, and one that it deserves."""
+    """Raises AssertionError unless the answer belongs to the request and has a right status. Returns added texts."""
     given = request.one(b'x-request-id').decode('latin-1')
     if not (answer.status >= 400 and is_last(answer)) and re.fullmatch(r'[\w.-]{1,128}', given, re.A):
         assert answer.headers['x-request-id'] == given
-    musts = meant(REFUSED, request)
-    mays = musts or meant(PERHAPS, request) | {200, 201, 204}
+    required = statuses(REFUSED, request)
+    allowed = required or statuses(PERHAPS, request) | {200, 201, 204}
     if request.blank_lines > 1:
-        mays |= {400}  # if they came at once
-    assert answer.status in mays, f'{answer.status} for what deserves one of {mays}'
+        allowed |= {400}  # if the blank lines arrived together
+    assert answer.status in allowed, f'{answer.status} instead of one of {allowed}'
     if answer.status != 201:
         return []
     assert json.loads(request.body)['description'] == answer.json['description']
@@ -297,7 +297,7 @@ class Client:
     got: bytes = b''
 
     def send(self, number: int) -> None:
-        """Sends the segment of that number, if it has one, and closes our side after the last."""
+        """Sends the segment of that number, if there is one, and closes our side after the last."""
         segments = self.case.segments
         if number < len(segments):
             self.sock.sendall(segments[number])
@@ -306,7 +306,7 @@ class Client:
 
 
 def play(hall: Hall, cases: list[Case]) -> dict[int, bytes]:
-    """What the server answers to each, all sent at once, a segment of each at a time."""
+    """The server's answer to each case, by its number. All are sent concurrently, one segment of each at a time."""
     got: dict[int, bytes] = {}
     with selectors.DefaultSelector() as selector, ExitStack() as stack:
         clients = [Client(case, stack.enter_context(hall.connect())) for case in cases]
@@ -335,7 +335,7 @@ def play(hall: Hall, cases: list[Case]) -> dict[int, bytes]:
     return got
 
 
-def told(case: Case, raw: bytes) -> str:
+def described(case: Case, raw: bytes) -> str:
     seen = [(request.method, request.target, request.body) for request in read(case.data).requests]
     return (
         f'\nFUZZ_SEED={SEED}, case {case.number} by {case.made_by}, closes its side: {case.finishes}'
@@ -343,7 +343,7 @@ def told(case: Case, raw: bytes) -> str:
     )
 
 
-def test_no_request_that_h11_refuses_is_served_and_every_other_is_answered_as_meant(place: Place) -> None:
+def test_no_request_that_h11_refuses_is_served_and_every_other_gets_the_right_status(place: Place) -> None:
     limits = dict.fromkeys(('HEAD_SECS', 'BODY_SECS', 'IDLE_SECS'), str(DEADLINE))
     hall = place.hall(**{f'TINYTOWN_TOWNHALL_LIMITS_{name}': value for name, value in limits.items()})
     print(f'FUZZ_SEED={SEED} FUZZ={COUNT}')
@@ -357,15 +357,15 @@ def test_no_request_that_h11_refuses_is_served_and_every_other_is_answered_as_me
         try:
             added.update(judge(cases[number], raw))
         except AssertionError as e:
-            wrong.append(f'{e}{told(cases[number], raw)}')
+            wrong.append(f'{e}{described(cases[number], raw)}')
         outcomes.update(re.findall(rb'^HTTP/1.1 (\d+)', raw, re.M))
     print(sorted(outcomes.items()))
     assert not wrong, f'{len(wrong)} are wrong, the first of them:\n' + '\n'.join(wrong[:5])
     assert outcomes[b'201'] > COUNT / 15, 'too few were good to prove anything'
-    assert Counter(texts(place)) == added, 'what is in the backlog is not what was acknowledged'
+    assert Counter(texts(place)) == added, 'the backlog differs from the acknowledged tasks'
 
 
 @pytest.mark.parametrize('number', range(20))
-def test_a_case_is_made_again_from_its_seed_and_number(number: int) -> None:
+def test_a_case_can_be_reproduced_from_its_seed_and_number(number: int) -> None:
     assert make(SEED, number) == make(SEED, number)
     assert make(SEED, number) != make(SEED + 1, number)

@@ -1,4 +1,4 @@
-"""A townhall that speaks TLS, knows clients by certificates or tokens, and takes new certificates while it runs."""
+"""A townhall with TLS: client certificates, tokens, and new certificates while it runs."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture
 def tls(place: Place, authority: Authority) -> dict[str, str]:
-    """The table [townhall.tls] of a town, with files of its own."""
+    """The table [townhall.tls] of a town, and its files."""
     install(place.root, authority.sign('localhost', SERVER))
     return {'cert_path': 'server.pem', 'key_path': 'server.key'}
 
 
 def install(root: Path, pair: Pair) -> None:
-    """Puts a certificate where a town has its own."""
+    """Copies a certificate and its key to the place where the town has them."""
     shutil.copy(pair.cert, root / 'server.pem')
     shutil.copy(pair.key, root / 'server.key')
 
@@ -51,7 +51,7 @@ def install(root: Path, pair: Pair) -> None:
 def ask(
     hall: Hall, client: ssl.SSLContext, method: str = 'GET', path: str = '/v1/status', body: Any = None, **more: str
 ) -> tuple[int, Any, dict[str, str]]:
-    """One request on a connection of its own: status, JSON, and header fields by lower-case name."""
+    """Sends one request on a new connection. Returns (status, JSON, header fields by lower-case name)."""
     connection = http.client.HTTPSConnection('localhost', hall.port, timeout=PATIENCE, context=client)
     try:
         return exchange(connection, method, path, body, **more)
@@ -68,8 +68,8 @@ def exchange(
     return answer.status, json.loads(answer.read()), {name.lower(): value for name, value in answer.getheaders()}
 
 
-def shake_hands(hall: Hall, client: ssl.SSLContext) -> int:
-    """The serial number of the certificate that a new connection is shown."""
+def served_serial(hall: Hall, client: ssl.SSLContext) -> int:
+    """The serial number of the certificate that a new connection gets."""
     with hall.connect() as raw, client.wrap_socket(raw, server_hostname='localhost') as sock:
         shown = sock.getpeercert()
         assert shown
@@ -77,7 +77,7 @@ def shake_hands(hall: Hall, client: ssl.SSLContext) -> int:
 
 
 def reload(hall: Hall, says: str) -> None:
-    """Has a townhall take up its configuration, and waits until it says how that went."""
+    """Makes a townhall reload its configuration, and waits until its log matches `says`."""
     start = hall.log_file.stat().st_size
     hall.process.send_signal(signal.SIGHUP)
     deadline = time.monotonic() + PATIENCE
@@ -93,7 +93,7 @@ def test_requests_are_answered_over_tls(place: Place, tls: dict[str, str], autho
     make_town(place.root, townhall__tls=tls, townhall={'workers': workers})
     hall, client = place.hall(), authority.client()
     connection = http.client.HTTPSConnection('localhost', hall.port, timeout=PATIENCE, context=client)
-    long = os.urandom(30_000).hex()  # several records of TLS
+    long = os.urandom(30_000).hex()  # several TLS records
     made = [exchange(connection, 'POST', '/v1/backlog', {'description': long}) for _ in range(20)]
     assert {status for status, _, _ in made} == {201}
     status, listed, _ = exchange(connection, 'GET', '/v1/backlog?limit=100')
@@ -102,7 +102,7 @@ def test_requests_are_answered_over_tls(place: Place, tls: dict[str, str], autho
     connection.close()
 
 
-def test_many_requests_in_one_piece_are_all_answered(place: Place, tls: dict[str, str], authority: Authority) -> None:
+def test_many_pipelined_requests_are_all_answered(place: Place, tls: dict[str, str], authority: Authority) -> None:
     make_town(place.root, townhall__tls=tls)
     hall = place.hall()
     with hall.connect() as raw, authority.client().wrap_socket(raw, server_hostname='localhost') as sock:
@@ -111,7 +111,7 @@ def test_many_requests_in_one_piece_are_all_answered(place: Place, tls: dict[str
         assert read_all(sock).count(b'HTTP/1.1 200 ') == 401
 
 
-def test_plain_http_to_the_tls_port_is_told_to_write_https(place: Place, tls: dict[str, str]) -> None:
+def test_plain_http_to_the_tls_port_gets_a_400_that_says_to_use_https(place: Place, tls: dict[str, str]) -> None:
     make_town(place.root, townhall__tls=tls)
     hall = place.hall()
     said = hall.talk(b'GET /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n', finish=False)
@@ -122,29 +122,29 @@ def test_plain_http_to_the_tls_port_is_told_to_write_https(place: Place, tls: di
     assert hall.process.poll() is None
 
 
-def test_clients_that_are_silent_in_the_handshake_stop_nobody_and_are_sent_away(
+def test_clients_that_stall_in_the_handshake_delay_nobody_and_are_closed(
     place: Place, tls: dict[str, str], authority: Authority
 ) -> None:
     make_town(place.root, townhall__tls=tls, townhall__limits={'head_secs': 8})
     hall, client = place.hall(), authority.client()
     silent = [hall.connect() for _ in range(20)]
     for sock in silent[10:]:
-        sock.sendall(b'\x16\x03\x01')  # and not another byte
+        sock.sendall(b'\x16\x03\x01')  # the rest of the handshake never comes
     for _ in range(5):
         assert ask(hall, client)[0] == 200
-    assert select.select(silent, [], [], 0)[0] == []  # they are still there
+    assert select.select(silent, [], [], 0)[0] == []  # they are still connected
     for sock in silent:
         assert read_all(sock) == b''
         sock.close()
     assert ask(hall, client)[0] == 200
 
 
-def test_a_new_certificate_is_taken_up_while_it_runs_and_a_bad_one_is_not(
+def test_a_reload_uses_a_new_certificate_and_rejects_a_bad_one(
     place: Place, tls: dict[str, str], authority: Authority
 ) -> None:
     make_town(place.root, townhall__tls=tls)
     hall, client = place.hall(), authority.client()
-    first = shake_hands(hall, client)
+    first = served_serial(hall, client)
     kept = http.client.HTTPSConnection('localhost', hall.port, timeout=PATIENCE, context=client)
     assert exchange(kept, 'GET', '/v1/status')[0] == 200
     for bad, says in (
@@ -153,14 +153,14 @@ def test_a_new_certificate_is_taken_up_while_it_runs_and_a_bad_one_is_not(
     ):
         install(place.root, bad)
         reload(hall, f'the old one stays in force: .*server.pem: clients would refuse it: {says}')
-        assert shake_hands(hall, client) == first
+        assert served_serial(hall, client) == first
     (place.root / 'server.key').unlink()
     reload(hall, r'the old one stays in force: townhall\.tls\.key_path')
-    assert shake_hands(hall, client) == first
+    assert served_serial(hall, client) == first
     new = authority.sign('localhost', SERVER)
     install(place.root, new)
     reload(hall, 'the configuration was taken up again')
-    assert shake_hands(hall, client) == new.made.serial_number != first
+    assert served_serial(hall, client) == new.made.serial_number != first
     assert exchange(kept, 'GET', '/v1/status')[0] == 200
     kept.close()
 
@@ -184,7 +184,7 @@ def test_a_new_certificate_is_taken_up_while_it_runs_and_a_bad_one_is_not(
         ),
     ],
 )
-def test_what_is_configured_is_in_force_or_nothing_starts(
+def test_tls_settings_that_can_not_work_stop_the_start(
     place: Place, authority: Authority, tables: dict[str, Any], says: str
 ) -> None:
     install(place.root, authority.sign('localhost', SERVER))
@@ -200,7 +200,7 @@ def test_what_is_configured_is_in_force_or_nothing_starts(
 
 @pytest.fixture
 def secured(place: Place, tls: dict[str, str], authority: Authority) -> tuple[Hall, str]:
-    """A townhall with an API key that may read, and certificates: reader may read, boss everything. And the key."""
+    """(townhall, API key). The key and certificates of `reader` may read; certificates of `boss` may do everything."""
     made = generate_key()
     shutil.copy(authority.revoke(), place.root / 'crl.pem')
     make_town(
@@ -216,7 +216,7 @@ def secured(place: Place, tls: dict[str, str], authority: Authority) -> tuple[Ha
     return place.hall(), made.key
 
 
-def test_a_certificate_that_is_mapped_authenticates_and_another_only_encrypts(
+def test_a_mapped_certificate_authenticates_and_any_other_only_encrypts(
     secured: tuple[Hall, str], authority: Authority
 ) -> None:
     hall, key = secured
@@ -232,7 +232,7 @@ def test_a_certificate_that_is_mapped_authenticates_and_another_only_encrypts(
         assert ask(hall, client, 'POST', '/v1/agents', SPAWN, Authorization=f'Bearer {key}')[0] == 403
 
 
-def test_a_client_whose_certificate_is_not_good_gets_no_answer(secured: tuple[Hall, str], authority: Authority) -> None:
+def test_a_client_with_an_invalid_certificate_gets_no_answer(secured: tuple[Hall, str], authority: Authority) -> None:
     hall, key = secured
     strangers = Authority(authority.directory / 'strangers')
     for pair in (
@@ -243,11 +243,11 @@ def test_a_client_whose_certificate_is_not_good_gets_no_answer(secured: tuple[Ha
         with pytest.raises(OSError):
             ask(hall, authority.client(pair), Authorization=f'Bearer {key}')
     assert ask(hall, authority.client(authority.sign('boss', CLIENT)))[0] == 200
-    for why in ('certificate signature failure', 'certificate has expired', 'unsuitable certificate purpose'):
-        assert hall.said(f' 127.0.0.1 TLS handshake failed: client certificate: {why}\n')
+    for reason in ('certificate signature failure', 'certificate has expired', 'unsuitable certificate purpose'):
+        assert hall.said(f' 127.0.0.1 TLS handshake failed: client certificate: {reason}\n')
 
 
-def test_a_revoked_certificate_ends_with_the_next_reload(
+def test_a_reload_closes_the_connection_of_a_revoked_certificate_and_refuses_new_ones(
     place: Place, secured: tuple[Hall, str], authority: Authority
 ) -> None:
     hall, _ = secured
@@ -265,7 +265,7 @@ def test_a_revoked_certificate_ends_with_the_next_reload(
     assert ask(hall, authority.client(authority.sign('boss', CLIENT)))[0] == 200
 
 
-def test_a_certificate_that_is_revoked_while_its_client_shakes_hands_lets_nobody_in(
+def test_a_certificate_that_is_revoked_during_its_handshake_is_refused(
     place: Place, secured: tuple[Hall, str], authority: Authority
 ) -> None:
     hall, _ = secured
@@ -276,7 +276,7 @@ def test_a_certificate_that_is_revoked_while_its_client_shakes_hands_lets_nobody
         with pytest.raises(ssl.SSLWantReadError):
             client.do_handshake()
         sock.sendall(go.read())
-        while go.pending == 0:  # its last part, with the certificate, is not sent before the reload
+        while go.pending == 0:  # the last part, which contains the certificate, is sent after the reload
             come.write(sock.recv(65536))
             with suppress(ssl.SSLWantReadError):
                 client.do_handshake()
@@ -291,7 +291,7 @@ def test_a_certificate_that_is_revoked_while_its_client_shakes_hands_lets_nobody
         assert said == b''
 
 
-def test_an_answer_under_way_is_given_before_a_client_must_show_its_certificate_again(
+def test_a_request_under_way_is_answered_before_its_client_must_reconnect(
     secured: tuple[Hall, str], authority: Authority
 ) -> None:
     hall, _ = secured
@@ -308,7 +308,7 @@ def test_an_answer_under_way_is_given_before_a_client_must_show_its_certificate_
     waiting.close()
 
 
-def test_where_certificates_are_required_a_client_without_one_is_not_heard(
+def test_a_client_without_a_required_certificate_is_refused(
     place: Place, tls: dict[str, str], authority: Authority
 ) -> None:
     make_town(place.root, townhall__tls=tls, townhall__mtls={'ca_path': str(authority.path), 'required': True})
@@ -348,12 +348,12 @@ def test_tokens_of_the_issuer_give_their_scopes_and_others_nothing(place: Place,
         assert reply.headers['www-authenticate'] == 'Bearer realm="tinytown", error="invalid_token"'
     reply = hall.get('/v1/status')
     assert (reply.status, reply.headers['www-authenticate']) == (401, 'Bearer realm="tinytown"')
-    secrets = [each['Authorization'].split('.')[-1] for each in (reading, managing, forged)]
-    told = hall.log_file.read_text() + ''.join(map(str, place.history()))
-    assert not [secret for secret in secrets if secret in told]
+    secrets = [fields['Authorization'].split('.')[-1] for fields in (reading, managing, forged)]
+    recorded = hall.log_file.read_text() + ''.join(map(str, place.history()))
+    assert not [secret for secret in secrets if secret in recorded]
 
 
-def test_an_issuer_that_is_away_is_a_warning_at_the_start_and_503_to_its_tokens(place: Place, issuer: Issuer) -> None:
+def test_with_the_issuer_down_townhall_starts_and_answers_its_tokens_503(place: Place, issuer: Issuer) -> None:
     make_town(place.root, townhall__auth={'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town'})
     issuer.status = 500
     hall = place.hall()
@@ -363,7 +363,7 @@ def test_an_issuer_that_is_away_is_a_warning_at_the_start_and_503_to_its_tokens(
     assert hall.get('/health').status == 200
 
 
-def test_while_the_issuer_hangs_others_are_served(place: Place, issuer: Issuer) -> None:
+def test_while_the_issuer_hangs_other_requests_are_served(place: Place, issuer: Issuer) -> None:
     make_town(place.root, townhall__auth={'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town'})
     hall = place.hall()
     assert hall.get('/v1/status', **bearer(issuer)).status == 200
@@ -375,7 +375,7 @@ def test_while_the_issuer_hangs_others_are_served(place: Place, issuer: Issuer) 
     deadline = time.monotonic() + PATIENCE
     while len(issuer.calls) == asked:
         assert time.monotonic() < deadline
-    for _ in range(5):  # well within the five seconds that the issuer is given
+    for _ in range(5):  # well within the five seconds of FETCH_SECS
         assert hall.get('/health').status == 200
         assert hall.get('/v1/status').status == 401
     assert not select.select([waiting], [], [], 0)[0], 'it was not answered before them'
@@ -385,16 +385,18 @@ def test_while_the_issuer_hangs_others_are_served(place: Place, issuer: Issuer) 
 
 
 def reload_with_no_keys(place: Place, hall: Hall, issuer: Issuer) -> None:
-    """Another audience makes the keys unknown, which are fetched when a token comes."""
+    """Changes the settings, so that the verifier starts without keys and fetches them for the next token."""
     auth = {'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town', 'clock_skew_seconds': 61}
     make_town(place.root, townhall__auth=auth)
     reload(hall, 'the configuration was taken up again')
 
 
-def test_without_the_issuer_that_is_meant_nothing_starts(place: Place, issuer: Issuer) -> None:
+def test_an_issuer_with_another_name_stops_the_start(place: Place, issuer: Issuer) -> None:
     issuer.discovery = {'issuer': 'https://another.example'}
     make_town(place.root, townhall__auth={'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town'})
     argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', '0']
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "says that it is 'https://another.example'; the two must be the same" in done.stderr.splitlines()[-1]
+    assert (
+        "names the issuer 'https://another.example'; the two must be exactly the same" in done.stderr.splitlines()[-1]
+    )

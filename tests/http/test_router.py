@@ -1,4 +1,4 @@
-"""The router: which route a path means, and with which values."""
+"""The router: which route matches a path, and with which values of its placeholders."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def router() -> Router[str]:
         ('DELETE', '/tasks/1/parts/2', '/tasks/{id}/parts/{number}', {'id': '1', 'number': '2'}),
     ],
 )
-def test_a_path_means_one_route_an_exact_one_first(
+def test_a_path_matches_one_route_and_an_exact_one_wins(
     router: Router[str], method: str, path: str, target: str, values: dict[str, str]
 ) -> None:
-    found = 'GET' if method == 'HEAD' else method
-    assert router.match(method, path) == (f'{found} {target}', values)
+    routed = 'GET' if method == 'HEAD' else method
+    assert router.match(method, path) == (f'{routed} {target}', values)
 
 
 @pytest.mark.parametrize('path', ['/', '', '/agent', '/agents/', '/agents//inbox', '/agents/a/b', '/{}/x', '/tasks/1'])
@@ -61,7 +61,7 @@ def test_a_path_without_a_route_is_not_found(router: Router[str], path: str) -> 
         ('/tasks/1/parts/2', 'DELETE, OPTIONS, POST'),
     ],
 )
-def test_another_method_is_told_those_of_every_route_that_fits(router: Router[str], path: str, allowed: str) -> None:
+def test_a_wrong_method_gets_the_methods_of_every_matching_route(router: Router[str], path: str, allowed: str) -> None:
     assert router.allow(path) == allowed
     with pytest.raises(MethodNotAllowed) as caught:
         router.match('PUT', path)

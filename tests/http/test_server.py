@@ -1,4 +1,4 @@
-"""HTTP/1.1 in bytes: what is refused and how, framing, connections, deadlines, limits, the end of the server."""
+"""HTTP/1.1 in bytes: refusals, framing, connections, deadlines, limits, start and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SMUGGLED = add('smuggled')
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for all tests of this file that change nothing, or clean up."""
+    """One town for the tests of this file; they change nothing or clean up."""
     root = tmp_path_factory.mktemp('http')
     stubborn = shell_cli(f'trap "" TERM; echo > {root}/is-stubborn; sleep 60')
     made = make_town(root, agent_clis={'stubborn': stubborn})
@@ -72,7 +72,7 @@ def brief(place: Place) -> Hall:
 
 @pytest.fixture(scope='module')
 def page(place: Place) -> bytes:
-    """A request whose answer has PAGE bytes and more: a few are more than a socket takes at once."""
+    """A request whose answer has over PAGE bytes, so that a few answers fill the buffers of a socket."""
     task = place.do('backlog.add', description='€' * 65536)
     return b'GET /v1/tasks/%b HTTP/1.1\r\n' % task['task_id'].encode() + HOST + b'\r\n'
 
@@ -80,7 +80,7 @@ def page(place: Place) -> bytes:
 PAGE = 3 * 65536
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------- refusals
 
 
 def head(*lines: bytes) -> bytes:
@@ -168,7 +168,7 @@ REFUSED |= {f'path {path}': (400, GET.replace(b'/health', path.encode())) for pa
 
 
 @pytest.mark.parametrize(('status', 'data'), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_not_exactly_one_request_is_refused_once_and_what_follows_is_never_executed(
+def test_a_malformed_request_is_refused_once_and_bytes_after_it_are_never_executed(
     hall: Hall, status: int, data: bytes
 ) -> None:
     [answer] = answers(hall.talk(data + SMUGGLED, finish=False))
@@ -193,7 +193,7 @@ def test_what_is_not_exactly_one_request_is_refused_once_and_what_follows_is_nev
         (400, post(SMUGGLED).replace(b'POST', b'GET', 1)),
     ],
 )
-def test_a_refused_request_takes_its_body_with_it(hall: Hall, status: int, first: bytes) -> None:
+def test_the_body_of_a_refused_request_is_skipped(hall: Hall, status: int, first: bytes) -> None:
     found = answers(hall.talk(first + GET))
     assert [answer.status for answer in found] == [status, 200]
     assert 'smuggled' not in backlog(hall)
@@ -205,7 +205,7 @@ def test_a_request_refused_by_its_head_is_answered_before_its_body_arrives(hall:
     assert (answer.status, answer.headers['connection']) == (404, 'close')
 
 
-def test_a_head_that_is_just_small_enough_is_taken(hall: Hall) -> None:
+def test_a_head_of_exactly_the_largest_size_is_accepted(hall: Hall) -> None:
     line = b'GET /health?%b HTTP/1.1' % (b'a' * 8170)
     fields = [b'X-%d: a' % i for i in range(63)]
     whole = b'\r\n'.join([b'GET /health HTTP/1.1', b'Host: localhost', b'X: %b' % (b'a' * 8189), b'Y: ', b''])
@@ -251,7 +251,7 @@ def test_a_bad_line_is_answered_before_the_head_is_complete(hall: Hall) -> None:
     assert status_of(hall.talk(b'GET /health HTTP/1.1\r\nHost: localhost\nX', finish=False)) == 400
 
 
-def test_a_client_that_is_still_sending_reads_its_refusal(hall: Hall) -> None:
+def test_a_client_that_is_still_sending_receives_its_refusal(hall: Hall) -> None:
     with hall.connect() as sock:
         sock.sendall(head(b'Content-Length: 2000000'))
         for _ in range(20):
@@ -268,7 +268,7 @@ def test_a_request_that_is_cut_off_anywhere_does_nothing(hall: Hall) -> None:
     assert 'cut off' in backlog(hall)
 
 
-def test_a_request_may_come_byte_by_byte(hall: Hall) -> None:
+def test_a_request_may_arrive_byte_by_byte(hall: Hall) -> None:
     with hall.connect() as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in add('drop by drop'):
@@ -284,11 +284,11 @@ HOSTS = {
 
 
 @pytest.mark.parametrize(('status', 'host'), [(status, host) for status, hosts in HOSTS.items() for host in hosts])
-def test_only_an_address_or_a_name_of_ours_is_served(hall: Hall, status: int, host: str) -> None:
+def test_only_an_ip_address_or_an_allowed_name_is_accepted_as_host(hall: Hall, status: int, host: str) -> None:
     assert status_of(hall.talk(b'GET /health HTTP/1.1\r\nHost: %b\r\n\r\n' % host.encode())) == status
 
 
-def test_a_configured_name_is_served(place: Place) -> None:
+def test_a_configured_host_name_is_accepted(place: Place) -> None:
     named = place.hall(TINYTOWN_TOWNHALL_ALLOWED_HOSTS='Town.Example')
     assert named.get('/health', Host='town.example:8787').status == 200
     assert named.get('/health', Host='other.example').status == 421
@@ -311,9 +311,9 @@ REPEATED = b'GET /v1/status?x=%%41 HTTP/1.1\r\nHost: a%bX-B: c '
         b'Cookie:',
     ],
 )
-def test_a_head_is_read_alike_whether_one_like_it_was_read_before_or_not(more: bytes) -> None:
+def test_a_head_is_parsed_alike_with_and_without_the_cache(more: bytes) -> None:
     head = REPEATED % (b'\r\n' + more + b'\r\n' if more else b'\r\n')
-    long = http1.parse_head(head + b'\r\nPad: ' + b'x' * 1024)  # which is not remembered
+    long = http1.parse_head(head + b'\r\nPad: ' + b'x' * 1024)  # too long for the cache
     assert len(long.fields.pop(b'pad')) == 1024  # type: ignore[attr-defined]
     assert http1.parse_head(head) == http1.parse_head(head) == long
 
@@ -329,22 +329,22 @@ def test_a_head_is_read_alike_whether_one_like_it_was_read_before_or_not(more: b
         b' Authorization: Bearer tt_1',
     ],
 )
-def test_a_bad_proof_is_refused_in_a_head_that_is_known_but_for_it(more: bytes) -> None:
+def test_a_malformed_credential_is_refused_even_if_the_rest_of_the_head_is_cached(more: bytes) -> None:
     http1.parse_head(REPEATED % b'\r\n')
     http1.parse_head(REPEATED % b'\r\nAuthorization: Bearer tt_1\r\n')
     with pytest.raises(BadRequest):
         http1.parse_head(REPEATED % (b'\r\n' + more + b'\r\n'))
 
 
-def test_a_head_is_remembered_without_what_it_proves() -> None:
-    before = http1._known_head.cache_info().misses
+def test_the_cache_of_heads_contains_no_credentials() -> None:
+    before = http1._cached_head.cache_info().misses
     http1.parse_head(b'POST /messages?session_id=1 HTTP/1.1\r\nHost: a')
     for key in (b'tt_1', b'tt_2', b'tt_3'):
         http1.parse_head(b'GET /v1/remembered HTTP/1.1\r\nAuthorization: Bearer %b\r\nHost: a' % key)
-    assert http1._known_head.cache_info().misses == before + 1
+    assert http1._cached_head.cache_info().misses == before + 1
 
 
-def test_an_answer_header_can_not_break_out_of_its_line() -> None:
+def test_a_response_header_can_not_inject_a_line() -> None:
     request = Request('GET', '/', '', 1, {}, id='1')
     for name, value in (
         ('X', 'a\r\nSet-Cookie: b'),
@@ -358,10 +358,10 @@ def test_an_answer_header_can_not_break_out_of_its_line() -> None:
             http1.render_response(Response(headers=((name, value),)), request, False)
 
 
-# ------------------------------------------------------------------------------------------------- what is answered
+# -------------------------------------------------------------------------------------------------------- answers
 
 
-def test_requests_sent_together_are_answered_in_order(hall: Hall) -> None:
+def test_pipelined_requests_are_answered_in_order(hall: Hall) -> None:
     wanted, sent = [], b''
     for i in range(50):
         sent += add(f'n{i}', b'X-Request-ID: add-%d' % i) + GET
@@ -373,12 +373,12 @@ def test_requests_sent_together_are_answered_in_order(hall: Hall) -> None:
     assert [answer.headers['x-request-id'] for answer in found[2::3]] == [f'wrong-{i}' for i in range(50)]
 
 
-def test_a_thousand_wrong_requests_sent_together_are_each_told_so(hall: Hall) -> None:
+def test_a_thousand_wrong_pipelined_requests_get_an_error_each(hall: Hall) -> None:
     found = answers(hall.talk((b'GET /v1/status?a=1 HTTP/1.1\r\n' + HOST + b'\r\n') * 1000))
     assert [answer.status for answer in found] == [422] * 1000
 
 
-def test_a_connection_is_kept_until_the_client_says_close(hall: Hall) -> None:
+def test_a_connection_stays_open_until_the_client_sends_close(hall: Hall) -> None:
     with hall.connect() as sock:
         for connection in (b'', b'Connection: keep-alive\r\n', b'Connection: disclosed\r\n'):
             sock.sendall(b'GET /health HTTP/1.1\r\n' + HOST + connection + b'\r\n')
@@ -391,7 +391,7 @@ def test_a_connection_is_kept_until_the_client_says_close(hall: Hall) -> None:
     assert 'smuggled' not in backlog(hall)
 
 
-def test_http_1_0_is_closed_after_one_answer_unless_it_asks_to_be_kept(hall: Hall) -> None:
+def test_http_1_0_is_closed_after_one_answer_unless_the_client_asks_to_keep_it(hall: Hall) -> None:
     [answer] = answers(hall.talk(b'GET /health HTTP/1.0\r\n\r\n', finish=False))
     assert (answer.status, answer.headers['connection']) == (200, 'close')
     with hall.connect() as sock:
@@ -433,7 +433,7 @@ def test_head_is_get_without_a_body(hall: Hall) -> None:
         ('/v1/tasks/assign', 'GET, HEAD, OPTIONS, POST'),
     ],
 )
-def test_a_path_says_what_it_takes(hall: Hall, path: str, allowed: str) -> None:
+def test_options_and_405_name_the_methods_of_a_path(hall: Hall, path: str, allowed: str) -> None:
     options = hall.request('OPTIONS', path)
     assert (options.status, options.headers['allow'], options.body) == (204, allowed, b'')
     for method in ('PUT', 'PATCH', 'TRACE', 'get', 'BREW'):
@@ -443,11 +443,11 @@ def test_a_path_says_what_it_takes(hall: Hall, path: str, allowed: str) -> None:
     assert hall.request('OPTIONS', '/nowhere').status == 404
 
 
-def test_an_agent_whose_name_is_a_word_of_the_api_is_found(hall: Hall) -> None:
+def test_an_agent_may_have_a_name_that_is_also_a_path_of_the_api(hall: Hall) -> None:
     assert hall.get('/v1/agents/prune').json['detail'] == "Agent 'prune' not found"
 
 
-def test_no_answer_tells_what_serves_it(hall: Hall) -> None:
+def test_no_answer_reveals_the_server_software(hall: Hall) -> None:
     for answer in (hall.get('/health'), hall.get('/nowhere'), answers(hall.talk(b'nonsense\r\n\r\n'))[0]):
         assert 'server' not in answer.headers
         assert b'Python' not in answer.body
@@ -456,7 +456,7 @@ def test_no_answer_tells_what_serves_it(hall: Hall) -> None:
         assert 'date' in answer.headers
 
 
-def test_a_client_that_asks_first_is_told_to_send_its_body(hall: Hall) -> None:
+def test_a_client_that_expects_100_continue_gets_it(hall: Hall) -> None:
     whole = add('asked', b'Expect: 100-Continue')
     at = whole.index(b'\r\n\r\n') + 4
     with hall.connect() as sock:
@@ -465,20 +465,22 @@ def test_a_client_that_asks_first_is_told_to_send_its_body(hall: Hall) -> None:
         sock.sendall(whole[at:])
         assert read_answer(sock).status == 201
         sock.sendall(whole)
-        assert read_answer(sock).status == 201  # its body is here already: nothing to ask
+        assert read_answer(sock).status == 201  # its body is here already, so there is no 100
 
 
 @pytest.mark.parametrize(
     ('status', 'line'),
     [(413, b'Content-Length: 9999999'), (404, b'Content-Length: 5'), (403, b'Content-Length: 5\r\nOrigin: null')],
 )
-def test_a_client_that_asks_first_is_refused_before_it_sends(hall: Hall, status: int, line: bytes) -> None:
+def test_a_client_that_expects_100_continue_is_refused_before_it_sends_the_body(
+    hall: Hall, status: int, line: bytes
+) -> None:
     path = b'/nowhere' if status == 404 else b'/v1/backlog'
     whole = b'POST %b HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n%b\r\n\r\n' % (path, line)
     assert status_of(hall.talk(whole, finish=False)) == status
 
 
-def test_large_answers_reach_a_reader_that_is_slow(hall: Hall, page: bytes) -> None:
+def test_large_answers_reach_a_slow_reader(hall: Hall, page: bytes) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((hall.address, hall.port))
@@ -494,7 +496,7 @@ def test_large_answers_reach_a_reader_that_is_slow(hall: Hall, page: bytes) -> N
 
 
 def drip(hall: Hall, start: bytes) -> bytes:
-    """Sends `start`, then a byte now and then until something comes back."""
+    """Sends `start`, then a byte every 0.1 s until the server answers."""
     with hall.connect() as sock:
         sock.sendall(start)
         for _ in range(200):
@@ -504,14 +506,14 @@ def drip(hall: Hall, start: bytes) -> bytes:
         return read_all(sock)
 
 
-def test_a_head_that_drips_is_answered_408(brief: Hall) -> None:
+def test_a_head_that_arrives_too_slowly_is_answered_408(brief: Hall) -> None:
     raw, took = timed(drip, brief, b'GET /health HTTP/1.1\r\nX: ')
     [answer] = answers(raw)
     assert (answer.status, answer.json['code'], answer.headers['connection']) == (408, 'request-timeout', 'close')
     assert 0.9 < took < 8
 
 
-def test_a_body_that_drips_is_answered_408_and_not_executed(brief: Hall) -> None:
+def test_a_body_that_arrives_too_slowly_is_answered_408_and_not_executed(brief: Hall) -> None:
     raw, took = timed(
         drip, brief, head(b'Content-Type: application/json', b'Content-Length: 999') + b'{"description":"'
     )
@@ -527,7 +529,7 @@ def test_a_body_that_stalls_is_answered_408(brief: Hall) -> None:
     assert 'smuggled' not in backlog(brief)
 
 
-def test_a_connection_that_says_nothing_is_closed_without_a_word(brief: Hall) -> None:
+def test_a_connection_that_sends_nothing_is_closed_without_an_answer(brief: Hall) -> None:
     raw, took = timed(brief.talk, b'', False)
     assert raw == b''
     assert 0.9 < took < 8
@@ -539,7 +541,7 @@ def test_a_connection_that_idles_after_an_answer_is_closed(brief: Hall) -> None:
     assert 1.9 < took < 9
 
 
-def test_a_client_that_does_not_read_is_given_up(brief: Hall, page: bytes) -> None:
+def test_a_client_that_does_not_read_is_cut_off(brief: Hall, page: bytes) -> None:
     await_descriptors(brief, 1)
     before = descriptors(brief)
     with brief.connect() as sock:
@@ -551,7 +553,7 @@ def test_a_client_that_does_not_read_is_given_up(brief: Hall, page: bytes) -> No
         assert len(read_all(sock)) < 100 * PAGE
 
 
-def test_an_operation_past_its_time_is_answered_503_with_its_outcome_unknown(brief: Hall, place: Place) -> None:
+def test_an_operation_past_its_deadline_is_answered_503_with_unknown_outcome(brief: Hall, place: Place) -> None:
     os.mkfifo(place.root / 'is-stubborn')
     begun = os.open(place.root / 'is-stubborn', os.O_RDONLY | os.O_NONBLOCK)
     place.do('agent.spawn', name='stubborn', cli='stubborn')
@@ -569,7 +571,7 @@ def test_an_operation_past_its_time_is_answered_503_with_its_outcome_unknown(bri
 # ---------------------------------------------------------------------------------------------------------- limits
 
 
-def test_connections_over_the_limit_are_told_to_come_again(place: Place) -> None:
+def test_connections_over_the_limit_get_a_503_with_retry_after(place: Place) -> None:
     small = place.hall(TINYTOWN_TOWNHALL_LIMITS_CONNECTIONS='20')
     before = descriptors(small)
     with connections(small, 20) as held:
@@ -581,7 +583,7 @@ def test_connections_over_the_limit_are_told_to_come_again(place: Place) -> None
             assert (answer.status, answer.json['code']) == (503, 'too-many-connections')
             assert answer.headers['retry-after'] == '1'
         held[0].sendall(GET)
-        assert read_answer(held[0]).status == 200  # who is in is served
+        assert read_answer(held[0]).status == 200  # an accepted connection is served
     await_descriptors(small, before)
 
 
@@ -599,7 +601,7 @@ def test_a_burst_of_400_connections_is_served(hall: Hall) -> None:
     await_descriptors(hall, before)
 
 
-def test_idle_connections_cost_a_new_client_nothing_even_where_few_files_may_be_open(place: Place) -> None:
+def test_idle_connections_do_not_slow_a_new_client_even_with_few_descriptors(place: Place) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
@@ -614,12 +616,14 @@ def test_idle_connections_cost_a_new_client_nothing_even_where_few_files_may_be_
         assert answer.status == 200
         assert took < 5
         deadline = time.monotonic() + PATIENCE
-        while len(os.listdir(f'/proc/{crowded.process.pid}/task')) != 3:  # the loop, the caretaker, the steward
-            assert time.monotonic() < deadline, 'it has a thread for each of them'
+        while (
+            len(os.listdir(f'/proc/{crowded.process.pid}/task')) != 3
+        ):  # the event loop, the supervisor, the host orders
+            assert time.monotonic() < deadline, 'it has a thread for each connection'
 
 
-def test_a_server_out_of_descriptors_serves_who_is_in_and_recovers(place: Place) -> None:
-    starved = place.hall('--read-only')  # without a caretaker, which opens one at a time of its own
+def test_a_server_out_of_descriptors_serves_its_connections_and_recovers(place: Place) -> None:
+    starved = place.hall('--read-only')  # without a supervisor, which would open descriptors of its own
     with starved.connect() as inside:
         inside.sendall(b'GET /v1/status HTTP/1.1\r\n' + HOST + b'\r\n')
         assert read_answer(inside).status == 200
@@ -639,7 +643,7 @@ def test_a_server_out_of_descriptors_serves_who_is_in_and_recovers(place: Place)
         await_descriptors(starved, usual)
 
 
-def test_clients_that_break_off_leave_nothing_behind(hall: Hall, page: bytes) -> None:
+def test_clients_that_disconnect_leave_nothing_behind(hall: Hall, page: bytes) -> None:
     assert hall.get('/health').status == 200
     before = descriptors(hall)
     wait = post(b'{"timeout":0}', path=b'/v1/agents/nobody/wait')
@@ -652,12 +656,12 @@ def test_clients_that_break_off_leave_nothing_behind(hall: Hall, page: bytes) ->
     assert 'smuggled' not in backlog(hall)
 
 
-# ------------------------------------------------------------------------------------------------ beginning and end
+# ---------------------------------------------------------------------------------------------- start and shutdown
 
 
 @pytest.fixture
 def idler(place: Place) -> Iterator[Puppet]:
-    """An agent that lives until the test says otherwise."""
+    """An agent that stays until the test makes it depart."""
     made = enlist(place, f'idler-{new_id()[:8]}')
     yield made
     if made.show()['state'] != 'Stopped':
@@ -665,16 +669,16 @@ def idler(place: Place) -> Iterator[Puppet]:
 
 
 def begin_wait(hall: Hall, idler: Puppet, seconds: int = 20) -> socket.socket:
-    """A connection on which a slow request is under way: until the agent departs, or for so long."""
+    """A connection with a slow request, which waits until the agent departs or for `seconds`."""
     sock = hall.connect()
     sock.sendall(post(b'{"timeout":%d}' % seconds, path=f'/v1/agents/{idler.name}/wait'.encode()))
-    for _ in range(2):  # what was sent before them was read before the second one
+    for _ in range(2):  # when the second is answered, the server has read the request above
         assert hall.get('/health').status == 200
     return sock
 
 
 def await_refusal(hall: Hall) -> None:
-    """Waits until the server takes no more connections."""
+    """Waits until the server accepts no more connections."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -685,7 +689,7 @@ def await_refusal(hall: Hall) -> None:
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(
+def test_a_signal_lets_requests_under_way_finish_and_refuses_new_connections(
     place: Place, idler: Puppet, number: signal.Signals
 ) -> None:
     ending = place.hall()
@@ -705,7 +709,7 @@ def test_a_signal_lets_requests_under_way_finish_and_refuses_new_ones(
     assert ending.process.wait(PATIENCE) == 0
 
 
-def test_requests_that_came_before_the_signal_are_answered(place: Place) -> None:
+def test_requests_that_arrived_before_the_signal_are_answered(place: Place) -> None:
     ending = place.hall()
     assert ending.get('/v1/status').status == 200
     ending.process.send_signal(signal.SIGSTOP)
@@ -720,7 +724,9 @@ def test_requests_that_came_before_the_signal_are_answered(place: Place) -> None
     assert [task['description'] for task in place.do('backlog.list')['backlog']].count('just in time') == 10
 
 
-def test_a_second_signal_ends_it_at_once_and_says_that_the_outcome_is_unknown(place: Place, idler: Puppet) -> None:
+def test_a_second_signal_ends_the_server_at_once_and_clients_hear_that_the_outcome_is_unknown(
+    place: Place, idler: Puppet
+) -> None:
     ending = place.hall(TINYTOWN_TOWNHALL_LIMITS_DRAIN_SECS='60')
     with begin_wait(ending, idler) as slow:
         ending.process.terminate()
@@ -738,7 +744,7 @@ def townhall(place: Place, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def test_a_port_in_use_is_one_line_and_exit_2(place: Place, hall: Hall) -> None:
+def test_a_port_in_use_prints_one_line_and_exits_2(place: Place, hall: Hall) -> None:
     done = townhall(place, '--port', str(hall.port))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -747,7 +753,9 @@ def test_a_port_in_use_is_one_line_and_exit_2(place: Place, hall: Hall) -> None:
 
 
 @pytest.mark.parametrize('address', ['0.0.0.0', '::', '192.0.2.1', 'example.com', ''])  # noqa: S104
-def test_an_address_that_others_reach_is_not_served_without_authentication(place: Place, address: str) -> None:
+def test_an_address_that_other_machines_can_reach_is_not_served_without_authentication(
+    place: Place, address: str
+) -> None:
     done = townhall(place, '--bind', address, '--port', '0')
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -755,7 +763,7 @@ def test_an_address_that_others_reach_is_not_served_without_authentication(place
 
 
 def ended_log(hall: Hall) -> list[str]:
-    """The lines of a server's log, once it has ended."""
+    """Stops a server and returns the lines of its log."""
     hall.process.terminate()
     assert hall.process.wait(PATIENCE) == 0
     hall.kill()
@@ -786,7 +794,7 @@ def test_the_access_log_may_be_json_or_off(place: Place) -> None:
     assert not [line for line in ended_log(silent) if '/v1/town' in line]
 
 
-def test_a_log_that_can_not_be_written_does_not_end_the_service(place: Place) -> None:
+def test_a_log_that_can_not_be_written_does_not_stop_the_server(place: Place) -> None:
     argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', '0']
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -800,7 +808,7 @@ def test_a_log_that_can_not_be_written_does_not_end_the_service(place: Place) ->
         assert process.wait(PATIENCE) == 0
 
 
-def test_a_machine_without_epoll_is_served_too(place: Place, idler: Puppet, page: bytes, tmp_path: Path) -> None:
+def test_the_server_works_without_epoll(place: Place, idler: Puppet, page: bytes, tmp_path: Path) -> None:
     (tmp_path / 'sitecustomize.py').write_text('import select\ndel select.epoll\n')
     plain = place.hall(PYTHONPATH=f'{tmp_path}:{REPOSITORY}')
     with begin_wait(plain, idler, 1) as slow:
@@ -815,11 +823,11 @@ def test_a_machine_without_epoll_is_served_too(place: Place, idler: Puppet, page
 BROKEN = """
 import sys
 from pathlib import Path
-from tinytown.stream import Slow
-from tinytown.http1 import Peer, Response
-from tinytown.listen import open_listeners
-from tinytown.town import open_town
-from tinytown.web import Server
+from tinytown.http.replies import Slow
+from tinytown.http.http1 import Peer, Response
+from tinytown.http.listener import open_listeners
+from tinytown.core.town import open_town
+from tinytown.http.server import Server
 
 class Broken:
     def meet(self, sock, address):
@@ -850,7 +858,7 @@ server.serve()
 """
 
 
-def test_a_fault_of_the_server_is_a_500_that_tells_nothing_but_its_id(place: Place) -> None:
+def test_a_bug_in_the_server_is_a_500_that_reveals_only_the_request_id(place: Place) -> None:
     argv = [sys.executable, '-c', BROKEN, str(place.root)]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:

@@ -1,4 +1,4 @@
-"""TLS: what stops the start, which clients get in, and a socket that never waits."""
+"""TLS: which settings stop the start, which clients are accepted, and the non-blocking socket."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope='module')
 def other(authority: Authority) -> Authority:
-    """Another authority, whose name is the same."""
+    """Another authority with the same name."""
     return Authority(authority.directory / 'other')
 
 
@@ -65,14 +65,14 @@ def settings(directory: Path, text: str) -> TownhallSettings:
     return config.load(directory, environ={}).townhall
 
 
-def test_tables_that_are_there_are_in_force_unless_they_say_otherwise(directory: Path) -> None:
+def test_a_table_of_settings_turns_its_feature_on_unless_it_says_otherwise(directory: Path) -> None:
     found = settings(directory, '[townhall.tls]\ncert_path = "c"\nkey_path = "k"\n[townhall.mtls]\nrequired = true')
     assert (found.tls.enabled, found.mtls.enabled) == (True, True)
     found = settings(directory, '[townhall.tls]\nenabled = false\ncert_path = "c"')
     assert (found.tls.enabled, found.mtls.enabled) == (False, False)
 
 
-def test_both_spellings_of_a_path_are_taken_but_not_together(directory: Path) -> None:
+def test_both_spellings_of_a_path_are_accepted_but_not_together(directory: Path) -> None:
     text = 'townhall.tls.cert_file = "c"\ntownhall.tls.key_file = "k"\ntownhall.mtls.ca_file = "a"'
     found = settings(directory, text)
     assert (found.tls.cert_path, found.tls.key_path, found.mtls.ca_path) == ('c', 'k', 'a')
@@ -84,7 +84,7 @@ def test_both_spellings_of_a_path_are_taken_but_not_together(directory: Path) ->
             settings(directory, both)
 
 
-def test_a_map_of_subjects_holds_scopes(directory: Path) -> None:
+def test_subjects_map_to_lists_of_scopes(directory: Path) -> None:
     mtls = settings(directory, '[townhall.mtls]\nsubjects = { ann = ["town.read"], "b c" = ["admin"] }').mtls
     assert mtls.subjects == {'ann': ['town.read'], 'b c': ['admin']}
     assert to_toml(mtls.subjects) == '{ann = ["town.read"], "b c" = ["admin"]}'
@@ -101,10 +101,10 @@ def test_a_map_of_subjects_holds_scopes(directory: Path) -> None:
             settings(directory, f'[townhall.mtls]\nsubjects = {wrong}')
 
 
-# -------------------------------------------------------------------------------------------- what stops the start
+# ----------------------------------------------------------------------------------- settings that stop the start
 
 
-def test_a_certificate_that_is_no_file_is_named(authority: Authority, server: Pair) -> None:
+def test_an_error_names_a_missing_certificate_file(authority: Authority, server: Pair) -> None:
     for name, tls in (
         ('cert_path', files(server).but(cert_path='gone.pem')),
         ('key_path', files(server).but(key_path='gone.pem')),
@@ -140,15 +140,15 @@ def test_a_relative_path_starts_at_the_town(authority: Authority, server: Pair) 
         ),
         (
             lambda a: replace(a.sign('localhost'), key=a.sign('localhost').key),
-            'is not the key of the certificate {cert}; give the two that belong together',
+            'is not the key of the certificate {cert}; give a certificate and its own key',
         ),
-        (lambda a: replace(a.sign('localhost'), cert=a.sign('x').key), '{cert} holds no certificate'),
-        (lambda a: replace(a.sign('localhost'), key=private(a.sign('x').cert)), '{key} holds no private key'),
-        (lambda a: damaged(a, 'key'), '{key} can not be used'),
+        (lambda a: replace(a.sign('localhost'), cert=a.sign('x').key), '{cert} does not contain a certificate'),
+        (lambda a: replace(a.sign('localhost'), key=private(a.sign('x').cert)), '{key} does not contain a private key'),
+        (lambda a: damaged(a, 'key'), '{key} cannot be used'),
         (lambda a: damaged(a, 'cert'), '{cert}'),
     ],
 )
-def test_what_clients_would_not_take_stops_the_start(
+def test_a_certificate_that_clients_would_refuse_stops_the_start(
     authority: Authority, make: Callable[[Authority], Pair], says: str
 ) -> None:
     pair = make(authority)
@@ -161,7 +161,7 @@ def private(file: Path) -> Path:
 
 
 def damaged(authority: Authority, which: str) -> Pair:
-    """A pair of which one file is PEM around something else."""
+    """A pair with garbage inside the PEM of one file."""
     pair = authority.sign('localhost')
     file: Path = getattr(pair, which)
     lines = file.read_text().splitlines()
@@ -179,14 +179,14 @@ def test_a_key_that_everyone_may_read_stops_the_start(authority: Authority) -> N
             assert refusal(files(pair)).endswith(f'run  chmod o-rwx {pair.key}')
 
 
-def test_a_certificate_with_those_above_it_is_taken(authority: Authority) -> None:
+def test_a_certificate_chain_is_accepted(authority: Authority) -> None:
     pair = authority.sign('localhost', SERVER)
     pair.cert.write_bytes(pair.cert.read_bytes() + authority.path.read_bytes())
     with serving(files(pair)) as (_, connect):
         assert connect(authority.client()) == b'hello'
 
 
-def test_authorities_and_revocation_lists_that_can_not_serve_stop_the_start(
+def test_unusable_authorities_and_revocation_lists_stop_the_start(
     authority: Authority, server: Pair, directory: Path
 ) -> None:
     empty, old = directory / 'empty.pem', Authority(directory, 'old', (-20, -1))
@@ -194,25 +194,25 @@ def test_authorities_and_revocation_lists_that_can_not_serve_stop_the_start(
     tls, good = files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))
     assert refusal(tls, MtlsSettings(enabled=True)) == 'townhall.mtls.ca_path is missing; give the path of a PEM file'
     assert "townhall.mtls.ca_path = '/gone'" in refusal(tls, MtlsSettings(enabled=True, required=True, ca_path='/gone'))
-    assert f'{empty}: it holds no certificate of an authority' in refusal(
+    assert f'{empty} contains no certificate of an authority' in refusal(
         tls, MtlsSettings(enabled=True, required=True, ca_path=str(empty))
     )
-    assert 'it holds no certificate of an authority; give' in refusal(
+    assert 'contains no certificate of an authority; give' in refusal(
         tls, MtlsSettings(enabled=True, required=True, ca_path=str(server.cert))
     )
     assert 'every authority in it has expired' in refusal(
         tls, MtlsSettings(enabled=True, required=True, ca_path=str(old.path))
     )
     assert "townhall.mtls.crl_path = '/gone'" in refusal(tls, good.but(crl_path='/gone'))
-    assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(empty)))
-    assert 'it holds no certificate revocation list' in refusal(tls, good.but(crl_path=str(authority.path)))
+    assert 'contains no certificate revocation list' in refusal(tls, good.but(crl_path=str(empty)))
+    assert 'contains no certificate revocation list' in refusal(tls, good.but(crl_path=str(authority.path)))
 
 
-# ---------------------------------------------------------------------------------------------- which clients get in
+# ------------------------------------------------------------------------------------- which clients are accepted
 
 
 def drive(sock: TlsSocket, work: Callable[[], int]) -> None:
-    """Does what a loop does: calls `work` until it wants to wait for nothing more, waiting for what it wants."""
+    """Acts as the event loop: calls `work` until it returns 0, and waits for the event that it returns otherwise."""
     poll = select.poll()
     while wanted := work():
         poll.register(sock.fileno(), wanted)
@@ -220,7 +220,7 @@ def drive(sock: TlsSocket, work: Callable[[], int]) -> None:
 
 
 def answer(sock: TlsSocket) -> str:
-    """Greets a client; whom its certificate names."""
+    """Greets a client. Returns the name in its certificate."""
     drive(sock, sock.handshake)
     named = sock.subject()
     assert sock.send(b'hello') == 5
@@ -230,7 +230,7 @@ def answer(sock: TlsSocket) -> str:
 
 @contextmanager
 def serving(tls: TlsSettings, mtls: MtlsSettings = MtlsSettings()) -> Iterator[tuple[list[str], Callable[..., bytes]]]:
-    """What it saw of its clients (whom they are, or an error), and a function that connects one and reads."""
+    """A server. Yields (names or errors of its clients, a function that connects a client and reads the greeting)."""
     context, seen = server_context(tls, mtls, Path('/')), list[str]()
 
     def serve(raw: socket.socket) -> None:
@@ -256,7 +256,9 @@ def serving(tls: TlsSettings, mtls: MtlsSettings = MtlsSettings()) -> Iterator[t
 
 
 @pytest.mark.parametrize('version', [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_client_with_a_good_certificate_is_named(authority: Authority, server: Pair, version: ssl.TLSVersion) -> None:
+def test_a_valid_client_certificate_identifies_its_client(
+    authority: Authority, server: Pair, version: ssl.TLSVersion
+) -> None:
     client = authority.client(authority.sign('ann', CLIENT), version)
     for required in (True, False):
         with serving(files(server), MtlsSettings(enabled=True, required=required, ca_path=str(authority.path))) as (
@@ -267,7 +269,7 @@ def test_a_client_with_a_good_certificate_is_named(authority: Authority, server:
         assert seen == ['ann']
 
 
-def test_a_certificate_without_purposes_serves_for_every_purpose(authority: Authority, server: Pair) -> None:
+def test_a_certificate_without_key_usage_is_accepted(authority: Authority, server: Pair) -> None:
     with serving(files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path))) as (
         seen,
         connect,
@@ -289,7 +291,7 @@ def test_a_certificate_without_purposes_serves_for_every_purpose(authority: Auth
         ('revoked', 'client certificate: certificate revoked'),
     ],
 )
-def test_a_bad_client_certificate_ends_the_handshake_even_where_none_is_required(
+def test_an_invalid_client_certificate_ends_the_handshake_even_if_none_is_required(
     authority: Authority, other: Authority, server: Pair, version: ssl.TLSVersion, required: bool, bad: str, says: str
 ) -> None:
     revoked = authority.sign('ann', CLIENT)
@@ -313,14 +315,16 @@ def test_a_bad_client_certificate_ends_the_handshake_even_where_none_is_required
 
 
 def outcome(work: Callable[[], bytes]) -> bytes | OSError:
-    """What was read, or the error: an alert may meet a client in its handshake, or when it reads."""
+    """The bytes read, or the error: a TLS alert may reach a client in its handshake or when it reads."""
     try:
         return work()
     except OSError as e:
         return e
 
 
-def test_a_client_without_a_certificate_gets_in_only_where_none_is_required(authority: Authority, server: Pair) -> None:
+def test_a_client_without_a_certificate_is_accepted_only_if_none_is_required(
+    authority: Authority, server: Pair
+) -> None:
     with serving(files(server), MtlsSettings(enabled=True, required=False, ca_path=str(authority.path))) as (
         seen,
         connect,
@@ -336,7 +340,7 @@ def test_a_client_without_a_certificate_gets_in_only_where_none_is_required(auth
         assert seen == ['peer did not return a certificate']
 
 
-def test_a_revocation_list_that_is_over_lets_nobody_in(authority: Authority, server: Pair) -> None:
+def test_an_expired_revocation_list_accepts_nobody(authority: Authority, server: Pair) -> None:
     mtls = MtlsSettings(
         enabled=True, required=True, ca_path=str(authority.path), crl_path=str(authority.revoke(days=-1))
     )
@@ -346,7 +350,7 @@ def test_a_revocation_list_that_is_over_lets_nobody_in(authority: Authority, ser
 
 
 @pytest.mark.parametrize('version', [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
+def test_a_session_is_not_resumed_after_its_certificate_has_expired(
     authority: Authority, server: Pair, version: ssl.TLSVersion
 ) -> None:
     client = authority.client(authority.sign('ann', CLIENT, (-1, 1)), version)
@@ -367,14 +371,14 @@ def test_a_session_does_not_go_on_after_the_end_of_its_certificate(
         files(server), MtlsSettings(enabled=True, required=True, ca_path=str(authority.path)), Path('/')
     )
     with pair_of(renewed, client, session) as (_, theirs):
-        assert not theirs.session_reused  # so that a new revocation list is looked at
+        assert not theirs.session_reused  # so a new revocation list is checked
 
 
 def a_week_later() -> float:
     return time.time() + 7 * 86400
 
 
-def test_only_tls_from_1_2_and_http_1_1_are_spoken(authority: Authority, server: Pair) -> None:
+def test_only_tls_1_2_or_later_and_http_1_1_are_negotiated(authority: Authority, server: Pair) -> None:
     with serving(files(server)) as (seen, connect):
         for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
             with pytest.raises(ssl.SSLError), pytest.warns(DeprecationWarning, match='TLSv1'):
@@ -405,7 +409,7 @@ def test_only_tls_from_1_2_and_http_1_1_are_spoken(authority: Authority, server:
         (None, ''),
     ],
 )
-def test_a_certificate_is_known_by_its_one_common_name_or_its_first_alternative_name(
+def test_a_certificate_names_its_only_common_name_or_its_first_alternative_name(
     certificate: dict[str, Any] | None, named: str
 ) -> None:
     assert subject(certificate) == named
@@ -421,7 +425,7 @@ def test_names_are_read_from_real_certificates(authority: Authority, server: Pai
     assert seen == ['', 'ann', 'a.example']
 
 
-# ---------------------------------------------------------------------------------------- a socket that never waits
+# ----------------------------------------------------------------------------------------- the non-blocking socket
 
 
 @contextmanager
@@ -431,7 +435,7 @@ def pair_of(
     session: ssl.SSLSession | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[tuple[TlsSocket, ssl.SSLSocket]]:
-    """A connection whose handshake is done: our side, and a client's that waits."""
+    """A connection after its handshake: our side, and a client's blocking side."""
     raw, its = socket.socketpair()
     its.settimeout(PATIENCE)
     ours = TlsSocket(raw, context, clock)
@@ -465,7 +469,7 @@ def wait_for(sock: TlsSocket, mask: int) -> None:
 
 
 def receive(sock: TlsSocket) -> bytes:
-    """What comes, when it comes."""
+    """Waits for bytes and returns them."""
     while True:
         try:
             return sock.recv(65536)
@@ -474,7 +478,7 @@ def receive(sock: TlsSocket) -> bytes:
 
 
 def fill(sock: TlsSocket | socket.socket) -> int:
-    """Sends until no more can be sent; how much it was."""
+    """Sends until the socket takes no more. Returns the number of bytes."""
     size = 0
     while True:
         try:
@@ -483,7 +487,7 @@ def fill(sock: TlsSocket | socket.socket) -> int:
             return size
 
 
-def test_nothing_there_is_a_blocking_io_error(connection: Connected) -> None:
+def test_receiving_without_data_raises_blocking_io_error(connection: Connected) -> None:
     ours, theirs = connection
     with pytest.raises(BlockingIOError):
         ours.recv(65536)
@@ -493,14 +497,14 @@ def test_nothing_there_is_a_blocking_io_error(connection: Connected) -> None:
         ours.recv(65536)
 
 
-def test_an_event_tells_of_everything_that_was_not_received(connection: Connected) -> None:
+def test_polling_reports_all_data_that_was_not_received(connection: Connected) -> None:
     ours, theirs = connection
     data = os.urandom(300_000)
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(theirs.sendall, data)
         got = b''
         while len(got) < len(data):
-            wait_for(ours, IN)  # it would wait for ever for what is in memory already
+            wait_for(ours, IN)  # would wait for ever if the rest were already in memory
             try:
                 got += ours.recv(16384)
             except BlockingIOError:
@@ -510,7 +514,7 @@ def test_an_event_tells_of_everything_that_was_not_received(connection: Connecte
     assert got == data
 
 
-def test_a_small_receive_says_what_is_pending(connection: Connected) -> None:
+def test_a_small_receive_leaves_the_rest_pending(connection: Connected) -> None:
     ours, theirs = connection
     theirs.sendall(b'0123456789')
     wait_for(ours, IN)
@@ -519,7 +523,7 @@ def test_a_small_receive_says_what_is_pending(connection: Connected) -> None:
     assert ours.recv(100) == b'456789'
 
 
-def test_a_large_answer_goes_out_in_pieces_to_a_slow_reader(connection: Connected) -> None:
+def test_a_large_answer_is_sent_in_pieces_to_a_slow_reader(connection: Connected) -> None:
     ours, theirs = connection
     data = memoryview(os.urandom(3_000_000))
     left, got, blocked = data, b'', 0
@@ -535,7 +539,7 @@ def test_a_large_answer_goes_out_in_pieces_to_a_slow_reader(connection: Connecte
     assert blocked
 
 
-def test_bytes_that_were_refused_may_be_followed_by_more_when_they_are_sent_again(connection: Connected) -> None:
+def test_a_refused_send_may_be_repeated_with_more_bytes_appended(connection: Connected) -> None:
     ours, theirs = connection
     size = fill(ours)
     data = b'x' * 100 + b'more' * 9000
@@ -550,9 +554,9 @@ def test_bytes_that_were_refused_may_be_followed_by_more_when_they_are_sent_agai
     assert got == b'x' * size + data
 
 
-def test_the_end_is_said_to_the_client_and_heard_from_it(connection: Connected) -> None:
+def test_shutdown_sends_close_notify_and_the_end_of_the_client_is_noticed(connection: Connected) -> None:
     ours, theirs = connection
-    vars(theirs)['suppress_ragged_eofs'] = False  # an end that was not said is an error then
+    vars(theirs)['suppress_ragged_eofs'] = False  # then an end without close_notify is an error
     theirs.sendall(b'a question')
     assert receive(ours) == b'a question'
     theirs.sendall(b'more that nobody reads')
@@ -568,7 +572,7 @@ def test_the_end_is_said_to_the_client_and_heard_from_it(connection: Connected) 
     assert ours.fileno() == -1
 
 
-def test_a_client_that_takes_its_leave_is_heard(connection: Connected) -> None:
+def test_a_close_notify_of_the_client_is_the_end(connection: Connected) -> None:
     ours, theirs = connection
     with ThreadPoolExecutor(1) as thread:
         leaving = thread.submit(theirs.unwrap)
@@ -578,7 +582,7 @@ def test_a_client_that_takes_its_leave_is_heard(connection: Connected) -> None:
         leaving.result()
 
 
-def test_closing_says_the_end_too(connection: Connected) -> None:
+def test_closing_sends_close_notify_too(connection: Connected) -> None:
     ours, theirs = connection
     vars(theirs)['suppress_ragged_eofs'] = False
     ours.close()
@@ -586,7 +590,7 @@ def test_closing_says_the_end_too(connection: Connected) -> None:
     ours.close()
 
 
-def test_a_client_that_is_gone_is_an_os_error_or_the_end(connection: Connected) -> None:
+def test_a_vanished_client_is_an_os_error_or_the_end(connection: Connected) -> None:
     ours, theirs = connection
     theirs.close()
     assert isinstance(last := outcome(lambda: receive(ours)), ConnectionResetError) or last == b''
@@ -594,7 +598,7 @@ def test_a_client_that_is_gone_is_an_os_error_or_the_end(connection: Connected) 
         fill(ours)
 
 
-def test_bytes_that_are_no_tls_end_the_connection(connection: Connected) -> None:
+def test_bytes_that_are_not_tls_end_the_connection(connection: Connected) -> None:
     ours, theirs = connection
     socket.socket.sendall(theirs, b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n')
     with pytest.raises(OSError):
@@ -602,7 +606,7 @@ def test_bytes_that_are_no_tls_end_the_connection(connection: Connected) -> None
     ours.close()
 
 
-def test_a_handshake_says_what_it_waits_for_and_never_waits(authority: Authority, server: Pair) -> None:
+def test_a_handshake_returns_the_event_to_wait_for_and_never_blocks(authority: Authority, server: Pair) -> None:
     raw, its = socket.socketpair()
     ours = TlsSocket(raw, server_context(files(server), MtlsSettings(), Path('/')))
     client = authority.client()
@@ -616,13 +620,13 @@ def test_a_handshake_says_what_it_waits_for_and_never_waits(authority: Authority
         assert ours.handshake() == IN
         its.sendall(hello[i : i + 1])
     assert ours.handshake() == IN
-    assert time.monotonic() - began < len(hello) * 0.02, 'it waited, each time'
+    assert time.monotonic() - began < len(hello) * 0.02, 'it blocked each time'
     assert its.recv(65536)
     ours.close()
     its.close()
 
 
-def test_a_handshake_that_can_not_write_waits_for_that(authority: Authority, server: Pair) -> None:
+def test_a_handshake_that_can_not_write_asks_to_wait_for_writing(authority: Authority, server: Pair) -> None:
     raw, its = socket.socketpair()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     raw.setblocking(False)
@@ -643,7 +647,7 @@ def test_a_handshake_that_can_not_write_waits_for_that(authority: Authority, ser
     ours.close()
 
 
-def test_a_plain_request_is_told_that_the_port_speaks_https(server: Pair) -> None:
+def test_a_plain_request_gets_an_answer_that_the_port_speaks_https(server: Pair) -> None:
     context = server_context(files(server), MtlsSettings(), Path('/'))
     for size in (0, 100, 100_000):
         raw, its = socket.socketpair()

@@ -1,1 +1,1 @@
-"""Who calls, what they may do, how often, and the record of it. Start with `access`."""
+"""Authentication, rate limits and the audit log. Start with `access`."""

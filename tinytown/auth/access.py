@@ -1,8 +1,9 @@
-"""Who calls: from the head of a request to a principal, or a refusal that is on record.
+"""Authentication: turns the head of a request into a principal, or into a refusal that the audit records.
 
-What can be said at once is said before the body is read: a key that was found good before, a client certificate, a
-user of this machine; a key whose checksum is wrong or whose id is unknown. The rest is a `Claim`, proven by a step.
-Nothing in here ever hashes, or waits for anyone, on the event loop.
+Start with `Access`, which `rest.app` and `mcp.streamable_http` call for every request. `Access.admit` decides the
+simple cases at once, before the body is read: a key that was verified before, a client certificate, a user of this
+machine, a key with a wrong checksum or an unknown id. All other credentials need a hash, Redis or the issuer: they
+become a `Claim`, which `Access.prove` verifies later in a step. Nothing here hashes or waits on the event loop.
 """
 
 from __future__ import annotations
@@ -41,29 +42,29 @@ _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')
 
 
 class TokenVerifier(Protocol):
-    """Whose tokens a town trusts (`oidc`)."""
+    """Turns the tokens of an issuer into principals. `oidc.OidcVerifier` implements it."""
 
     def known(self, token: str) -> Principal | None:
-        """Whom a token stands for, without waiting; None if `verify` must say. Raises TownError."""
+        """The principal of a token, without waiting; None if only `verify` can decide. Raises TownError."""
         ...
 
     def verify(self, token: str) -> Principal:
-        """Whom a token stands for. May ask another server. Raises TownError."""
+        """The principal of a token. May wait for another server. Raises TownError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Who a caller says to be. `prove` raises TownError; a slow one takes a thread of its own."""
+    """A credential that is not verified yet. `prove` raises TownError; if `is_slow`, it must run on its own thread."""
 
     prove: Callable[[], Step[Principal]]
     is_slow: bool
 
 
 class Access:
-    """Who may come in. Made before a townhall forks; `apply` has it take up another configuration.
+    """Authenticates requests, limits their rate and records refusals. Create it before townhall forks.
 
-    `verifier` is there in mode oidc. Raises UsageError for keys that can't be used, and an audit that can't be written.
+    `verifier` is required in mode oidc. Raises UsageError if a key can't be used or the audit can't be written.
     """
 
     def __init__(self, town: Town, verifier: TokenVerifier | None = None) -> None:
@@ -72,13 +73,13 @@ class Access:
         self._agents_key = agent_tokens.key_of(town.root)
         self._buckets = Buckets()
         self._checks = Checks(self._buckets)
-        self._asks_slowly = False
+        self._is_rechecking = False  # whether a slow recheck of a stream's credential is running
         self.apply(town, verifier)
 
     def apply(self, town: Town, verifier: TokenVerifier | None = None) -> None:
-        """Takes up a configuration, but for the place of the audit. Raises UsageError, and nothing is changed then."""
+        """Replaces the configuration, except the path of the audit. Raises UsageError and then changes nothing."""
         config = town.config
-        self._keys = Watched(town.root, Keyring(config.townhall.auth))
+        self._keys = WatchedKeyring(town.root, Keyring(config.townhall.auth))
         self._town = town
         self._settings = config.townhall
         self._verifier = verifier
@@ -91,119 +92,120 @@ class Access:
 
     @property
     def keys_are_old(self) -> bool:
-        """Whether keys are in force that the configuration, which can't be taken up, may have revoked."""
+        """Whether the configuration is unusable, so that keys which it has revoked may still be accepted."""
         return self._settings.auth.mode == 'api_key' and self._keys.are_old
 
-    # ------------------------------------------------------------------------------------------------- at the door
+    # --------------------------------------------------------------------------------------- connections and requests
 
     def meet(self, sock: socket.socket, address: Any) -> Peer:
-        """Who is at the other end of a connection that was just made."""
+        """The peer of a connection that was just accepted."""
         host = address[0] if isinstance(address, tuple) else ''
         return Peer(host, uid_of(sock) if self._settings.auth.mode == 'none' else None)
 
     def gate(self, request: Request) -> CallLimits:
-        """What a call of this request meets in the door."""
+        """The rate limits and the audit that apply to the operations of this request."""
         return CallLimits(self._throttle, self.audit, request.id, request.peer.address)
 
     def admit(self, request: Request, operation: str, arguments: Mapping[str, Any]) -> None:
-        """Sets `request.by` to the principal, or to the claim of one. Raises TownError.
+        """Sets `request.by` to the principal, or to a `Claim` that `prove` must verify. Raises TownError.
 
-        `operation` and `arguments` are for the record of a refusal.
+        The audit record of a refusal contains `operation` and `arguments`.
         """
         try:
-            found = self._judge(request)
+            caller = self._authenticate(request)
         except TownError as e:
             self.refused(request, operation, arguments, e)
             raise
-        request.by = self._limited(found) if isinstance(found, Principal) else found
-        request.ask_again = self.ask_again
-        if isinstance(found, Principal):
-            request.caller = found.name
+        request.by = self._limited(caller) if isinstance(caller, Principal) else caller
+        request.reauthenticate = self.reauthenticate
+        if isinstance(caller, Principal):
+            request.caller = caller.name
 
     def prove(self, request: Request, operation: str, arguments: Mapping[str, Any]) -> Step[Principal]:
-        """The principal of a request that was admitted; a claim is proven now. Raises TownError."""
+        """The principal of an admitted request; verifies its claim if it still has one. Raises TownError."""
         if isinstance(request.by, Principal):
             return request.by
         try:
-            found = yield from request.by.prove()
+            proven = yield from request.by.prove()
         except TownError as e:
             self.refused(request, operation, arguments, e)
             raise
-        request.by = by = self._limited(found)
+        request.by = by = self._limited(proven)
         request.caller = by.name
         return by
 
-    def ask_again(self, stream: Stream) -> None:
-        """Judges anew who reads a stream, and ends it for one who is no longer let in, or now has other scopes.
+    def reauthenticate(self, stream: Stream) -> None:
+        """Checks the credential of an open stream again; ends the stream if it was revoked or its scopes changed.
 
-        What can't be said now (Redis or the issuer is away) ends nothing. Of proofs that are slow one at a time is
-        made, on a thread: it brings what it learned to the next ones.
+        If the check is impossible now (Redis or the issuer is down), the stream stays open. Only one slow check runs
+        at a time, on a thread; it caches its result, so the checks after it are fast.
         """
         if not isinstance(stream.request.by, Principal):
-            return  # it is being proven
+            return  # the first proof is still running
         try:
-            found = self._judge(stream.request)
+            caller = self._authenticate(stream.request)
         except TownError as e:
             self._confirm(stream, None, e)
             return
-        if isinstance(found, Principal):
-            self._confirm(stream, found, None)
-        elif not found.is_slow:
-            stream.run(found.prove(), lambda by, error: self._confirm(stream, by, error))
-        elif not self._asks_slowly:
-            self._asks_slowly = True
-            stream.run(found.prove(), lambda by, error: self._confirm_slowly(stream, by, error), True, True)
+        if isinstance(caller, Principal):
+            self._confirm(stream, caller, None)
+        elif not caller.is_slow:
+            stream.run(caller.prove(), lambda by, error: self._confirm(stream, by, error))
+        elif not self._is_rechecking:
+            self._is_rechecking = True
+            stream.run(caller.prove(), lambda by, error: self._confirm_slowly(stream, by, error), True, True)
 
     def _confirm_slowly(self, stream: Stream, by: Principal | None, error: Exception | None) -> None:
-        self._asks_slowly = False
+        self._is_rechecking = False
         self._confirm(stream, by, error)
 
     def _confirm(self, stream: Stream, by: Principal | None, error: Exception | None) -> None:
         request = stream.request
         if by is not None and self._limited(by) != request.by:
-            error = Unauthorized('what this caller may do has changed; call again', code='scopes-changed')
+            error = Unauthorized('the scopes of this caller have changed; call again', code='scopes-changed')
         if isinstance(error, TownError) and error.status in (401, 403) and stream.is_open:
             self.refused(request, request.operation, request.values, error)
             stream.refuse(error)
 
     def refused(self, request: Request, operation: str, arguments: Mapping[str, Any], error: TownError) -> None:
-        """Puts a refusal on record, and says how a caller who is not known may be."""
+        """Records a refusal in the audit. Gives a 401 its challenge (WWW-Authenticate; RFC 6750, 3)."""
         if error.status == 401:
             error.challenge = error.challenge or f'{CHALLENGE}, error="invalid_token"'
         if error.status in (401, 403, 429):
             self.audit.denied(AuditSubject(request.id, request.peer.address, None, operation, arguments), error)
 
     def _limited(self, by: Principal) -> Principal:
-        """With read_only, a principal that may do no more than read."""
+        """The principal, reduced to the scope town.read if townhall.read_only is set."""
         if not self._settings.read_only or by.scopes <= {READ}:
             return by
         return replace(by, scopes=frozenset({READ} if by.may(READ) else ()))
 
-    # ---------------------------------------------------------------------------------------------------- judging
+    # --------------------------------------------------------------------------------------------------- authentication
 
-    def _judge(self, request: Request) -> Principal | Claim:
+    def _authenticate(self, request: Request) -> Principal | Claim:
+        """The principal of a request, or the claim to verify. Agent tokens are accepted in every mode."""
         mode, peer = self._settings.auth.mode, request.peer
         local = self._by_user(peer.uid) if mode == 'none' else None
-        shown = _shown(request, lenient=mode == 'none')
-        if shown.startswith(agent_tokens.TOKEN_PREFIX):
-            return self._by_agent(shown)
+        credential = _credential(request, lenient=mode == 'none')
+        if credential.startswith(agent_tokens.TOKEN_PREFIX):
+            return self._by_agent(credential)
         if local:
             return self._subjects.get(peer.subject, local)
-        if shown and mode == 'api_key':
-            return self._by_key(shown, peer.address)
-        if shown:
-            return self._by_token(shown)
+        if credential and mode == 'api_key':
+            return self._by_key(credential, peer.address)
+        if credential:
+            return self._by_token(credential)
         if peer.subject in self._subjects:
             return self._subjects[peer.subject]
-        how = 'an API key' if mode == 'api_key' else 'a token'
-        raise Unauthorized(f'send {how}, as  Authorization: Bearer …', challenge=CHALLENGE)
+        kind = 'an API key' if mode == 'api_key' else 'a token'
+        raise Unauthorized(f'send {kind}, as  Authorization: Bearer …', challenge=CHALLENGE)
 
     def _by_user(self, uid: int | None) -> Principal:
         known = uid in self._uids if uid is not None else not CAN_TELL
         if not known and self._settings.auth.local_users == 'same':
-            who = 'the user of this connection can not be told' if uid is None else f'this connection is of user {uid}'
+            caller = 'the user of this connection is unknown' if uid is None else f'this connection is of user {uid}'
             raise Forbidden(
-                f'{who}, and this townhall serves its own user alone; to let every user of its machine in: '
+                f'{caller}, and this townhall serves only its own user; to serve every user of its machine, run:  '
                 'tt config townhall.auth.local_users any',
                 code='other-user',
             )
@@ -246,7 +248,7 @@ def _check_token(verifier: TokenVerifier, token: str) -> Step[Principal]:
 
 
 def _named(by: Principal) -> Principal:
-    """A principal whose name is one word: it stands in records, and in keys whose parts are set off by spaces."""
+    """The principal with spaces in its name escaped: records and Redis keys use a space as their separator."""
     return replace(by, name=_word(by.name)) if ' ' in by.name else by
 
 
@@ -254,34 +256,34 @@ _EVERYTHING: Final = Principal(LOCAL, ALL_SCOPES)
 
 
 def is_slow(request: Request) -> bool:
-    """Whether it must be proven on a thread of its own who calls."""
+    """Whether `Access.prove` must run on its own thread for this request."""
     return isinstance(request.by, Claim) and request.by.is_slow
 
 
-def _shown(request: Request, lenient: bool) -> str:
-    """The key or token that was sent, '' if none was. What can't be read is passed over if that is `lenient`.
+def _credential(request: Request, lenient: bool) -> str:
+    """The key or token of a request, '' if it has none. If `lenient`, ignores one that can't be read.
 
     Raises BadRequest, Unauthorized.
     """
     try:
-        return _sent(request.fields)
+        return _read_credential(request.fields)
     except TownError:
         if lenient:
             return ''
         raise
 
 
-def _sent(fields: Mapping[bytes, bytes]) -> str:
+def _read_credential(fields: Mapping[bytes, bytes]) -> str:
     bearer, key = fields.get(b'authorization'), fields.get(b'x-api-key')
     if bearer is not None and key is not None:
-        raise BadRequest('send the key once, as Authorization: Bearer or as X-API-Key')
+        raise BadRequest('send the key once, either as Authorization: Bearer or as X-API-Key')
     if key is not None:
         return _text(key)
     if bearer is None:
         return ''
     match = _BEARER.fullmatch(_text(bearer))
     if not match:
-        raise Unauthorized('send  Authorization: Bearer …; no other scheme is known here', challenge=CHALLENGE)
+        raise Unauthorized('send  Authorization: Bearer …; this server knows no other scheme', challenge=CHALLENGE)
     return match[1]
 
 
@@ -293,7 +295,7 @@ def _text(value: bytes) -> str:
 
 
 def _unknown_key() -> Unauthorized:
-    """The same for a mistyped, an unknown, a wrong and a revoked key."""
+    """One answer for a mistyped, unknown, wrong or revoked key, so that it tells an attacker nothing."""
     return Unauthorized('the API key is not valid', code='invalid-token')
 
 
@@ -304,20 +306,20 @@ def _unexpired(entry: Entry) -> Principal:
 
 
 def _word(name: str) -> str:
-    """A name as one word, for records and keys."""
+    """A name with everything percent-encoded that would split it in records and Redis keys."""
     return quote(name, safe="!#$&'()*+,/:;=?@[]-._~")
 
 
-# --------------------------------------------------------------------------------------------- the keys as they are now
+# ------------------------------------------------------------------------------------------------- current keys
 
-_Version = tuple[int, int, int, int] | None
-_SETTLED: Final = 50_000_000  # ns after which a file's times tell it from the next version of it
+_Version = tuple[int, int, int, int] | None  # of a file: mtime and ctime in ns, size, inode; None if it is missing
+_SETTLED: Final = 50_000_000  # ns; a later change of a file is sure to change its timestamps
 
 
-class Watched:
-    """The keys of the configuration, read again when a file of it has changed: what was revoked is refused at once.
+class WatchedKeyring:
+    """The configured keys, read again when a configuration file changes, so that a revoked key is refused at once.
 
-    One that is wrong leaves the old keys in force, and is told once.
+    If the new configuration is wrong, the old keys stay in force and the log says so once.
     """
 
     def __init__(self, root: Path, ring: Keyring) -> None:
@@ -326,46 +328,46 @@ class Watched:
         self._town_file = str(root / configuration.FILE)
         home = configuration.home()
         self._shared_file = str(home / configuration.USER_FILE) if home else ''
-        self._seen: tuple[_Version, _Version] | None = None
-        self._told = ''
+        self._versions: tuple[_Version, _Version] | None = None
+        self._fault = ''  # why the last configuration is unusable
 
     @property
     def are_old(self) -> bool:
-        """Whether those in force are not those of the configuration, which can't be read or is wrong."""
+        """Whether the keys in force are outdated because the configuration can't be read or is wrong."""
         self.current()
-        return self._told != ''
+        return self._fault != ''
 
     def current(self) -> Keyring:
-        """The keys. Costs a look at the times of two files."""
-        had_none = self._seen is not None and self._seen[1] is None
-        seen = _version(self._town_file), _version(self._shared_file, had_none)
-        if seen != self._seen:
-            self._read_again()
-            self._seen = seen if all(map(_is_settled, seen)) else None
+        """The keys in force. Costs two calls of stat."""
+        was_missing = self._versions is not None and self._versions[1] is None
+        versions = _version(self._town_file), _version(self._shared_file, was_missing)
+        if versions != self._versions:
+            self._reload()
+            self._versions = versions if all(map(_is_settled, versions)) else None
         return self._ring
 
-    def _read_again(self) -> None:
+    def _reload(self) -> None:
         try:
             self._ring = Keyring(configuration.load(self._root).townhall.auth)
-            self._told = ''
+            self._fault = ''
         except UsageError as e:
-            if str(e) != self._told:
-                self._told = str(e)
-                logger.warning(f'the keys are not taken up, the old ones stay in force: {e}')
+            if str(e) != self._fault:
+                self._fault = str(e)
+                logger.warning(f'the new keys cannot be used, the old ones stay in force: {e}')
 
 
 def _version(file: str, was_missing: bool = False) -> _Version:
     if was_missing and not os.access(file, os.F_OK):
-        return None  # for less than half of what the error below costs
+        return None  # access costs less than half of the exception below
     try:
-        found = os.stat(file)  # noqa: PTH116  at every request: a Path doubles what it costs
+        status = os.stat(file)  # noqa: PTH116  at every request, and a Path takes twice as long
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def _is_settled(version: _Version) -> bool:
-    """Whether a change from now on would show; one within the same tick of the clock might not."""
+    """Whether any later change must change the timestamps. Within the same clock tick it might not."""
     return version is None or not 0 <= time.time_ns() - max(version[:2]) < _SETTLED
 
 
@@ -373,20 +375,20 @@ def _is_settled(version: _Version) -> bool:
 
 
 def check_start(config: Config, address: str) -> list[str]:
-    """What a person is to be warned of before serving on an address (of a socket, or one to be bound).
+    """Warnings to show before townhall serves on an address (of a socket, or one to be bound).
 
-    Raises UsageError for what is not safe, or is configured and would not be in force.
+    Raises UsageError if the address is not safe with these settings, or if a setting would have no effect.
     """
     settings = config.townhall
     auth, stays_here = settings.auth, is_local(address)
     if auth.mode == 'none' and not stays_here:
         raise UsageError(
             f'townhall.bind = {address!r}: townhall.auth.mode is "none", so only a loopback address is served; use '
-            '--bind 127.0.0.1, or make a key (tt generate-api-key --write)'
+            '--bind 127.0.0.1, or make an API key:  tt generate-api-key --write'
         )
     _check_in_force(auth)
     if auth.mode == 'api_key' and not len(Keyring(auth)):
-        raise UsageError('townhall.auth.mode is "api_key", and there is no key; make one:  tt generate-api-key --write')
+        raise UsageError('townhall.auth.mode is "api_key", but there is no key; make one:  tt generate-api-key --write')
     if auth.mode != 'api_key' or stays_here:
         return []
     warnings = [f'API keys on {address}: for a network, townhall.auth.mode = "oidc" is the better choice']
@@ -399,19 +401,19 @@ def check_start(config: Config, address: str) -> list[str]:
 
 
 def _check_in_force(auth: AuthSettings) -> None:
-    """Refuses settings of a mode that is not on: who wrote them believes that they protect."""
-    belongs = {'api_key': ('api_key_hash', 'keys'), 'oidc': ('issuer', 'audience', 'jwks_url', 'required_scopes')}
-    for mode, names in belongs.items():
+    """Refuses settings that the current mode ignores: their author believes that they protect the town."""
+    settings_of = {'api_key': ('api_key_hash', 'keys'), 'oidc': ('issuer', 'audience', 'jwks_url', 'required_scopes')}
+    for mode, names in settings_of.items():
         for name in names:
             if getattr(auth, name) and auth.mode != mode:
                 raise UsageError(
-                    f'townhall.auth.{name} is set, but townhall.auth.mode is "{auth.mode}", so it would not be in '
-                    f'force; set mode = "{mode}", or remove it'
+                    f'townhall.auth.{name} is set, but townhall.auth.mode is "{auth.mode}", so it would have no '
+                    f'effect; set mode = "{mode}", or remove it'
                 )
 
 
 def is_local(address: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     if address.startswith(('unix:', '/')) or address == 'localhost':
         return True
     try:

@@ -1,9 +1,11 @@
-"""The tokens by which agents are known: each process of an agent has its own, in .tt/agents/<id>.token, mode 0600.
+"""Agent tokens: each worker process of an agent gets its own, in .tt/agents/<id>.token with mode 0600.
 
-A token names the agent and its instance, and proves both with a MAC under a key that the town keeps in its directory.
-Nothing of it is stored elsewhere: the record of the agent says which instance it has now, so a token ends with the
-process that it was made for, and a forged one is refused before Redis is asked. All agents run as one user, so this
-guards against mistakes and confusion, not against a hostile process of that user, who can read the files of all.
+A token contains the agent's id, its instance, and a MAC (RFC 2104) over both; the key of the MAC is a file of the
+town's directory. A forged token fails its MAC, so it is refused without asking Redis. The agent's record in Redis
+names the current instance, so a token becomes invalid when its process is replaced or ends.
+
+All agents run as one user. Tokens therefore prevent mistakes and mix-ups; they can't stop a hostile process of that
+user, which can read every agent's file.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ _TOKEN: Final = re.compile(rf'{TOKEN_PREFIX}({UUID_PATTERN})_({UUID_PATTERN})_[A
 
 
 def issue(root: Path, agent_id: str, instance: str) -> None:
-    """Writes the token of an agent's process down, in place of the one before."""
+    """Writes the token of a new instance; it replaces the previous token."""
     write_atomically(TownDir(root).token(agent_id), _token(key_of(root), agent_id, instance) + '\n', 0o600)
 
 
 def key_of(root: Path) -> bytes:
-    """The key of a town, made when it is first asked for."""
+    """The town's key for agent tokens. The first call generates and stores it."""
     return write_once(TownDir(root).made().token_key, os.urandom(32).hex()).encode()
 
 
 def _token(key: bytes, agent_id: str, instance: str) -> str:
-    named = f'{TOKEN_PREFIX}{agent_id}_{instance}'
-    mac = urlsafe_b64encode(hmac.digest(key, named.encode(), 'sha256')).rstrip(b'=')
-    return f'{named}_{mac.decode()}'
+    body = f'{TOKEN_PREFIX}{agent_id}_{instance}'
+    mac = urlsafe_b64encode(hmac.digest(key, body.encode(), 'sha256')).rstrip(b'=')
+    return f'{body}_{mac.decode()}'
 
 
 def read_token(key: bytes, token: str) -> tuple[str, str]:
-    """(agent id, instance) of a token that was made with a key. Raises Unauthorized."""
+    """(agent id, instance) of a token. Raises Unauthorized if its MAC is not one of `key`."""
     match = _TOKEN.fullmatch(token)
     if not match or not hmac.compare_digest(token, _token(key, *match.groups())):
         raise _unknown()
@@ -54,19 +56,19 @@ def read_token(key: bytes, token: str) -> tuple[str, str]:
 
 
 def principal(call: Call, agent_id: str, instance: str) -> Step[Principal]:
-    """Whom the token of an instance stands for. Raises Unauthorized when the agent has another one now, or none."""
+    """The principal of an agent. Raises Unauthorized unless `instance` is the agent's current one."""
     try:
-        found = yield from agents.look_up(call, agent_id)
+        agent = yield from agents.look_up(call, agent_id)
     except (NotFound, Conflict):
         raise _unknown() from None
-    if found.instance != instance:
+    if agent.instance != instance:
         raise _unknown()
-    scopes = scopes_of(call.config, json.loads(found.json)['role_id'])
-    return Principal(f'agent:{found.name}:{found.id}', scopes, found.id, found.name, verified=True)
+    scopes = scopes_of(call.config, json.loads(agent.json)['role_id'])
+    return Principal(f'agent:{agent.name}:{agent.id}', scopes, agent.id, agent.name, verified=True)
 
 
 def acting_principal(town: Town, person: Principal) -> Principal:
-    """Who runs this process: inside an agent's run that agent, with the scopes of its role; else a person."""
+    """The principal for which this process acts: the agent if an agent's run started it, else `person`."""
     agent_id, name = os.environ.get('TINYTOWN_AGENT_ID', ''), os.environ.get('TINYTOWN_AGENT_NAME', '')
     if not (agent_id and name):
         return person
@@ -78,9 +80,9 @@ def acting_principal(town: Town, person: Principal) -> Principal:
 
 
 def scopes_of(config: Config, role: str | None) -> frozenset[Scope]:
-    """What an agent of a role may do."""
+    """The scopes of an agent with this role (None: no role)."""
     return frozenset({READ, WRITE, *config.agent.role_scopes.get(role or 'default', [])})
 
 
 def _unknown() -> Unauthorized:
-    return Unauthorized('the token is not that of an agent that runs', code='invalid-token')
+    return Unauthorized('the token does not belong to a running agent', code='invalid-token')

@@ -1,9 +1,10 @@
-"""API keys: how they are made, what of them is kept, and how one that is shown is checked.
+"""API keys: generates them, reads their hashes from the configuration (`Keyring`) and verifies them (`Checks`).
 
-A key is tt_<id>_<43 random characters>_<checksum>. The id finds its hash, the checksum tells a mistyped key, both in
-microseconds. Only then comes argon2id, which costs tens of milliseconds and tens of megabytes: never on the event
-loop, never more than `MOST_AT_ONCE`, once for all who show the same key at the same time, and never again for a key
-that was found good, as long as its hash stands in the configuration.
+A key is tt_<id>_<43 random characters>_<checksum>. Its id finds the hash and its checksum detects a typing error, both
+in microseconds. The argon2id hash comes last because it costs tens of milliseconds and tens of megabytes. Hashes are
+never computed on the event loop, and at most `MAX_HASHING` at a time. Clients that send the same key at the same time
+share one computation. A verified key is remembered and accepted as long as the configuration contains its hash.
+`access` decides when to verify.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ from .rate_limit import Buckets, network
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-MAX_HASHING: Final = 2  # hashes under way
-MAX_WAITING_HASHES: Final = 16  # further ones that may wait for their turn
-MOST_KNOWN: Final = 1024
-FAILURES: Final = 20  # wrong keys of one address (IPv6: /64) for one id, and then this many a minute
-FAILURES_OF_ALL: Final = 200  # the same for one id over all addresses
-LONGEST: Final = 512  # characters of a key
+MAX_HASHING: Final = 2  # hashes that are computed at once
+MAX_WAITING_HASHES: Final = 16  # hashes that may wait for their turn
+MAX_KNOWN: Final = 1024  # verified keys that are remembered
+FAILURES: Final = 20  # wrong keys from one address (IPv6: /64) for one id: a burst of so many, then so many a minute
+FAILURES_OF_ALL: Final = 200  # the same for one id from all addresses together
+MAX_KEY: Final = 512  # characters of a key
 
 _KEY: Final = re.compile(r'(tt_([0-9a-f]{8})_[A-Za-z0-9_-]{43})_([0-9a-f]{8})')
 _HASH: Final = re.compile(
     r'\$argon2id\$v=19\$m=([0-9]{1,9}),t=([0-9]{1,9}),p=([0-9]{1,9})\$[A-Za-z0-9+/]{11,86}\$[A-Za-z0-9+/]{16,86}'
 )
 
-# ------------------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------------- generating
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A new key. `key` is shown once and kept nowhere; `hash` (argon2id) is what a configuration holds."""
+    """A new key. `key` is shown once and stored nowhere; `hash` (argon2id) goes into the configuration."""
 
     id: str
     key: str
@@ -53,11 +54,10 @@ class ApiKey:
 
 
 def generate_key(key_id: str = '') -> ApiKey:
-    """A new key, or a new one for an id.
+    """A new key, with a random id unless `key_id` is given. Raises UsageError if argon2 is not installed.
 
-    Its 256 random bits can't be guessed at any speed, so its hash takes the least that is recommended for argon2id (19
-    MiB, two passes: RFC 9106 and OWASP) and not the most that a machine can bear. Raises UsageError where there is no
-    argon2.
+    Nobody can guess 256 random bits, however fast the hash. So the hash uses OWASP's minimum for argon2id (19 MiB, two
+    passes), which keeps it cheap to verify.
     """
     key_id = key_id or secrets.token_hex(4)
     body = f'tt_{key_id}_{secrets.token_urlsafe(32)}'
@@ -66,32 +66,32 @@ def generate_key(key_id: str = '') -> ApiKey:
 
 
 def checksum(body: str) -> str:
-    """The last part of a key whose other parts are `body`: 8 hexadecimal digits."""
+    """The last part of a key, 8 hexadecimal digits. `body` is the key up to the underscore before it."""
     return hashlib.sha256(body.encode()).hexdigest()[:8]
 
 
 def check_hash(text: str, name: str) -> None:
-    """Refuses a hash that we did not make and could not bear: m=4194304 takes 4 GiB for each request.
+    """Raises UsageError if a hash is malformed or too expensive: m=4194304 would take 4 GiB for each request.
 
-    `name` says of what it is the hash. Raises UsageError.
+    `name` is the setting for the error message.
     """
     match = _HASH.fullmatch(text)
     if not match:
-        raise UsageError(f'{name}: the hash is not one of argon2id ($argon2id$v=19$…); make one:  tt generate-api-key')
+        raise UsageError(f'{name}: the hash is not an argon2id hash ($argon2id$v=19$…); make one:  tt generate-api-key')
     memory, passes, lanes = map(int, match.groups())
     if not (8192 <= memory <= 131_072 and 1 <= passes <= 10 and 1 <= lanes <= 4):
         raise UsageError(
-            f'{name}: the hash has m={memory},t={passes},p={lanes}; m may be 8192 to 131072, t up to 10, p up to 4; '
-            'make one:  tt generate-api-key'
+            f'{name}: the hash has m={memory},t={passes},p={lanes}; allowed are m from 8192 to 131072, t from 1 to 10 '
+            'and p from 1 to 4; make one:  tt generate-api-key'
         )
 
 
-# ----------------------------------------------------------------------------------------------- what is configured
+# ------------------------------------------------------------------------------------------------- configured keys
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key of the configuration: whose calls it stands for, and until when (seconds since the epoch)."""
+    """A configured key: its principal, and when it expires (seconds since 1970). `id` is '' for `api_key_hash`."""
 
     id: str
     hash: str
@@ -100,7 +100,10 @@ class Entry:
 
 
 class Keyring:
-    """The keys of a configuration. Raises UsageError that names the one which can't be used, or what argon2 lacks."""
+    """The keys of a configuration.
+
+    Raises UsageError if a key can't be used, with the name of the key, or if argon2 is not installed.
+    """
 
     def __init__(self, settings: AuthSettings) -> None:
         entries = [_entry(key) for key in settings.keys]
@@ -123,10 +126,13 @@ class Keyring:
         return self._by_hash.get(text)
 
     def claimed(self, key: str) -> Entry | None:
-        """The entry that a key may be of, by its id and checksum. Any other text may be that of `api_key_hash`."""
+        """The entry that a key claims by its id; None if there is none or the checksum is wrong.
+
+        The key of `api_key_hash` may be any text, so a text in another format claims that entry.
+        """
         match = _KEY.fullmatch(key)
         if not match:
-            return self._by_id.get('') if 0 < len(key) <= LONGEST else None
+            return self._by_id.get('') if 0 < len(key) <= MAX_KEY else None
         body, key_id, check = match.groups()
         if not secrets.compare_digest(check, checksum(body)):
             return None
@@ -139,18 +145,18 @@ def _entry(key: dict[str, object]) -> Entry:
     return Entry(key_id, text, Principal(f'key:{key_id}', frozenset(scopes)), api_key_table.expiry(key) or math.inf)
 
 
-# ----------------------------------------------------------------------------------------------------------- checking
+# ---------------------------------------------------------------------------------------------------------- verifying
 
 
 class Checks:
-    """What is known of the keys that were shown: those found good, those being hashed, and how often one failed."""
+    """Verifies keys. Remembers verified keys, shares hashes in progress and counts failures. Safe to use in threads."""
 
     def __init__(self, failures: Buckets) -> None:
         self._failures = failures
-        # With a secret, so that what is kept of a key is of no use to another process.
+        # Keyed with a random secret: a leaked digest is useless for testing guesses of a key.
         self._digests = hashlib.blake2b(digest_size=32, key=os.urandom(32))
-        self._known: dict[bytes, str] = {}
-        self._under_way: dict[tuple[bytes, str], Future[bool]] = {}
+        self._known: dict[bytes, str] = {}  # verified keys: the hash by the key's digest
+        self._under_way: dict[tuple[bytes, str], Future[bool]] = {}  # by digest and hash
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(MAX_HASHING)
 
@@ -160,22 +166,22 @@ class Checks:
         return hashed.digest()
 
     def recall(self, key: str) -> str:
-        """The hash that a key was found to fit, '' if it was not. Costs a microsecond."""
+        """The hash that a key was verified against, '' if it was not. Costs a microsecond."""
         return self._known.get(self._digest(key), '')
 
     def admit(self, entry: Entry, address: str) -> None:
-        """Refuses to look at yet another key for this entry. Raises TooManyRequests, Unavailable."""
+        """Raises TooManyRequests or Unavailable if no further key may be verified against this entry now."""
         if len(self._under_way) >= MAX_HASHING + MAX_WAITING_HASHES:
             raise Unavailable('too many keys are being checked', code='busy', retry_after=1)
-        for whence, bucket, most in _buckets(entry, address):
-            wait = self._failures.take(bucket, most, most, 0.0)
+        for source, bucket, limit in _buckets(entry, address):
+            wait = self._failures.take(bucket, limit, limit, 0.0)
             if wait:
-                detail = f'too many wrong keys from {whence}; wait, or use one that was found right before'
+                detail = f'too many wrong keys from {source}; wait, or use a key that has already been accepted'
                 raise TooManyRequests(detail, code='too-many-failures', retry_after=math.ceil(wait))
 
     def verify(self, key: str, entry: Entry, address: str) -> bool:
-        """Whether a key is that of an entry. Blocks for the hash. Raises Unavailable."""
-        from concurrent.futures import Future  # late: it brings logging
+        """Whether a key matches the hash of an entry. Blocks while it is hashed. Raises Unavailable."""
+        from concurrent.futures import Future  # late: it imports logging
 
         proof = (self._digest(key), entry.hash)
         with self._lock:
@@ -188,8 +194,8 @@ class Checks:
                 mine = self._under_way[proof] = Future[bool]()
         good = flight.result() if flight else self._hash(key, proof, mine)
         if not good:
-            for _, bucket, most in _buckets(entry, address):
-                self._failures.take(bucket, most, most)
+            for _, bucket, limit in _buckets(entry, address):
+                self._failures.take(bucket, limit, limit)
         return good
 
     def _hash(self, key: str, proof: tuple[bytes, str], flight: Future[bool]) -> bool:
@@ -209,15 +215,15 @@ class Checks:
         return good
 
     def _remember(self, digest: bytes, text: str) -> None:
-        if len(self._known) >= MOST_KNOWN:
+        if len(self._known) >= MAX_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[digest] = text
 
 
 def _buckets(entry: Entry, address: str) -> list[tuple[str, str, int]]:
-    """Where failures are counted: whence they come, the bucket, and how many it holds and takes in a minute."""
-    whence = network(address)
+    """The buckets that count failures, each as (source for messages, name, burst and failures a minute)."""
+    source = network(address)
     return [
-        (whence or 'this socket', f'failed {entry.id} {whence}', FAILURES),
+        (source or 'this socket', f'failed {entry.id} {source}', FAILURES),
         ('everywhere for this key', f'failed {entry.id}', FAILURES_OF_ALL),
     ]

@@ -1,7 +1,7 @@
-"""argon2id (RFC 9106): with the package argon2-cffi, or with its library alone where the one-file build carries that.
+"""argon2id (RFC 9106): uses the package argon2-cffi, or the bare C library that the one-file build contains.
 
-The library is called through its C interface (argon2.h), which is the same for every Python; the package's own binding
-is compiled for one version of it.
+The build calls the library through its C interface (argon2.h), which works with every Python version; the binding of
+argon2-cffi is compiled for one version. `api_keys` uses this module.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from ..errors import UsageError
 from ..host import bundled
 
 if TYPE_CHECKING:
-    from ctypes import CDLL  # at runtime late: it costs memory, and an installed argon2 does without
+    from ctypes import CDLL  # at run time it is imported late: it costs memory, and argon2-cffi does not need it
 
 LIBRARY: Final = 'argon2.so'  # its name in the one-file build
 _SALT_BYTES: Final = 16
 _HASH_BYTES: Final = 32
-_LONGEST: Final = 256  # bytes of the text of a hash, with room
+_MAX_ENCODED: Final = 256  # bytes; an encoded hash is shorter
 
 
 def require() -> None:
-    """Raises UsageError, which says what to install, where argon2id can't be computed. Cheap: imports nothing."""
+    """Raises UsageError with what to install if argon2id is not available. Cheap: does not import argon2-cffi."""
     if not _is_installed():
         _library()
 
 
 def hashed(secret: bytes, passes: int, memory: int) -> str:
-    """A hash of a secret, as text ($argon2id$v=19$…). `memory` is in KiB. Raises UsageError."""
+    """The encoded hash of a secret ($argon2id$v=19$…). `memory` is in KiB. Raises UsageError."""
     salt = os.urandom(_SALT_BYTES)
     if _is_installed():
         from argon2.low_level import Type, hash_secret
@@ -39,17 +39,17 @@ def hashed(secret: bytes, passes: int, memory: int) -> str:
         return hash_secret(secret, salt, passes, memory, 1, _HASH_BYTES, Type.ID).decode()
     from ctypes import create_string_buffer
 
-    text = create_string_buffer(_LONGEST)
+    text = create_string_buffer(_MAX_ENCODED)
     status = _library().argon2id_hash_encoded(
         passes, memory, 1, secret, len(secret), salt, len(salt), _HASH_BYTES, text, len(text)
     )
     if status:
-        raise MemoryError(f'argon2 said {status}')  # of what it can say, all but this is ruled out by our arguments
+        raise MemoryError(f'argon2 returned {status}')  # our arguments rule out its other errors
     return text.value.decode()
 
 
 def matches(secret: bytes, text: str) -> bool:
-    """Whether a hash is that of a secret. Takes tens of milliseconds, without the interpreter's lock."""
+    """Whether an encoded hash matches a secret. Takes tens of milliseconds; other threads run meanwhile (no GIL)."""
     if _is_installed():
         from argon2.exceptions import InvalidHashError, VerificationError
         from argon2.low_level import Type, verify_secret
@@ -68,10 +68,10 @@ def _is_installed() -> bool:
 
 @lru_cache(maxsize=1)
 def _library() -> CDLL:
-    """The library of the one-file build. Raises UsageError where there is none that this machine can load."""
+    """The library of the one-file build. Raises UsageError if this machine can't load it."""
     from ctypes import CDLL
 
-    why = 'it is not in this build for this machine'
+    why = 'this build does not contain it for this machine'
     if file := bundled.find_bundled(LIBRARY):
         try:
             return _declared(CDLL(str(file)))
@@ -81,7 +81,7 @@ def _library() -> CDLL:
 
 
 def _declared(library: CDLL) -> CDLL:
-    """It with the types of what we call (argon2.h)."""
+    """The library with the argument types of the functions that we call (argon2.h)."""
     from ctypes import c_char_p, c_size_t, c_uint32
 
     number, size, data = c_uint32, c_size_t, c_char_p

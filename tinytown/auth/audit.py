@@ -1,17 +1,21 @@
-"""The audit: a file of JSON lines that tells of every change who asked for it; one beside it, of every refusal.
+"""The audit: a file of JSON lines with the caller of every change, and a second file with every refusal.
 
-They are two so that a flood of refusals, which strangers can send, never displaces the record of a change.
+Strangers can cause a flood of refusals. With two files the flood never displaces the record of a change.
 
-`begin` is written before a change is made: if that fails nothing is done. `end` says what came of it: if that fails the
-answer stands, and readiness ends until the file can be written again; a `gap` line then says how many were lost. A
-`begin` without an `end` is a change whose outcome nobody knows. `logging` is of no use here: it swallows a full disk.
+Each change has two lines. `begin` is written before the change; if that fails, nothing is changed. `end` records the
+outcome; if that fails, the client still gets its answer, and the readiness check fails until the file is writable
+again. A `gap` line then says how many lines were lost. A `begin` without an `end` is a change of unknown outcome. The
+`logging` module can't do this: it hides errors such as a full disk.
 
-The event loop's own lines wait until the end of its turn, and are written at once before the commands of that turn are
-sent: no change is under way whose `begin` is not in the file, and a write serves many requests.
+The event loop gathers its lines (`gathering`) and writes them once a turn (`flush`), before it sends the Redis commands
+of that turn. So the `begin` line of every change is in the file before Redis hears of the change, and one write serves
+many requests.
 
-Lines are one write to a file opened for appending, so several processes may share it; a lock on it makes the one that
-finds it full put it aside while nobody writes. A number of those is kept; where the oldest one is discarded, a
-`discarded` line in the new file says of how many bytes.
+Several processes may share a file, because it is opened for appending and each batch of lines is one write. A process
+that finds the file full rotates it under a lock, while nobody else writes. A number of old files is kept. When the
+oldest one is discarded, a `discarded` line in the new file gives its size.
+
+`core.operations` writes the lines of changes, `access` those of refusals.
 """
 
 from __future__ import annotations
@@ -34,27 +38,27 @@ from ..core.dispatch import AuditSubject
 from ..errors import TownError, Unavailable, UsageError
 from ..model import Principal, rfc3339
 
-# Arguments and results that say on what an operation acts. Texts of tasks and messages are not among them.
+# Arguments and results that identify the target of an operation. Texts of tasks and messages are not recorded.
 _TARGETS: Final = frozenset({'agent', 'name', 'to', 'from', 'task_id', 'id', 'agent_id', 'message_id'})
-_TARGET: Final = re.compile(r'[A-Za-z0-9_-]{1,63}')  # too short for a key of ours
-_AT_ONCE: Final = 64  # lines in one write
+_TARGET: Final = re.compile(r'[A-Za-z0-9_-]{1,63}')  # too short for an API key or a token
+_BATCH: Final = 64  # lines in one write
 _quoted: Final = json.encoder.encode_basestring_ascii
 
 
 @dataclass(slots=True)
 class Record:
-    """What the two lines of a change have in common: JSON without its braces, and on what it acts."""
+    """What the two lines of a change have in common: `common` is JSON without its braces."""
 
     common: str
     target: dict[str, str]
 
 
-def _record(visit: AuditSubject) -> Record:
-    attempt = visit.arguments.get('attempt')
+def _record(subject: AuditSubject) -> Record:
+    attempt = subject.arguments.get('attempt')
     return Record(
-        f'"request_id":{_quoted(visit.request_id)},"address":{_quoted(visit.address)},{_identity(visit.by)},'
-        f'"operation":{_quoted(visit.operation)},"attempt":{attempt if type(attempt) is int else "null"}',
-        _targets(visit.arguments),
+        f'"request_id":{_quoted(subject.request_id)},"address":{_quoted(subject.address)},{_identity(subject.by)},'
+        f'"operation":{_quoted(subject.operation)},"attempt":{attempt if type(attempt) is int else "null"}',
+        _targets(subject.arguments),
     )
 
 
@@ -64,25 +68,25 @@ def _identity(by: Principal | None) -> str:
     return json.dumps({'principal': name, 'scopes': scopes}, separators=(',', ':'))[1:-1]
 
 
-def _targets(found: Mapping[str, Any]) -> dict[str, str]:
-    told = {}
-    for name in found:
+def _targets(values: Mapping[str, Any]) -> dict[str, str]:
+    targets = {}
+    for name in values:
         if name in _TARGETS:
-            value = found[name]
+            value = values[name]
             if isinstance(value, str) and _TARGET.fullmatch(value):
-                told[name] = value
-    return told
+                targets[name] = value
+    return targets
 
 
 class _Journal:
-    """A file that lines are added to, put aside once it has `most` bytes; `keep` of those are kept. Raises OSError."""
+    """An append-only file, rotated before it exceeds `max_bytes`; `keep` old files are kept. Raises OSError."""
 
-    def __init__(self, path: str, most: int, keep: int) -> None:
+    def __init__(self, path: str, max_bytes: int, keep: int) -> None:
         self.path = path
-        self._most = most
+        self._max_bytes = max_bytes
         self._keep = keep
-        self._lost = 0
-        self._discarded = 0  # bytes that no line has told of yet
+        self._lost = 0  # lines that no `gap` line reports yet
+        self._discarded = 0  # bytes that no `discarded` line reports yet
         self._thread = threading.Lock()
         self._file = self._open()
 
@@ -91,19 +95,19 @@ class _Journal:
 
     @property
     def has_lost(self) -> bool:
-        """Whether there are lines that could not be written, and that the file does not tell of yet."""
+        """Whether lines were lost that no `gap` line reports yet."""
         return bool(self._lost)
 
     def is_regular(self) -> bool:
-        """Whether it is a file that can be put aside, and no device or pipe."""
+        """Whether it is a regular file, which can be rotated, rather than a device or pipe."""
         return stat.S_ISREG(os.fstat(self._file).st_mode)
 
     def lose(self, count: int) -> None:
-        """Counts lines that nobody tried to write."""
+        """Counts lines as lost."""
         self._lost += count
 
     def write(self, lines: list[str]) -> None:
-        """Raises OSError, and counts the lines as lost then."""
+        """Appends lines. Counts them as lost and raises OSError if that fails."""
         try:
             with self._alone():
                 self._put(''.join(lines).encode())
@@ -112,7 +116,7 @@ class _Journal:
             raise
 
     def is_writable(self) -> bool:
-        """Whether the last line could be written, or a line can be now that says how many could not."""
+        """Whether no lines are lost, or the `gap` line that reports them can be written now."""
         if self._lost:
             with suppress(OSError), self._alone():
                 self._put(b'')
@@ -121,7 +125,7 @@ class _Journal:
     def _put(self, lines: bytes) -> None:
         size = os.fstat(self._file).st_size
         data = self._missing() + lines
-        if size and size + len(data) > self._most:
+        if size and size + len(data) > self._max_bytes:
             self._rotate()
             size = os.fstat(self._file).st_size
             data = self._missing() + lines
@@ -132,18 +136,18 @@ class _Journal:
         self._lost = self._discarded = 0
 
     def _missing(self) -> bytes:
-        """Lines that tell of what is not in the files any more, or never was."""
+        """The `discarded` and `gap` lines that are due: what the files no longer contain, or never did."""
         discarded = f'{{{_now("discarded")},"bytes":{self._discarded}}}\n' if self._discarded else ''
         gap = f'{{{_now("gap")},"lost":{self._lost}}}\n' if self._lost else ''
         return (discarded + gap).encode()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Holds the lock on the file that stands at the path now. Raises OSError."""
+        """Holds the lock on the file that the path names now. Raises OSError."""
         with self._thread:
             fcntl.lockf(self._file, fcntl.LOCK_EX)
             while not self._is_current():
-                self._reopen()  # another process has put it aside; closing it has ended our lock
+                self._reopen()  # another process has rotated it; closing the old file has released our lock
                 fcntl.lockf(self._file, fcntl.LOCK_EX)
             try:
                 yield
@@ -161,40 +165,41 @@ class _Journal:
         self._file = new
 
     def _rotate(self) -> None:
-        """Puts the file aside and takes the lock on a new one, before which nobody else can write to it."""
-        aside = [f'{self.path}.{i}' for i in range(1, self._keep + 1)]
-        free = next((i for i, path in enumerate(aside) if not Path(path).exists()), None)
+        """Renames the file and locks a new one. The caller holds the lock on the old one, so nobody else writes."""
+        old_paths = [f'{self.path}.{i}' for i in range(1, self._keep + 1)]
+        free = next((i for i, path in enumerate(old_paths) if not Path(path).exists()), None)
         if free is None:
             free = self._keep - 1
-            discarded = Path(aside[free]).stat().st_size
+            discarded = Path(old_paths[free]).stat().st_size
         else:
             discarded = 0
         for i in range(free, 0, -1):
-            os.replace(aside[i - 1], aside[i])
-        os.replace(self.path, aside[0])
+            os.replace(old_paths[i - 1], old_paths[i])
+        os.replace(self.path, old_paths[0])
         self._discarded += discarded
         self._reopen()
         fcntl.lockf(self._file, fcntl.LOCK_EX)
 
 
 class Audit:
-    """The audit file at `path`, and that of refusals beside it. Raises UsageError when they can't be opened.
+    """The audit file at `path`, and the file of refusals beside it. Raises UsageError if they can't be opened.
 
-    Each is put aside once it has `most` bytes; `keep` of those are kept.
+    Each is rotated before it exceeds `max_bytes`; `keep` old files of each are kept.
     """
 
-    def __init__(self, path: Path, most: int, keep: int = 1) -> None:
-        self._gatherer = 0  # the thread whose lines wait for `flush`
+    def __init__(self, path: Path, max_bytes: int, keep: int = 1) -> None:
+        self._gatherer = 0  # id of the thread whose lines wait for `flush`
         self._waiting: list[str] = []
         self._begun = False  # whether a `begin` is among them
         beside = path.with_name(f'{path.stem}.denied{path.suffix}')
         try:
-            self._changes = _Journal(str(path), most, keep)
-            path = beside if self._changes.is_regular() else path  # beside a device or pipe there is no place
-            self._denials = _Journal(str(path), most, keep)
+            self._changes = _Journal(str(path), max_bytes, keep)
+            path = beside if self._changes.is_regular() else path  # a device or pipe takes both kinds of line
+            self._denials = _Journal(str(path), max_bytes, keep)
         except OSError as e:
             raise UsageError(
-                f'townhall.audit.path: {path}: {e.strerror}; nothing is changed without an audit'
+                f'townhall.audit.path: {path}: {e.strerror}; give a path that can be written: without an audit no '
+                'change is allowed'
             ) from None
 
     @property
@@ -203,7 +208,7 @@ class Audit:
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """For as long as it lasts the lines of this thread wait for `flush`, which must come before their effects."""
+        """Makes the lines of this thread wait for `flush`, which must be called before their changes are made."""
         self._gatherer = threading.get_ident()
         try:
             yield
@@ -213,24 +218,24 @@ class Audit:
 
     @property
     def _gathers(self) -> bool:
-        """Whether a line may wait. None does after one was lost, so that a change is refused before it is begun."""
+        """Whether a line may wait. After a loss none does, so that a failure refuses its change before it begins."""
         return not self._changes.has_lost and threading.get_ident() == self._gatherer
 
     def flush(self) -> Unavailable | None:
-        """Writes the lines that wait. The error for changes that wait with them, if they could not be written."""
+        """Writes the waiting lines. Returns the error for the changes among them if that fails, else None."""
         begun, self._begun = self._begun, False
         waiting, self._waiting = self._waiting, []
         try:
-            for i in range(0, len(waiting), _AT_ONCE):
-                self._changes.write(waiting[i : i + _AT_ONCE])
+            for i in range(0, len(waiting), _BATCH):
+                self._changes.write(waiting[i : i + _BATCH])
         except OSError as e:
-            self._changes.lose(len(waiting[i + _AT_ONCE :]))
+            self._changes.lose(len(waiting[i + _BATCH :]))
             return _unavailable(e) if begun else None
         return None
 
-    def begin(self, visit: AuditSubject) -> Record:
-        """Writes down what is about to be done; the record that `end` takes. Raises Unavailable."""
-        record = _record(visit)
+    def begin(self, subject: AuditSubject) -> Record:
+        """Records a change that is about to be made. Returns the record for `end`. Raises Unavailable."""
+        record = _record(subject)
         line = _line('begin', record, None)
         if self._gathers:
             self._waiting.append(line)
@@ -242,10 +247,10 @@ class Audit:
             raise _unavailable(e) from None
         return record
 
-    def end(self, record: Record, outcome: str, made: Any = None) -> None:
-        """Writes down what came of it: ok, or the code of an error. `made` is the answer, which names what is new."""
-        if isinstance(made, dict):
-            record.target |= _targets(made)
+    def end(self, record: Record, outcome: str, answer: Any = None) -> None:
+        """Records the outcome of a change: ok, or an error's code. `answer` contains the ids of new records."""
+        if isinstance(answer, dict):
+            record.target |= _targets(answer)
         line = _line('end', record, outcome)
         if self._gathers:
             self._waiting.append(line)
@@ -253,21 +258,21 @@ class Audit:
         with suppress(OSError):
             self._changes.write([line])
 
-    def denied(self, visit: AuditSubject, error: TownError) -> None:
-        """Writes down that a caller was refused."""
+    def denied(self, subject: AuditSubject, error: TownError) -> None:
+        """Records a refusal."""
         with suppress(OSError):
-            self._denials.write([_line('denied', _record(visit), error.code)])
+            self._denials.write([_line('denied', _record(subject), error.code)])
 
     def is_writable(self) -> bool:
-        """Whether changes can be written down now. Also tries to tell of refusals that could not be."""
+        """Whether changes can be recorded now. Also tries to report lost refusals in their file."""
         self._denials.is_writable()
         return self._changes.is_writable()
 
 
 def _line(phase: str, record: Record, outcome: str | None) -> str:
-    target = ','.join([f'"{name}":"{value}"' for name, value in record.target.items()])  # of plain characters, all
-    came = _quoted(outcome) if outcome else 'null'
-    return f'{{{_now(phase)},{record.common},"target":{{{target}}},"outcome":{came}}}\n'
+    target = ','.join([f'"{name}":"{value}"' for name, value in record.target.items()])  # _TARGET: no escapes needed
+    result = _quoted(outcome) if outcome else 'null'
+    return f'{{{_now(phase)},{record.common},"target":{{{target}}},"outcome":{result}}}\n'
 
 
 def _now(phase: str) -> str:
@@ -275,5 +280,5 @@ def _now(phase: str) -> str:
 
 
 def _unavailable(error: OSError) -> Unavailable:
-    detail = f'the audit can not be written ({error.strerror}), so nothing was changed'
+    detail = f'the audit cannot be written ({error.strerror}), so nothing was changed'
     return Unavailable(detail, code='audit-unavailable', retry_after=5)

@@ -1,9 +1,11 @@
-"""OpenID Connect: tokens of an issuer, verified with the keys that it publishes, and turned into principals.
+"""OpenID Connect: verifies the tokens of an issuer with its published keys and turns them into principals.
 
-The loop calls `Verifier.known`, which only computes: it knows the token or its key, or refuses it, or gives None when
-the issuer must be asked. Then `Verifier.verify` asks, on a thread that may wait. Keys are fetched when they grow old
-and when a token names one that is not known, and never more than once in RETRY_SECS. While the issuer is away the keys
-that are known go on. What is checked follows RFC 8725 (best current practice) and RFC 9068 (JWT access tokens).
+`access` calls `OidcVerifier.known` on the event loop. It only computes: it returns the principal, refuses the token, or
+returns None if the issuer must be asked for keys. In that case `OidcVerifier.verify` asks, on a thread that may wait.
+
+Keys are fetched when they are old and when a token names an unknown one, but at most once in RETRY_SECS. While the
+issuer is down, the known keys stay valid. The checks follow RFC 8725 (JWT best current practices) and RFC 9068 (JWT
+access tokens).
 """
 
 from __future__ import annotations
@@ -27,35 +29,35 @@ from ..errors import Forbidden, Unauthorized, Unavailable, UsageError
 from ..model import ALL_SCOPES, Principal
 from ..settings import AuthSettings
 
-MOST_TOKEN: Final = 8192  # bytes
-MOST_CACHED: Final = 1024  # verified tokens
+MAX_TOKEN: Final = 8192  # bytes
+MAX_CACHED: Final = 1024  # verified tokens
 MAX_WAITING_THREADS: Final = 8  # threads that wait for one answer of the issuer
-RETRY_SECS: Final = 5.0  # between two times that the issuer is asked
-KEY_AGE_SECS: Final = 600.0  # after which keys are asked for again: one that was withdrawn ends then
-FETCH_SECS: Final = 5.0  # for the whole of asking
-MOST_DOCUMENT: Final = 262_144  # bytes of what an issuer answers
-_MOST_KEYS: Final = 100
-_MOST_SUBJECT: Final = 255  # OpenID Connect Core 1.0, 2
-_LATEST: Final = 253_402_300_800  # seconds: the year 10000; a later date is no date
+RETRY_SECS: Final = 5.0  # least time between two requests to the issuer
+KEY_AGE_SECS: Final = 600.0  # age at which keys are fetched again, so that a withdrawn key stops working
+FETCH_SECS: Final = 5.0  # deadline for fetching the keys, discovery included
+MAX_DOCUMENT: Final = 262_144  # bytes of an answer of the issuer
+_MAX_KEYS: Final = 100
+_MAX_SUBJECT: Final = 255  # characters (OpenID Connect Core 1.0, 2)
+_LATEST: Final = 253_402_300_800  # seconds since 1970: the year 10000
 _RSA_BITS: Final = range(2048, 8193)  # a shorter key is weak, a longer one slow
 
 _ALGORITHMS: Final = {'RSA': 'RS256', 'EC P-256': 'ES256', 'OKP Ed25519': 'EdDSA'}  # by key type and curve
 _SCOPE: Final = r'[\x21\x23-\x5b\x5d-\x7e]+'  # RFC 6749, 3.3
-_PUBLIC: Final = ('kty', 'n', 'e', 'crv', 'x', 'y')  # what a public key consists of (RFC 7518, 6; RFC 8037)
-_TYPES: Final = ('jwt', 'at+jwt', 'application/at+jwt')  # no logout or event token is one for access
+_PUBLIC: Final = ('kty', 'n', 'e', 'crv', 'x', 'y')  # the members of a public key (RFC 7518, 6; RFC 8037)
+_TYPES: Final = ('jwt', 'at+jwt', 'application/at+jwt')  # of access tokens, as opposed to logout or event tokens
 
 
 class Unreachable(Exception):
-    """The issuer gave no keys; the text says why."""
+    """The issuer gave no keys. The text says why."""
 
 
 class _UnknownKeyError(Exception):
-    """A token is signed with a key that is not known (yet)."""
+    """A token is signed with a key that we do not know, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A public key of the issuer. `material` is PyJWT's."""
+    """A public key of the issuer. `document` is its JSON as published, `material` PyJWT's key object."""
 
     id: str
     algorithm: str
@@ -67,10 +69,10 @@ class Key:
 
 
 class OidcVerifier:
-    """Turns tokens into principals. Any thread may call; `clock` tells seconds since 1970, `ticks` those that pass.
+    """Turns tokens into principals. Any thread may call it.
 
-    `trouble` is why the issuer gave no keys when it was last asked; '' if it did.
-    Raises UsageError for settings that can't be used, and without the `oidc` extra.
+    `clock` returns seconds since 1970, `ticks` monotonic seconds. `trouble` says why the last request for keys failed;
+    '' if it succeeded. Raises UsageError if the settings are unusable or the `oidc` extra is not installed.
     """
 
     def __init__(
@@ -89,28 +91,31 @@ class OidcVerifier:
         self._asks = 0
         self.trouble = 'it was not asked yet'
         self._flight = threading.Lock()  # held while the issuer is asked
-        self._lock = threading.Lock()  # over what follows
-        self._waiting = 0
-        self._cache: dict[bytes, tuple[Principal, float]] = {}  # by digest: the principal, and when its token ends
+        self._lock = threading.Lock()  # guards _waiting, _cache and _keys
+        self._waiting = 0  # threads in `_ask`
+        self._cache: dict[bytes, tuple[Principal, float]] = {}  # by token digest: the principal and the token's expiry
 
     def check(self) -> str:
-        """Asks the issuer for its keys at the start. A warning if that fails; UsageError if it is another issuer."""
+        """Fetches the keys at start-up. Returns a warning if the issuer can't be reached, else ''.
+
+        Raises UsageError if the server at `townhall.auth.issuer` says that it is another issuer.
+        """
         try:
             self._take(fetch_keys(self._settings))
         except Unreachable as e:
             self._note(str(e))
-            return f'the issuer can not be asked ({e}); until it can, tokens are answered 503'
+            return f'the issuer cannot be reached ({e}); until it can, requests with its tokens are answered 503'
         return ''
 
     def known(self, token: str) -> Principal | None:
-        """The principal of a token, without waiting; None if `verify` must be called, on a thread that may wait.
+        """The principal of a token, without waiting. None if only `verify` can decide, on a thread that may wait.
 
-        Raises what `verify` raises.
+        Raises the errors of `verify`.
         """
         if self._is_old() and not self._flight.locked():
             return None
         try:
-            return self._judge(token)
+            return self._principal(token)
         except _UnknownKeyError:
             if not self._flight.locked() and not self._may_ask():
                 raise self._unknown() from None
@@ -123,28 +128,28 @@ class OidcVerifier:
     def verify(self, token: str) -> Principal:
         """The principal of a token. May wait FETCH_SECS for the issuer.
 
-        Raises Unauthorized for a token that is not valid, Forbidden for one that lacks a required scope, Unavailable
-        for one whose key is not known while the issuer can't be reached.
+        Raises Unauthorized if the token is not valid, Forbidden if it lacks a required scope, and Unavailable if its
+        key is unknown and the issuer can't be reached.
         """
         if self._is_old():
             self._ask(wait=False)
         try:
-            return self._judge(token)
+            return self._principal(token)
         except _UnknownKeyError:
             self._ask(wait=True)
         try:
-            return self._judge(token)
+            return self._principal(token)
         except _UnknownKeyError:
             raise self._unknown() from None
 
     def _unknown(self) -> Unauthorized | Unavailable:
         if not self.trouble:
             return _invalid('it is signed with a key that its issuer does not publish')
-        retry = max(1, round(self._asked + RETRY_SECS - self._ticks()))
+        retry_after = max(1, round(self._asked + RETRY_SECS - self._ticks()))
         return Unavailable(
-            'the key of the token is not known, and its issuer can not be asked now',
+            'the key of the token is unknown here, and its issuer cannot be reached now',
             code='issuer-unreachable',
-            retry_after=retry,
+            retry_after=retry_after,
         )
 
     # ----------------------------------------------------------------------------------------------------- keys
@@ -156,7 +161,10 @@ class OidcVerifier:
         return bool(self._keys) and self._ticks() - self._fetched >= KEY_AGE_SECS and self._may_ask()
 
     def _ask(self, wait: bool) -> None:
-        """Asks the issuer for its keys, unless another thread has meanwhile, or it was asked a moment ago."""
+        """Fetches the keys, unless another thread has done so meanwhile or the last request is too recent.
+
+        If another thread is fetching, waits for it if `wait` is set, else returns at once.
+        """
         asks = self._asks
         with self._lock:
             self._waiting += 1
@@ -183,7 +191,7 @@ class OidcVerifier:
         self._asks += 1
 
     def _take(self, keys: tuple[Key, ...]) -> None:
-        """Goes on with these keys. What was verified with one that is gone is not known any more."""
+        """Replaces the keys. If they have changed, forgets verified tokens: the key of one may be withdrawn."""
         with self._lock:
             if [key.document for key in keys] != [key.document for key in self._keys]:
                 self._cache = {}
@@ -196,31 +204,31 @@ class OidcVerifier:
         if not fitting:
             raise _UnknownKeyError
         if kid is None and len(fitting) > 1:
-            raise _invalid('it does not say which key (kid) signed it')
+            raise _invalid('it does not name the key (kid) that signed it')
         return fitting[0]
 
     # ---------------------------------------------------------------------------------------------------- tokens
 
-    def _judge(self, token: str) -> Principal:
-        """The principal of a token, with the keys that are known."""
-        if len(token) > MOST_TOKEN or not token.isascii():
-            raise _invalid(f'it is not ASCII of at most {MOST_TOKEN} bytes')
+    def _principal(self, token: str) -> Principal:
+        """The principal of a token, verified with the keys we have. Raises _UnknownKeyError if they are not enough."""
+        if len(token) > MAX_TOKEN or not token.isascii():
+            raise _invalid(f'it is not ASCII of at most {MAX_TOKEN} bytes')
         digest = hashlib.sha256(token.encode()).digest()
         with self._lock:
             cache, keys = self._cache, self._keys
             known = cache.get(digest)
         if known and self._clock() < known[1]:
             return known[0]
-        claims = self._open(token, keys)
-        found, ends = self._read(claims)
+        claims = self._verified_claims(token, keys)
+        by, expires = self._read(claims)
         with self._lock:
-            if len(cache) >= MOST_CACHED:
+            if len(cache) >= MAX_CACHED:
                 del cache[next(iter(cache))]
-            cache[digest] = found, ends  # if keys have changed since, this is no longer the cache in use
-        return found
+            cache[digest] = by, expires  # if the keys have changed since, this cache is no longer in use
+        return by
 
-    def _open(self, token: str, keys: tuple[Key, ...]) -> dict[str, Any]:
-        """The claims of a token whose header and signature are good."""
+    def _verified_claims(self, token: str, keys: tuple[Key, ...]) -> dict[str, Any]:
+        """The claims of a token, once its header and signature are verified."""
         import jwt
 
         try:
@@ -230,42 +238,42 @@ class OidcVerifier:
             claims = json.loads(self._jws.decode(token, key.material, algorithms=[algorithm]))
         except jwt.InvalidSignatureError:
             if kid is None:
-                raise _UnknownKeyError from None  # the one key may have been replaced
+                raise _UnknownKeyError from None  # the issuer may have replaced its only key
             raise _invalid('its signature is wrong') from None
         except (jwt.PyJWTError, ValueError, RecursionError):
-            raise _invalid('it can not be read') from None
+            raise _invalid('it is malformed') from None
         if not isinstance(claims, dict):
-            raise _invalid('it can not be read')
+            raise _invalid('it is malformed')
         return claims
 
     def _read(self, claims: Mapping[str, Any]) -> tuple[Principal, float]:
-        """Whom the claims name, and when the token ends."""
+        """The principal of verified claims, and when the token expires, clock skew included (seconds since 1970)."""
         settings = self._settings
         if claims.get('iss') != settings.issuer:
             raise _invalid(f'its issuer (iss) is not {settings.issuer}')
         audience = claims.get('aud')
         if settings.audience not in (audience if isinstance(audience, list) else [audience]):
             raise _invalid(f'it is not for {settings.audience} (aud)')
-        ends = self._check_times(claims)
+        expires = self._check_times(claims)
         subject = claims.get('sub')
         if not isinstance(subject, str) or not _is_plain(subject):
-            raise _invalid(f'its subject (sub) is not ASCII text of 1 to {_MOST_SUBJECT} characters')
+            raise _invalid(f'its subject (sub) is not ASCII text of 1 to {_MAX_SUBJECT} characters')
         granted = _granted(claims, settings.scope_claim)
         missing = [scope for scope in settings.required_scopes if scope not in granted]
         if missing:
             wanted = f'Bearer error="insufficient_scope", scope="{" ".join(settings.required_scopes)}"'
             raise Forbidden(f'the token lacks the scope {missing[0]}', code='insufficient-scope', challenge=wanted)
-        return Principal(f'oidc:{subject}', frozenset(scope for scope in ALL_SCOPES if scope in granted)), ends
+        return Principal(f'oidc:{subject}', frozenset(scope for scope in ALL_SCOPES if scope in granted)), expires
 
     def _check_times(self, claims: Mapping[str, Any]) -> float:
         now, skew = self._clock(), self._settings.clock_skew_seconds
-        ends = _moment(claims, 'exp') + skew
-        if now >= ends:
+        expires = _time_claim(claims, 'exp') + skew
+        if now >= expires:
             raise _invalid('it has expired (exp)')
         for name in ('nbf', 'iat'):
-            if name in claims and _moment(claims, name) > now + skew:
-                raise _invalid(f'it is of the future ({name})')
-        return ends
+            if name in claims and _time_claim(claims, name) > now + skew:
+                raise _invalid(f'its {name} is in the future')
+        return expires
 
 
 def _invalid(why: str) -> Unauthorized:
@@ -273,19 +281,19 @@ def _invalid(why: str) -> Unauthorized:
 
 
 def _check_header(header: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The key's id and the algorithm. Where a header says the key is (jku, x5u, jwk, x5c) is never looked at."""
+    """(key id, algorithm) of a token's header. Keys that the header itself offers (jku, x5u, jwk, x5c) are ignored."""
     algorithm, kid, kind = header.get('alg'), header.get('kid'), header.get('typ', 'JWT')
     if algorithm not in _ALGORITHMS.values():
-        raise _invalid(f'its algorithm is none of {", ".join(_ALGORITHMS.values())}')
+        raise _invalid(f'its algorithm is not one of {", ".join(_ALGORITHMS.values())}')
     if 'crit' in header or 'b64' in header:
-        raise _invalid('it asks for extensions (crit, b64)')
+        raise _invalid('it requires extensions (crit, b64)')
     if not isinstance(kind, str) or kind.lower() not in _TYPES:
         raise _invalid('it is not an access token (typ)')
     return kid, str(algorithm)
 
 
-def _moment(claims: Mapping[str, Any], name: str) -> float:
-    """A time of a token, in seconds since 1970 (NumericDate; RFC 7519, 2)."""
+def _time_claim(claims: Mapping[str, Any], name: str) -> float:
+    """A claim that is a time, in seconds since 1970 (NumericDate; RFC 7519, 2)."""
     value = claims.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LATEST:
         raise _invalid(f'its {name} is not a time')
@@ -293,22 +301,22 @@ def _moment(claims: Mapping[str, Any], name: str) -> float:
 
 
 def _is_plain(text: str) -> bool:
-    return 0 < len(text) <= _MOST_SUBJECT and text.isascii() and text.isprintable()
+    return 0 < len(text) <= _MAX_SUBJECT and text.isascii() and text.isprintable()
 
 
 def _granted(claims: Mapping[str, Any], claim: str) -> set[str]:
-    """Every scope in a token: lists, and texts with spaces between (RFC 8693, 4.2)."""
-    found: set[str] = set()
+    """Every scope in a token. A claim may be a list or a text with spaces between the scopes (RFC 8693, 4.2)."""
+    scopes: set[str] = set()
     for value in [_look_up(claims, claim)] if claim else [claims.get('scope'), claims.get('scp')]:
         if isinstance(value, str):
-            found.update(value.split(' '))
+            scopes.update(value.split(' '))
         elif isinstance(value, list):
-            found.update(each for each in value if isinstance(each, str))
-    return found
+            scopes.update(scope for scope in value if isinstance(scope, str))
+    return scopes
 
 
 def _look_up(claims: Mapping[str, Any], claim: str) -> Any:
-    """A claim by its name, which may hold dots, or by a dotted path."""
+    """A claim by its name, which may contain dots, else by a dotted path of nested names."""
     if claim in claims:
         return claims[claim]
     value: Any = claims
@@ -321,25 +329,27 @@ def _look_up(claims: Mapping[str, Any], claim: str) -> Any:
 
 
 def check_settings(settings: AuthSettings) -> None:
-    """Raises UsageError for settings with which no token could be verified."""
-    for name, given, meant in (
-        ('issuer', settings.issuer, 'give the URL that stands in `iss` of its tokens'),
-        ('audience', settings.audience, 'give what stands in `aud` of tokens for this town'),
+    """Raises UsageError if no token could be verified with these settings."""
+    for name, value, mend in (
+        ('issuer', settings.issuer, 'give the URL in the claim `iss` of its tokens'),
+        ('audience', settings.audience, 'give the claim `aud` of tokens for this town'),
     ):
-        if not given:
-            raise UsageError(f'townhall.auth.{name} is missing, and townhall.auth.mode is "oidc"; {meant}')
+        if not value:
+            raise UsageError(f'townhall.auth.{name} is missing, but townhall.auth.mode is "oidc"; {mend}')
     check_url('townhall.auth.issuer', settings.issuer)
     if '?' in settings.issuer:
-        raise UsageError(f'townhall.auth.issuer = {settings.issuer!r}: an issuer has no query; take it away')
+        raise UsageError(f'townhall.auth.issuer = {settings.issuer!r}: an issuer has no query; remove it')
     if settings.jwks_url:
         check_url('townhall.auth.jwks_url', settings.jwks_url)
     for scope in settings.required_scopes:
         if not re.fullmatch(_SCOPE, scope):
-            raise UsageError(f'townhall.auth.required_scopes: {scope!r} is no scope; give one word without quotes each')
+            raise UsageError(
+                f'townhall.auth.required_scopes: {scope!r} is not a scope; give words without spaces or quotes'
+            )
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises UsageError for an address that is not https, or http on this machine."""
+    """Raises UsageError unless a URL is https, or http on this machine. `name` is the setting for the message."""
     try:
         parts = urlsplit(url)
         secure = parts.scheme == 'https' or (parts.scheme == 'http' and _is_loopback(parts.hostname or ''))
@@ -358,7 +368,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _jws() -> Any:
-    """What opens tokens. Raises UsageError without the extra."""
+    """PyJWT's decoder of signed tokens. Raises UsageError if the `oidc` extra is not installed."""
     try:
         import cryptography.exceptions  # noqa: F401
         import jwt
@@ -373,74 +383,74 @@ def _jws() -> Any:
 
 
 def fetch_keys(settings: AuthSettings) -> tuple[Key, ...]:
-    """The keys that the issuer publishes now. Raises Unreachable, and UsageError if it says it is another issuer."""
+    """The usable keys that the issuer publishes. Raises Unreachable; UsageError if it says it is another issuer."""
     deadline = time.monotonic() + FETCH_SECS
     url = settings.jwks_url or _discover(settings.issuer, deadline)
-    listed = _get(url, deadline).get('keys')
-    found = [_key(each) for each in listed[:_MOST_KEYS]] if isinstance(listed, list) else []
-    keys = tuple(key for key in found if key)
+    documents = _get(url, deadline).get('keys')
+    usable = [_key(document) for document in documents[:_MAX_KEYS]] if isinstance(documents, list) else []
+    keys = tuple(key for key in usable if key)
     if not keys:
         raise Unreachable(f'{url} has no key for {", ".join(_ALGORITHMS.values())}')
     return keys
 
 
 def _discover(issuer: str, deadline: float) -> str:
-    """Where the issuer's keys are (OpenID Connect Discovery 1.0, 4)."""
+    """The URL of the issuer's keys (OpenID Connect Discovery 1.0, 4)."""
     url = issuer.removesuffix('/') + '/.well-known/openid-configuration'
     document = _get(url, deadline)
     if document.get('issuer') != issuer:
         raise UsageError(
-            f'townhall.auth.issuer = {issuer!r}: {url} says that it is {document.get("issuer")!r}; '
-            'the two must be the same to the letter'
+            f'townhall.auth.issuer = {issuer!r}: {url} names the issuer {document.get("issuer")!r}; '
+            'the two must be exactly the same'
         )
-    keys = document.get('jwks_uri')
-    if not isinstance(keys, str) or (issuer.startswith('https:') and not keys.startswith('https:')):
+    keys_url = document.get('jwks_uri')
+    if not isinstance(keys_url, str) or (issuer.startswith('https:') and not keys_url.startswith('https:')):
         raise Unreachable(f'{url} names no https:// address of keys')
     try:
-        check_url('jwks_uri', keys)
+        check_url('jwks_uri', keys_url)
     except UsageError as e:
         raise Unreachable(f'{url}: {e}') from None
-    return keys
+    return keys_url
 
 
 def _key(document: Any) -> Key | None:
-    """A key of the issuer's list; None for one that is not for signatures of ours, weak, or damaged."""
+    """A key (JWK; RFC 7517) of the issuer. None if it is damaged or weak, or not for verifying with our algorithms."""
     import jwt
 
     try:
         kind = f'{document["kty"]} {document.get("crv", "")}'.strip()
         algorithm = _ALGORITHMS[kind]
-        meant = document.get('use', 'sig') == 'sig' and 'verify' in document.get('key_ops', ['verify'])
-        if not meant or document.get('alg', algorithm) != algorithm:
+        verifies = document.get('use', 'sig') == 'sig' and 'verify' in document.get('key_ops', ['verify'])
+        if not verifies or document.get('alg', algorithm) != algorithm:
             return None
         public = {name: document[name] for name in _PUBLIC if name in document}
-        made = jwt.PyJWK(public, algorithm)
-        weak = algorithm == 'RS256' and made.key.key_size not in _RSA_BITS
-        return None if weak else Key(str(document.get('kid', '')), algorithm, json.dumps(document), made)
-    except Exception:  # of whatever is in a damaged one; the others of the list still count
+        material = jwt.PyJWK(public, algorithm)
+        bad_size = algorithm == 'RS256' and material.key.key_size not in _RSA_BITS
+        return None if bad_size else Key(str(document.get('kid', '')), algorithm, json.dumps(document), material)
+    except Exception:  # a damaged document may raise anything; the other keys are still usable
         return None
 
 
 def _get(url: str, deadline: float) -> dict[str, Any]:
-    """A JSON object from the issuer. No redirect is followed. Raises Unreachable."""
+    """A JSON object from the issuer. Redirects are not followed. Raises Unreachable."""
     try:
         status, body = _exchange(url, deadline)
         if status != 200:
             raise Unreachable(f'{url} answered {status}')
-        found = json.loads(body)
+        document = json.loads(body)
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as e:
         if time.monotonic() >= deadline:
-            raise Unreachable(f'{url}: no whole answer in {FETCH_SECS:g} s') from None
+            raise Unreachable(f'{url}: no complete answer in {FETCH_SECS:g} s') from None
         if isinstance(e, (ValueError, RecursionError)) and not isinstance(e, OSError):
-            raise Unreachable(f'{url}: the answer is no JSON of at most {MOST_DOCUMENT} bytes') from None
+            raise Unreachable(f'{url}: the answer is not JSON of at most {MAX_DOCUMENT} bytes') from None
         raise Unreachable(f'{url}: {e or type(e).__name__}') from None
-    if not isinstance(found, dict):
-        raise Unreachable(f'{url}: the answer is no JSON object')
-    return found
+    if not isinstance(document, dict):
+        raise Unreachable(f'{url}: the answer is not a JSON object')
+    return document
 
 
 def _exchange(url: str, deadline: float) -> tuple[int, bytes]:
-    """Status and body of a GET. A server that drips its answer is cut off at the deadline."""
+    """(status, body) of a GET. A timer cuts the connection at the deadline, even if the server sends byte by byte."""
     parts = urlsplit(url)
     host, is_tls = parts.hostname or '', parts.scheme == 'https'
     left = max(deadline - time.monotonic(), 0.001)
@@ -448,24 +458,24 @@ def _exchange(url: str, deadline: float) -> tuple[int, bytes]:
         sock = raw
         if is_tls:
             sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
-        end = threading.Timer(deadline - time.monotonic(), _cut_off, (sock,))
-        end.daemon = True
-        end.start()
+        timer = threading.Timer(deadline - time.monotonic(), _cut_off, (sock,))
+        timer.daemon = True
+        timer.start()
         try:
-            return _ask(sock, parts.netloc, (parts.path or '/') + (f'?{parts.query}' if parts.query else ''))
+            return _request(sock, parts.netloc, (parts.path or '/') + (f'?{parts.query}' if parts.query else ''))
         finally:
-            end.cancel()
+            timer.cancel()
             sock.close()
 
 
 def _cut_off(sock: socket.socket) -> None:
     try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS, which the other thread is in
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # bypasses TLS, which the other thread is using
     except OSError:
-        pass  # it has ended by itself
+        pass  # the connection has ended by itself
 
 
-def _ask(sock: socket.socket, host: str, path: str) -> tuple[int, bytes]:
+def _request(sock: socket.socket, host: str, path: str) -> tuple[int, bytes]:
     if isinstance(sock, ssl.SSLSocket):
         sock.do_handshake()
     connection = http.client.HTTPConnection(host)
@@ -474,5 +484,5 @@ def _ask(sock: socket.socket, host: str, path: str) -> tuple[int, bytes]:
         'GET', path, headers={'Host': host, 'Accept': 'application/json', 'User-Agent': f'tinytown/{__version__}'}
     )
     response = connection.getresponse()
-    body = response.read(MOST_DOCUMENT + 1)
-    return response.status, body if len(body) <= MOST_DOCUMENT else b''
+    body = response.read(MAX_DOCUMENT + 1)
+    return response.status, body if len(body) <= MAX_DOCUMENT else b''

@@ -1,4 +1,4 @@
-"""Whose process is at the other end of a socket on this machine."""
+"""Finds the user whose process is at the other end of a local socket, for auth mode none (`access`)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CAN_TELL: Final = sys.platform == 'linux'
 
 
 def uid_of(sock: socket.socket) -> int | None:
-    """The user whose process has connected `sock`; None if that can't be said.
+    """The id of the user whose process connected `sock`; None if it is unknown.
 
-    Asks the kernel for the one socket that is the other end (sock_diag(7)). One that its process has closed already is
-    nobody's: the kernel may show root as its owner.
+    Asks the kernel for the socket at the other end (sock_diag(7)). If the process has already closed that socket, the
+    answer is None, because the kernel may then name root as its owner.
     """
     try:
         if sock.family == socket.AF_UNIX:
@@ -48,15 +48,15 @@ def _credentials(sock: socket.socket) -> int | None:
 
 
 def _ask(sock: socket.socket) -> int | None:
-    its, its_port = _address(sock.getpeername())
+    peer, peer_port = _address(sock.getpeername())
     ours, our_port = _address(sock.getsockname())
-    family = socket.AF_INET if len(its) == 4 else socket.AF_INET6
-    wanted = _ID.pack(its_port, our_port, its, ours, 0, _ANY_COOKIE)
+    family = socket.AF_INET if len(peer) == 4 else socket.AF_INET6
+    wanted = _ID.pack(peer_port, our_port, peer, ours, 0, _ANY_COOKIE)
     answer = _exchange(_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + wanted)
     return _owner(answer, wanted)
 
 
-_kernels = threading.local()  # a socket to the kernel for each thread of each process
+_kernels = threading.local()  # one netlink socket for each thread of each process
 
 
 def _exchange(body: bytes) -> bytes:
@@ -70,35 +70,35 @@ def _exchange(body: bytes) -> bytes:
         kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
         return kernel.recv(8192)
     except OSError:
-        _kernels.__dict__.clear()  # or a late answer would be taken for that of the next question
+        _kernels.__dict__.clear()  # or a late answer would be read as the answer to the next request
         kernel.close()
         raise
 
 
-def _address(found: tuple[str, int]) -> tuple[bytes, int]:
-    """An address as the kernel has it, and the port. One of IPv4 in the form of IPv6 is one of IPv4."""
-    host = found[0].partition('%')[0]
+def _address(address: tuple[str, int]) -> tuple[bytes, int]:
+    """(packed address, port) as the kernel stores them. An IPv4-mapped IPv6 address becomes IPv4."""
+    host = address[0].partition('%')[0]
     if ':' not in host:
-        return socket.inet_pton(socket.AF_INET, host), found[1]
+        return socket.inet_pton(socket.AF_INET, host), address[1]
     packed = socket.inet_pton(socket.AF_INET6, host)
-    return packed[12:] if packed.startswith(_MAPPED) else packed, found[1]
+    return packed[12:] if packed.startswith(_MAPPED) else packed, address[1]
 
 
 def _owner(answer: bytes, wanted: bytes) -> int | None:
-    """The owner in an answer, if that is of the very socket: it may be of a listener on the same port."""
+    """The user id in an answer. None if the answer describes another socket, such as a listener on the same port."""
     _, kind, *_ = _HEADER.unpack_from(answer)
     if kind != _SOCK_DIAG_BY_FAMILY:
-        return None  # an error: there is no such socket any more
+        return None  # an error: the socket no longer exists
     at = _HEADER.size
     _, state, *_ = _ANSWER.unpack_from(answer, at)
     at += _ANSWER.size
-    ends = 2 + 2 + 16 + 16  # of both sides, port and address
+    ends = 2 + 2 + 16 + 16  # bytes of both ports and both addresses
     if state == _LISTEN or answer[at : at + ends] != wanted[:ends]:
         return None
     *_, uid, inode = _REST.unpack_from(answer, at + _ID.size)
-    return uid if inode else None
+    return uid if inode else None  # inode 0: its process has closed it
 
 
 def own_uids() -> frozenset[int]:
-    """The users who may do here whatever this process may: its own, and root."""
+    """The users that have this process's powers anyway: its own user and root."""
     return frozenset({os.geteuid(), 0})

@@ -1,9 +1,11 @@
-"""One client's connection: reads requests as they arrive, judges them, writes answers, and keeps its deadlines.
+"""One client's connection: reads requests as they arrive, checks them, writes the answers and enforces deadlines.
 
-A state machine that the server's loop drives: `on_event` when the socket is ready, `answer` when an answer is there,
-`expire` now and then. It never waits. Nothing is dispatched that was not received whole; every request gets one
-answer; every state has a deadline. An answer may go on (`Stream`) or come later (`Later`): both count as streams, and
-have a limit of their own.
+`Connection` is a state machine that never blocks. The event loop of `server` drives it: `on_event` when the socket is
+ready, `answer` when an answer is there, `expire` now and then. A request is dispatched only once all of it has arrived;
+every request gets exactly one answer; every state has a deadline.
+
+An answer may also be a stream (`Response.stream`) or come later (`replies.Later`). Both are a `replies.Stream`, and the
+server limits how many are open.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 from ..errors import ExpectationFailed, HeadTooLarge, RequestTimeout, TownError, Unavailable
 from ..settings import LimitSettings
 from .http1 import (
-    MOST_HEAD,
-    MOST_LINE,
+    MAX_HEAD,
+    MAX_LINE,
     Peer,
     Request,
     Response,
     body_length,
     check_host,
-    judge_line,
-    long_line,
+    line_too_long,
+    match_line,
     parse_head,
     problem,
     render_response,
@@ -44,17 +46,17 @@ _GONE: Final = select.POLLERR | select.POLLHUP
 Sock: TypeAlias = 'socket.socket | TlsSocket'
 
 LINGER_SECS: Final = 2.0
-NEWCOMER_SECS: Final = 1.0  # for a first request, on a connection made right before the server was told to stop
-MOST_UNSENT: Final = 1 << 20  # bytes of an answer that goes on which a client may leave untaken
-_MOST_AHEAD: Final = 65536  # bytes that a client may send ahead while its request is under way
+NEWCOMER_SECS: Final = 1.0  # for the first request of a connection that was made just before the server stops
+MAX_UNSENT: Final = 1 << 20  # bytes of a stream that may wait for a slow client
+_MAX_AHEAD: Final = 65536  # bytes that a client may send ahead (pipelining) while its request is being answered
 _REQUEST_ID: Final = re.compile(r'[A-Za-z0-9._-]{1,128}')
 
 
 class Application(Protocol):
-    """What the server serves.
+    """What the server serves. `rest.app` implements it.
 
-    `meet` says who is at the other end of a new connection; `begin` judges a request by its head (raises TownError);
-    `handle` answers it; `refused` is told of one that came by a wrong name or from a foreign page.
+    `meet` identifies the peer of a new connection. `begin` checks a request by its head, before the body is read
+    (raises TownError). `handle` answers it. `refused` is called for a request with a wrong Host or a foreign Origin.
     """
 
     def meet(self, sock: socket.socket, address: Any) -> Peer: ...
@@ -66,7 +68,7 @@ class Application(Protocol):
 class Owner(Loop, Protocol):
     """What a connection needs of its server.
 
-    `streams` counts the answers that go on or come later; `request_ids` are for requests that bring none.
+    `streams` counts open streams; `request_ids` yields ids for requests without X-Request-ID.
     """
 
     application: Application
@@ -88,35 +90,35 @@ class Owner(Loop, Protocol):
 
 @dataclass(slots=True)
 class _Refused:
-    """Stands as the target of a request that was refused by its head."""
+    """The target of a request that was refused by its head."""
 
     error: TownError
 
 
 class Connection:
-    """One client. Reads a request, has it answered, and goes on; at most one request is under way."""
+    """One client's connection. At most one request is under way; further ones wait in the buffer."""
 
-    __slots__ = ('_body_at', '_buffer', '_closing', '_deadline', '_in_process', '_is_last', '_judged', '_mask', '_out',
-                 '_peer_done', '_request', '_request_end', '_server', '_shakes_hands', '_untaken', '_was_answered',
-                 'is_busy', 'peer', 'sock', 'stream')  # fmt: skip
+    __slots__ = ('_body_at', '_buffer', '_checked', '_closing', '_deadline', '_is_handshaking', '_is_last',
+                 '_is_processing', '_mask', '_out', '_peer_done', '_pending', '_request', '_request_end', '_server',
+                 '_was_answered', 'is_busy', 'peer', 'sock', 'stream')  # fmt: skip
 
     def __init__(self, sock: Sock, peer: Peer, server: Owner) -> None:
         self.sock = sock
         self.peer = peer
-        self._shakes_hands = peer.is_tls
+        self._is_handshaking = peer.is_tls
         self._server = server
         self._buffer = bytearray()
-        self._judged = 0  # bytes of an unfinished head that were found good
-        self._request: Request | None = None  # whose head is read, or which is under way
-        self.is_busy = False  # whether it is being answered
-        self.stream: Stream | None = None  # as which it goes on being answered
-        self._in_process = False
-        self._body_at = self._request_end = 0
-        self._out = memoryview(b'')  # what is still to be written; nothing is read meanwhile
-        self._untaken = bytearray()  # of a stream, what comes after that
-        self._closing = False  # to be closed once everything is written, or closed
-        self._is_last = False  # whether the request that is read, or is next, is the last one
-        self._peer_done = False  # the client will send no more
+        self._checked = 0  # bytes of an incomplete head that are checked and valid
+        self._request: Request | None = None  # the current one, once its head is read
+        self.is_busy = False  # whether the request is being answered
+        self.stream: Stream | None = None  # the open stream that answers the request
+        self._is_processing = False  # whether `process` is running
+        self._body_at = self._request_end = 0  # offsets in the buffer
+        self._out = memoryview(b'')  # bytes to write; no request is read before they are written
+        self._pending = bytearray()  # bytes of a stream to write after `_out`
+        self._closing = False  # whether it is closed, or will be once everything is written
+        self._is_last = False  # whether the current or next request is the last one
+        self._peer_done = False  # whether the client has closed its side: it will send no more
         self._mask = IN
         self._deadline = time.monotonic() + server.limits.head_secs
         self._was_answered = False
@@ -129,9 +131,9 @@ class Connection:
     # ------------------------------------------------------------------------------------------------- reading
 
     def on_event(self, mask: int) -> None:
-        """Reads or writes what can be read or written now."""
-        if self._shakes_hands:
-            mask = self._shake_hands()
+        """Handles a poll event: continues the handshake, writes, reads or closes."""
+        if self._is_handshaking:
+            mask = self._handshake()
         if mask & OUT:
             self._write()
         if mask & IN and self.sock.fileno() >= 0:
@@ -139,8 +141,8 @@ class Connection:
         elif mask & _GONE:
             self.close()
 
-    def _shake_hands(self) -> int:
-        """Goes on with a TLS handshake; what is ready then: nothing, or what came with its end."""
+    def _handshake(self) -> int:
+        """Continues the TLS handshake. Returns the events to handle next: 0, or IN once the handshake is complete."""
         assert not isinstance(self.sock, socket.socket)
         try:
             wanted = self.sock.handshake()
@@ -151,9 +153,9 @@ class Connection:
         self._set_mask(wanted or IN)
         if wanted:
             return 0
-        self._shakes_hands = False
+        self._is_handshaking = False
         self.peer = replace(self.peer, subject=self.sock.subject())
-        if self._is_last and self.peer.subject:  # it was judged by settings that have changed meanwhile
+        if self._is_last and self.peer.subject:  # the settings changed during the handshake: see `renew`
             self.close()
             return 0
         return IN
@@ -169,25 +171,25 @@ class Connection:
         if not data:
             self._peer_done = True
             if self.stream:
-                self.close()  # a reader that half-closes is rare, one that went away without a reset is not
+                self.close()  # nearly always the reader has gone away; hardly any reader only closes its sending side
             elif self.is_busy or self._out:
                 self._set_mask(self._mask & ~IN)
             else:
                 self.close()
             return
         if self._closing:
-            return  # a rejected client is still sending: discarded until it stops or the time is up
+            return  # a rejected client is still sending: discard it until it stops or the deadline passes
         self._buffer += data
         if not self.is_busy:
             self.process()
-        elif len(self._buffer) > _MOST_AHEAD:
+        elif len(self._buffer) > _MAX_AHEAD:
             self._set_mask(self._mask & ~IN)
 
     def process(self) -> None:
-        """Answers whole requests in the buffer until one is under way or more must arrive."""
-        if self._in_process:
-            return  # an answer that was there at once; the loop below goes on
-        self._in_process = True
+        """Dispatches the requests in the buffer, until one is being answered or none is complete."""
+        if self._is_processing:
+            return  # called again for an answer that was ready at once; the loop below continues
+        self._is_processing = True
         try:
             while self._buffer and not self.is_busy and not self._closing and not self._out:
                 if self._request is None and not self._take_head():
@@ -195,31 +197,31 @@ class Connection:
                 if len(self._buffer) < self._request_end:
                     break
                 self._dispatch()
-        except Exception as e:  # a fault of ours must not end the server either
+        except Exception as e:  # TownError, or a bug, which must not end the server
             self.reject(e)
         finally:
-            self._in_process = False
+            self._is_processing = False
         if self.is_busy or self._out or self._closing:
             return
         if self._peer_done:
-            self.close()  # what is left in the buffer will never be whole
+            self.close()  # the rest of the buffer will never become a complete request
         else:
-            self._set_mask(IN)  # no whole request is left, however much was sent ahead
+            self._set_mask(IN)  # the buffer contains no complete request, however much was sent ahead
 
     def _take_head(self) -> bool:
-        """Reads the head of the next request if it is here."""
+        """Reads the head of the next request. Returns whether it was complete."""
         buffer = self._buffer
-        if not self._judged:
-            if buffer.startswith(b'\r\n'):  # an empty line before a request is forgiven (RFC 9112, 2.2)
+        if not self._checked:
+            if buffer.startswith(b'\r\n'):  # one empty line before a request is allowed (RFC 9112, 2.2)
                 del buffer[:2]
             self._deadline = min(self._deadline, time.monotonic() + self._server.limits.head_secs)
-        end = buffer.find(b'\r\n\r\n', max(self._judged - 4, 0))
+        end = buffer.find(b'\r\n\r\n', max(self._checked - 4, 0))
         if end < 0:
-            self._judge_partial()
+            self._check_partial_head()
             return False
-        if end > MOST_HEAD:
-            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
-        self._judged = 0
+        if end > MAX_HEAD:
+            raise HeadTooLarge(f'the head is over {MAX_HEAD} bytes')
+        self._checked = 0
         request = parse_head(bytes(buffer[:end]))
         request.began = time.monotonic()
         given = request.field(b'x-request-id')
@@ -231,24 +233,27 @@ class Connection:
         self._begin(request)
         return True
 
-    def _judge_partial(self) -> None:
-        """Judges each line when its LF has arrived, so that a bad one is answered at once."""
+    def _check_partial_head(self) -> None:
+        """Checks each line of an incomplete head once its LF has arrived, so that a bad one is refused at once."""
         buffer = self._buffer
-        while (end := buffer.find(b'\n', self._judged)) >= 0:
-            line = bytes(buffer[self._judged : end])
+        while (end := buffer.find(b'\n', self._checked)) >= 0:
+            line = bytes(buffer[self._checked : end])
             if line != b'\r':
-                judge_line(line[:-1] if line.endswith(b'\r') else line + b'\n', self._judged == 0)
-            self._judged = end + 1
-        if len(buffer) - self._judged > MOST_LINE + 2:
-            raise long_line(self._judged == 0)
-        if len(buffer) > MOST_HEAD:
-            raise HeadTooLarge(f'the head is over {MOST_HEAD} bytes')
+                match_line(line[:-1] if line.endswith(b'\r') else line + b'\n', self._checked == 0)
+            self._checked = end + 1
+        if len(buffer) - self._checked > MAX_LINE + 2:
+            raise line_too_long(self._checked == 0)
+        if len(buffer) > MAX_HEAD:
+            raise HeadTooLarge(f'the head is over {MAX_HEAD} bytes')
 
     def _begin(self, request: Request) -> None:
-        """Judges a request by its head. One whose body is here already is refused without closing the connection."""
+        """Checks a request by its head. Raises TownError, which closes the connection.
+
+        If the body is here already, the connection can stay open: the error is then sent as a normal answer.
+        """
         expected = request.fields.get(b'expect')
         if expected is not None and expected.lower() != b'100-continue':
-            raise ExpectationFailed(f'Expect: {expected[:40]!r} can not be met')
+            raise ExpectationFailed(f'Expect: {expected[:40]!r} is not supported; only 100-continue is')
         waits = len(self._buffer) < self._request_end
         try:
             self._check_host(request)
@@ -281,18 +286,18 @@ class Connection:
             self._server.run(self, request)
 
     def reject(self, error: Exception) -> None:
-        """Answers what is not read as a request, and closes: what follows can't be told from a body."""
-        method = 'HEAD' if self._buffer.startswith(b'HEAD ') else '-'  # whose answer has no body
+        """Answers with an error and closes: after a bad request nobody can tell where the next one begins."""
+        method = 'HEAD' if self._buffer.startswith(b'HEAD ') else '-'  # the answer to HEAD has no body
         number = next(self._server.request_ids)
-        nobody = Request(method, '-', '', 1, {}, id=number, peer=self.peer, began=time.monotonic())
-        request = self._request = self._request or nobody
+        unparsed = Request(method, '-', '', 1, {}, id=number, peer=self.peer, began=time.monotonic())
+        request = self._request = self._request or unparsed
         self._closing = True
         self.answer(request, self._server.failed(request, error))
 
     # ------------------------------------------------------------------------------------------------- writing
 
     def answer(self, request: Request, response: Response) -> None:
-        """Sends the answer of the request under way, once; a later one (after a timeout) is dropped."""
+        """Sends the answer to the current request. A second answer, after a timeout for example, is dropped."""
         if request.answered or self._request is not request:
             return
         if response.stream and request.method != 'HEAD':
@@ -316,7 +321,7 @@ class Connection:
             self._buffer.clear()
 
     def _conclude(self, data: bytes) -> None:
-        """Sends the last bytes of an answer, and turns to the next request."""
+        """Sends the last bytes of an answer and starts the deadline for the next request."""
         if self.sock.fileno() < 0:
             return
         self._deadline = time.monotonic() + self._server.limits.idle_secs
@@ -324,12 +329,12 @@ class Connection:
         self.feed(data)
 
     def feed(self, data: bytes) -> None:
-        """Sends data after what is still to be written."""
+        """Sends data after the bytes that still wait. Closes the connection if more than MAX_UNSENT bytes wait."""
         if not self._out:
             self._send(data)
             return
-        self._untaken += data
-        if len(self._untaken) > MOST_UNSENT:
+        self._pending += data
+        if len(self._pending) > MAX_UNSENT:
             self.close()
 
     def _send(self, data: bytes) -> None:
@@ -345,25 +350,28 @@ class Connection:
             self.close()
             return
         self._out = self._out[sent:]
-        if not self._out and self._untaken:
-            self._out, self._untaken = memoryview(bytes(self._untaken)), bytearray()
+        if not self._out and self._pending:
+            self._out, self._pending = memoryview(bytes(self._pending)), bytearray()
         if self._out:
             if not self._mask & OUT or (self.stream and sent):
                 self._deadline = time.monotonic() + self._server.limits.write_secs
                 self._set_mask(OUT)
         elif self.stream:
-            self._set_mask(IN if len(self._buffer) <= _MOST_AHEAD else 0)
+            self._set_mask(IN if len(self._buffer) <= _MAX_AHEAD else 0)
             self.stream.taken()
         elif self._closing or (self._peer_done and not self._buffer):
             self._linger()
         elif self._mask & OUT:
-            self._set_mask(IN if len(self._buffer) <= _MOST_AHEAD else 0)
+            self._set_mask(IN if len(self._buffer) <= _MAX_AHEAD else 0)
             limits = self._server.limits
             self._deadline = time.monotonic() + (limits.body_secs if self._request else limits.idle_secs)
             self.process()
 
     def _linger(self) -> None:
-        """Closes without a reset: our side first; what the client still sends is dropped for a short while."""
+        """Closes our side first and discards what the client still sends, for LINGER_SECS.
+
+        Closing both sides with unread input would reset the connection, and the client could lose the answer.
+        """
         if self._peer_done:
             self.close()
             return
@@ -385,13 +393,13 @@ class Connection:
             return
         request.answered = True
         if not request.minor:
-            # HTTP/1.0 knows no chunks: the answer ends with the connection
+            # HTTP/1.0 has no chunked coding: closing the connection ends the answer
             request.fields = {**request.fields, b'connection': b'close'}
         self._send(render_response(response, request, not request.keeps_alive))
         self._start(request, response.stream, stream)
 
     def wait(self, request: Request, later: Later) -> None:
-        """Has a request answered later."""
+        """Starts an answer that comes later."""
         stream = self._open_stream(request, later)
         if stream is not None:
             request.deadline = time.monotonic() + later.seconds
@@ -400,16 +408,16 @@ class Connection:
     def _start(self, request: Request, start: Callable[[Stream], None], stream: Stream) -> None:
         try:
             start(stream)
-        except Exception as e:  # a fault of ours must not end the server
+        except Exception as e:  # a bug must not end the server
             self._server.failed(request, e)
             self.close()
 
     def _open_stream(self, request: Request, response: Response | Later) -> Stream | None:
-        """A stream, if there may be one more; else the request is told so."""
+        """A new stream. If the server stops or has too many, answers with an error and returns None."""
         server = self._server
         if server.streams >= server.limits.streams or server.draining:
-            what = 'the server stops' if server.draining else f'{server.streams} streams are open'
-            busy = Unavailable(f'{what}; ask again soon', code='too-many-streams', retry_after=5)
+            reason = 'the server is stopping' if server.draining else f'{server.streams} streams are open'
+            busy = Unavailable(f'{reason}; try again soon', code='too-many-streams', retry_after=5)
             self.answer(request, problem(busy, request.id))
             return None
         server.streams += 1
@@ -417,14 +425,14 @@ class Connection:
         return self.stream
 
     def end_stream(self, data: bytes) -> None:
-        """Ends an answer that goes on, with its last bytes."""
+        """Ends a stream with its last bytes and continues with the next request."""
         stream = self._drop_stream()
         self._end_request(stream.request)
         self._conclude(data)
         self.process()
 
     def end_wait(self, response: Response) -> None:
-        """Gives the answer that was to come later."""
+        """Sends an answer that was to come later and continues with the next request."""
         stream = self._drop_stream()
         self.answer(stream.request, response)
         self.process()
@@ -441,9 +449,12 @@ class Connection:
     # ------------------------------------------------------------------------------------------------- ending
 
     def expire(self, now: float) -> None:
-        """Ends what has taken too long: a head or body with 408, an operation with 503, anything else by closing."""
+        """Enforces the deadlines: 408 for a head or body, 503 for an operation; anything else is closed.
+
+        Also lets an open stream send its heartbeat and check its credential again.
+        """
         if self.stream:
-            self.stream.ask_again(now)
+            self.stream.reauthenticate(now)
         request = self._request
         if self.stream and not self._out:
             self.stream.expire(now)
@@ -459,36 +470,38 @@ class Connection:
                 self.close()
 
     def wind_down(self) -> None:
-        """The server stops: as `drain`, but who has just come and is about to ask gets a moment for it."""
+        """Called when the server shuts down. Drains, but gives a new client NEWCOMER_SECS to send its first request."""
         if self._was_answered or not self._is_idle:
             self.drain()
         else:
             self._deadline = min(self._deadline, time.monotonic() + NEWCOMER_SECS)
 
     def drain(self) -> None:
-        """The server stops: a request that has arrived is still answered, a connection without one is closed."""
+        """Ends the stream, if there is one; closes the connection unless a request has arrived, which is answered."""
         if self.stream:
             self.stream.finish()
-        if self._is_idle and not self._shakes_hands:
+        if self._is_idle and not self._is_handshaking:
             self._read()
         if self._is_idle:
             self.close()
 
     def renew(self) -> None:
-        """Has a client with a certificate connect again, after the answer to what it has begun to say: it may not be
-        let in any more. Of one that still shakes hands it is not known yet whether it has one.
+        """Makes a client with a certificate connect again, because new settings may no longer accept its certificate.
+
+        A request that has begun to arrive is still answered. During a handshake it is unknown whether the client has a
+        certificate, so `_handshake` decides when it is complete.
         """
-        if not (self.peer.subject or self._shakes_hands):
+        if not (self.peer.subject or self._is_handshaking):
             return
         self._is_last = True
-        if self._shakes_hands:
+        if self._is_handshaking:
             return
         self.drain()
         if self._request is None and not self._buffer:
             self._closing = True
 
     def break_off(self) -> None:
-        """The server ends now: a request that is still under way is told so, and that its outcome is unknown."""
+        """Ends the connection as the server exits. Answers a request under way with 503: its outcome is unknown."""
         if self._request is not None and self.is_busy:
             detail = 'the server was stopped; whether the change was made is not known'
             self.answer(self._request, problem(Unavailable(detail, code='stopped', retry_after=5), self._request.id))
@@ -503,7 +516,7 @@ class Connection:
         return self._request is None and not (self._buffer or self._out or self._closing)
 
     def close(self) -> None:
-        """Closes at once. A request that is under way goes on; its answer is dropped."""
+        """Closes at once. A request under way continues, and its answer is dropped."""
         if self.sock.fileno() < 0:
             return
         self._closing = True

@@ -1,7 +1,8 @@
-"""HTTP/1.1 on the wire: a request from the bytes of its head, an answer to bytes, errors as problem documents.
+"""HTTP/1.1 syntax (RFC 9110, 9112): parses heads of requests, renders responses, and errors as problem documents.
 
-Strict where leniency lets two readers disagree (RFC 9112): what is not exactly one request is refused, and the
-connection closed. Every refusal is a TownError with the status that it deserves.
+Parsing is strict wherever a lenient parser and a proxy could read the same bytes differently (request smuggling). A
+malformed request is refused with a TownError of the right status, and `connection`, which uses this module, closes the
+connection. Start with `parse_head` and `render_response`.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from ..errors import (
     VersionNotSupported,
 )
 
-MOST_LINE: Final = 8192  # bytes of a request or field line
-MOST_HEAD: Final = 16384
-MOST_FIELDS: Final = 64
+MAX_LINE: Final = 8192  # bytes of a request line or field line
+MAX_HEAD: Final = 16384  # bytes
+MAX_FIELDS: Final = 64
 
 # ---------------------------------------------------------------------------------------------- requests and answers
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a connection, as far as the connection itself tells.
+    """What a connection itself tells about its client.
 
-    `address` is '' on a unix socket; `uid` the user on this machine, None if unknown; `subject` whom a
-    client certificate names that was checked.
+    `address` is '' on a unix socket. `uid` is the client's user on this machine, None if unknown. `subject` is the name
+    in a verified client certificate, '' without one.
     """
 
     address: str = ''
@@ -54,7 +55,7 @@ class Peer:
 
 @dataclass(slots=True)
 class Request:
-    """One request, received whole. `fields` has lower-case names; `target` is what the route matched."""
+    """One request. The names in `fields` are lower-case; `target` is the target of the matching route."""
 
     method: str
     path: str
@@ -64,16 +65,16 @@ class Request:
     body: bytes = b''
     id: str = ''
     target: Any = None
-    operation: str = ''  # the name under which it is counted
-    values: Mapping[str, str] = field(default_factory=dict)  # what stood in the placeholders of the path
+    operation: str = ''  # the name under which metrics count it
+    values: Mapping[str, str] = field(default_factory=dict)  # of the path's placeholders
     peer: Peer = Peer()
-    caller: str = ''
-    cors: str = ''  # the other origin whose pages may read the answer
-    by: Any = None  # who that is: a Principal, or the claim of one
-    ask_again: Callable[[Any], None] | None = None  # has it proven again for a stream that goes on
-    began: float = 0.0
+    caller: str = ''  # name of the principal, for the logs
+    cors: str = ''  # an allowed foreign origin, whose pages may read the answer
+    by: Any = None  # the Principal, or a Claim that is still to be verified
+    reauthenticate: Callable[[Any], None] | None = None  # checks the credential again for an open stream
+    began: float = 0.0  # monotonic seconds, as is `deadline`
     answered: bool = False
-    deadline: float = 0.0
+    deadline: float = 0.0  # of the operation; 0.0: none
 
     def field(self, name: bytes) -> str:
         """A header field as text; '' if it was not sent."""
@@ -81,19 +82,19 @@ class Request:
 
     @property
     def keeps_alive(self) -> bool:
-        said = self.fields.get(b'connection')
-        if said is None:
+        connection = self.fields.get(b'connection')
+        if connection is None:
             return self.minor == 1
-        options = {option.strip(b' \t') for option in said.lower().split(b',')}
+        options = {option.strip(b' \t') for option in connection.lower().split(b',')}
         return b'close' not in options and (self.minor == 1 or b'keep-alive' in options)
 
 
 @dataclass(slots=True)
 class Response:
-    """One answer. Header names and values are checked when it is sent.
+    """One answer. `render_response` checks header names and values.
 
-    One that goes on has a `stream`, which is called with its `stream.Stream` when the head is sent. While it is
-    silent, `heartbeat` is sent every 15 s; `farewell` is sent when the server stops.
+    A stream has a `stream` function, which is called with its `replies.Stream` once the head is sent. While the stream
+    is silent, `heartbeat` is sent every 15 s; `farewell` is sent when the server stops.
     """
 
     status: int = 200
@@ -118,7 +119,7 @@ def problem(error: TownError, request_id: str) -> Response:
     return Response(error.status, body, 'application/problem+json', tuple(headers))
 
 
-_STATUS_LINES: Final = {each.value: f'HTTP/1.1 {each.value} {each.phrase}\r\n'.encode() for each in HTTPStatus}
+_STATUS_LINES: Final = {status.value: f'HTTP/1.1 {status.value} {status.phrase}\r\n'.encode() for status in HTTPStatus}
 _FIELD_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE: Final = re.compile(r'[\t\x20-\x7e]*')
 _date: tuple[int, bytes] = (0, b'')
@@ -133,7 +134,7 @@ def _date_field() -> bytes:
 
 
 def render_response(response: Response, request: Request, close: bool) -> bytes:
-    """The bytes of an answer to a request. Raises ValueError for a header that would break out of its line."""
+    """The bytes of an answer to a request. Raises ValueError for a header that could inject further lines."""
     parts = [
         b'%b%bX-Request-ID: %b\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n'
         % (_STATUS_LINES[response.status], _date_field(), request.id.encode())
@@ -146,7 +147,7 @@ def render_response(response: Response, request: Request, close: bool) -> bytes:
         parts.append(b'Content-Length: %d\r\n' % len(response.body))
     if request.cors:
         parts.append(b'Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n' % request.cors.encode())
-        parts.append(b'Access-Control-Expose-Headers: %b\r\n' % _SHOWN_HEADERS)
+        parts.append(b'Access-Control-Expose-Headers: %b\r\n' % _EXPOSED_HEADERS)
     for name, value in response.headers:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f'{name!r}: {value!r} is not a header field')
@@ -173,15 +174,15 @@ _ONCE: Final = frozenset(
 )
 
 
-def judge_line(line: bytes, first: bool) -> re.Match[bytes]:
-    """The parts of a request or field line (its CRLF left off). Raises the TownError that it deserves."""
-    if len(line) > MOST_LINE:
-        raise long_line(first)
+def match_line(line: bytes, first: bool) -> re.Match[bytes]:
+    """The parts of a request line (if `first`) or field line, given without its CRLF. Raises TownError."""
+    if len(line) > MAX_LINE:
+        raise line_too_long(first)
     match = (_REQUEST_LINE if first else _FIELD).fullmatch(line)
     if match:
         return match
     if not first:
-        name = line.partition(b':')[0][:40]  # what follows may be a secret
+        name = line.partition(b':')[0][:40]  # the value may be a secret
         raise BadRequest(f'the line that begins {name!r} is not a header field (name, colon, printable value, CRLF)')
     version = _OTHER_VERSION.fullmatch(line)
     if version and version[1] not in (b'0', b'1'):
@@ -189,23 +190,23 @@ def judge_line(line: bytes, first: bool) -> re.Match[bytes]:
     raise BadRequest(f'{line[:60]!r} is not a request line (METHOD /path HTTP/1.1)')
 
 
-def long_line(first: bool) -> TownError:
+def line_too_long(first: bool) -> TownError:
     """The error for a line of a head that is too long."""
     if first:
-        return UriTooLong(f'the request line is over {MOST_LINE} bytes')
-    return HeadTooLarge(f'a header field is over {MOST_LINE} bytes')
+        return UriTooLong(f'the request line is over {MAX_LINE} bytes')
+    return HeadTooLarge(f'a header field is over {MAX_LINE} bytes')
 
 
 def parse_head(head: bytes) -> Request:
-    """A request from its head (the blank line left off). Raises the TownError that it deserves."""
-    if len(head) > _MOST_KNOWN or b'session_id=' in head:
+    """A request from its head, given without the blank line. Raises TownError. Parsed heads are cached."""
+    if len(head) > _MAX_CACHED_HEAD or b'session_id=' in head:
         return Request(*_read_head(head))
-    parts = _SECRET.split(head)  # the first of what stands between, then of each its name, its value and what follows
+    parts = _SECRET.split(head)  # the text before the first secret, then name, value and following text of each
     if len(parts) == 1:
-        return Request(*_known_head(head))
-    if len(parts) > 4 or head.count(b'\n') > MOST_FIELDS:
-        return Request(*_read_head(head))  # several, which may be the same; or too much
-    method, path, query, minor, fields = _known_head(parts[0] + parts[3])
+        return Request(*_cached_head(head))
+    if len(parts) > 4 or head.count(b'\n') > MAX_FIELDS:
+        return Request(*_read_head(head))  # several secrets, perhaps with one name; or too many fields
+    method, path, query, minor, fields = _cached_head(parts[0] + parts[3])
     return Request(method, path, query, minor, {**fields, parts[1].lower(): parts[2].strip(b' \t')})
 
 
@@ -214,120 +215,121 @@ _Head = tuple[str, str, str, int, Mapping[bytes, bytes]]  # method, path, query,
 
 def _read_head(head: bytes) -> _Head:
     lines = head.split(b'\r\n')
-    match = judge_line(lines[0], True)
-    if len(lines) - 1 > MOST_FIELDS:
-        raise HeadTooLarge(f'more than {MOST_FIELDS} header fields')
+    match = match_line(lines[0], True)
+    if len(lines) - 1 > MAX_FIELDS:
+        raise HeadTooLarge(f'the request has more than {MAX_FIELDS} header fields')
     fields: dict[bytes, bytes] = {}
     for line in lines[1:]:
-        found = judge_line(line, False)
-        name, value = found[1].lower(), found[2].strip(b' \t')
+        parts = match_line(line, False)
+        name, value = parts[1].lower(), parts[2].strip(b' \t')
         if name in fields:
             if name in _ONCE:
-                raise BadRequest(f'{name.decode()} is sent more than once')
+                raise BadRequest(f'the header field {name.decode()} was sent more than once; send it once')
             value = fields[name] + b', ' + value
         fields[name] = value
     path, _, query = match[2].partition(b'?')
     return match[1].decode(), _decode_path(path), query.decode(), int(match[3]), fields
 
 
-# Clients that stay repeat themselves, byte for byte, but for what they prove who they are with, which is not kept,
-# in the URL of a session of MCP 2024-11-05 neither.
-# A line of that which is no field is not taken out, and refused with the rest.
+# A client tends to send the same head again and again, so parsed heads are cached. Credentials never enter the cache:
+# `parse_head` takes their fields out first, and bypasses the cache if the URL contains a session id (MCP 2024-11-05).
+# A malformed credential field does not match here; it stays in the head, which is then refused and not cached.
 _SECRET: Final = re.compile(
     rb'\r\n((?i:authorization|x-api-key|mcp-session-id|cookie)):([\t\x20-\x7e\x80-\xff]*)(?=\r\n|\Z)'
 )
-_MOST_KNOWN: Final = 1024
-_known_head: Final = lru_cache(maxsize=128)(_read_head)
+_MAX_CACHED_HEAD: Final = 1024  # bytes
+_cached_head: Final = lru_cache(maxsize=128)(_read_head)
 
 
 def _decode_path(raw: bytes) -> str:
-    """A path, percent-decoded. Raises BadRequest for one that could be read in two ways."""
+    """The percent-decoded path. Raises BadRequest if a proxy could read the path differently."""
     decoded = raw
     if b'%' in raw:
         if re.search(rb'%(?![0-9A-Fa-f]{2})|%00|%2[fF]', raw):
-            raise BadRequest('the path holds a broken escape, %00 or %2F')
+            raise BadRequest('the path contains an invalid escape, %00 or %2F')
         decoded = unquote_to_bytes(raw)
     if b'//' in decoded or b'\\' in decoded or b'/./' in decoded + b'/' or b'/../' in decoded + b'/':
-        raise BadRequest('the path holds an empty or a dot segment')
+        raise BadRequest('the path contains an empty segment, a dot segment or a backslash')
     try:
         path = decoded.decode()
     except UnicodeDecodeError:
         raise BadRequest('the path is not UTF-8') from None
-    if decoded is not raw and _CONTROL.search(path):  # a request line holds none that is not escaped
-        raise BadRequest('the path holds a control character')
+    if decoded is not raw and _CONTROL.search(path):  # without escapes, _REQUEST_LINE has excluded them
+        raise BadRequest('the path contains a control character')
     return path
 
 
-def body_length(request: Request, most: int) -> int:
-    """How many bytes of body follow the head. Raises what an unclear or too large one deserves."""
+def body_length(request: Request, max_bytes: int) -> int:
+    """The number of bytes of body that follow the head. Raises TownError if it is ambiguous or over `max_bytes`."""
     length = request.fields.get(b'content-length')
     coding = request.fields.get(b'transfer-encoding')
     if coding is not None:
         if length is not None:
-            raise BadRequest('Content-Length and Transfer-Encoding exclude each other')
+            raise BadRequest('send Content-Length or Transfer-Encoding, not both')
         if coding.lower() == b'chunked':
-            raise LengthRequired('a body needs a Content-Length; chunked is not taken')
-        raise NotImplemented501(f'transfer coding {coding[:40]!r} is not known here')
+            raise LengthRequired('send the body with a Content-Length; Transfer-Encoding: chunked is not supported')
+        raise NotImplemented501(f'the transfer coding {coding[:40]!r} is not supported; send a Content-Length')
     if length is None:
         return 0
     if not _LENGTH.fullmatch(length):
         raise BadRequest(f'Content-Length {length[:40]!r} is not a number of bytes')
-    if int(length) > most:
-        raise TooLarge(f'the body has {int(length)} bytes; at most {most} are taken')
+    if int(length) > max_bytes:
+        raise TooLarge(f'the body has {int(length)} bytes; at most {max_bytes} are allowed')
     return int(length)
 
 
 def check_host(request: Request, allowed: frozenset[str], origins: frozenset[str] = frozenset()) -> None:
-    """Refuses a Host that is no address, localhost or allowed name: rebinding needs a name. And a foreign Origin.
+    """Refuses a Host that is not an IP address, localhost or one of `allowed`, and an Origin of another site.
 
-    Pages of `origins` may call from elsewhere, and read the answers (CORS; Fetch standard, 3.2).
+    The check of Host prevents DNS rebinding, which needs a name. Pages of `origins` may call us from elsewhere and read
+    the answers (CORS; Fetch standard, 3.2). Raises BadRequest, Misdirected, Forbidden.
     """
     host = request.field(b'host')
     if b'host' not in request.fields:
         if request.minor:
-            raise BadRequest('Host is missing')
-    elif not _host_is_ours(host, allowed):
+            raise BadRequest('the header field Host is missing; HTTP/1.1 requires it')
+    elif not _is_allowed_host(host, allowed):
         raise Misdirected(f'{host[:100]!r} is not a name of this server; add it to townhall.allowed_hosts')
     origin = request.field(b'origin')
     if b'origin' in request.fields and origin not in (f'http://{host}', f'https://{host}'):
         if origin not in origins:
-            detail = f'requests from {origin[:100]!r} are not allowed; add it to townhall.cors.allowed_origins'
+            detail = f'the origin {origin[:100]!r} is not allowed; add it to townhall.cors.allowed_origins'
             raise Forbidden(detail, code='foreign-origin')
         request.cors = origin
 
 
 def options(request: Request, allow: str) -> Response:
-    """The answer to OPTIONS for a path that takes the methods `allow`; to a preflight what a browser asks."""
+    """The answer to OPTIONS for a path with the methods `allow`. A CORS preflight also gets the CORS headers."""
     headers = [('Allow', allow)]
     if request.cors and b'access-control-request-method' in request.fields:
         headers.append(('Access-Control-Allow-Methods', allow))
-        headers.append(('Access-Control-Allow-Headers', _TAKEN_HEADERS))
+        headers.append(('Access-Control-Allow-Headers', _ALLOWED_HEADERS))
         headers.append(('Access-Control-Max-Age', '600'))
     return Response(204, headers=tuple(headers))
 
 
-# What pages of other origins may send and read; the rest is safelisted. The names of MCP are those of its transports.
-_TAKEN_HEADERS: Final = (
+# Header fields that pages of other origins may send, or read, beyond those that CORS always allows.
+_ALLOWED_HEADERS: Final = (
     'Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-ID, '
     'MCP-Protocol-Version, MCP-Session-Id, Mcp-Method, Mcp-Name'
 )
-_SHOWN_HEADERS: Final = b'X-Request-ID, Retry-After, Allow, WWW-Authenticate, MCP-Session-Id'
+_EXPOSED_HEADERS: Final = b'X-Request-ID, Retry-After, Allow, WWW-Authenticate, MCP-Session-Id'
 
 
 _HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{0,5})?')
 _known_hosts: dict[tuple[str, frozenset[str]], bool] = {}
 
 
-def _host_is_ours(host: str, allowed: frozenset[str]) -> bool:
+def _is_allowed_host(host: str, allowed: frozenset[str]) -> bool:
     key = (host, allowed)
     if key not in _known_hosts:
         if len(_known_hosts) > 1024:
             _known_hosts.clear()
-        _known_hosts[key] = _judge_host(host, allowed)
+        _known_hosts[key] = _check_host_value(host, allowed)
     return _known_hosts[key]
 
 
-def _judge_host(host: str, allowed: frozenset[str]) -> bool:
+def _check_host_value(host: str, allowed: frozenset[str]) -> bool:
     match = _HOST.fullmatch(host)
     if not match:
         raise BadRequest(f'Host {host[:100]!r} is not HOST or HOST:PORT')

@@ -1,4 +1,9 @@
-"""How a request may be answered: at once, by a step, slowly, later, or by an answer that goes on."""
+"""The ways to answer a request.
+
+An application returns one of these for a request: a `Response`; a step, which yields Redis commands and returns a
+`Response`; a `Slow` step, which runs on a thread; or `Later`, for an answer that waits for an event. A `Response` with
+a `stream` function stays open until it is closed. `Stream` is the handle of such an open answer, and of a `Later` one.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +16,19 @@ from ..state.store import Command
 from .http1 import Request, Response
 
 T = TypeVar('T')
-Done = Callable[[T | None, Exception | None], None]  # is given what a step gave, or raised
+Done = Callable[[T | None, Exception | None], None]  # a callback with the result of a step, or its exception
 
 HEARTBEAT_SECS: Final = 15.0
-_ASK_SECS: Final = 0.5  # between two times that it is proven who reads
+_REAUTHENTICATE_SECS: Final = 0.5  # between two checks of a stream's credential
 
 ResponseStep = Generator[Command, Any, Response]
 
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """A step that works on processes, hashes or waits: it runs on a thread of its own.
+    """A step that starts processes, hashes or waits, and therefore runs on its own thread.
 
-    One that only `waits`, or reads, is turned away before others are.
+    When threads run short, steps that only wait or read (`waits`) are refused before others.
     """
 
     step: ResponseStep
@@ -32,9 +37,9 @@ class Slow:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """An answer that waits for something to happen: `start(stream)` sees to it that `stream.answer` is called.
+    """An answer that waits for an event: `start(stream)` arranges that `stream.answer` is called when it happens.
 
-    After `seconds` it is answered with `otherwise()`.
+    After `seconds` without an answer, or if the server stops, the answer is `otherwise()`.
     """
 
     start: Callable[[Stream], None]
@@ -46,7 +51,7 @@ Answer = Response | ResponseStep | Slow | Later
 
 
 class Carrier(Protocol):
-    """What a stream needs of its connection. `has_unsent` says whether the client has yet to take something."""
+    """What a stream needs of its connection. `has_unsent`: whether bytes wait for the client to read."""
 
     stream: Stream | None
 
@@ -59,7 +64,7 @@ class Carrier(Protocol):
 
 
 class Loop(Protocol):
-    """What it needs of the server."""
+    """What a stream needs of the server."""
 
     def call_soon(self, what: Callable[[], None]) -> None: ...
     def drive(
@@ -69,31 +74,31 @@ class Loop(Protocol):
 
 
 class Stream:
-    """An answer that goes on or comes later. Everything but `call_soon` belongs to the loop's thread.
+    """An open answer: a stream, or one that comes later. Only `call_soon` may be called from other threads.
 
-    `on_close` is called once, when it has ended for whatever reason: it was closed or answered, the client went away or
-    did not read, the server stops. What is sent after that goes nowhere.
+    `on_close` is called once, however the stream ends: it was closed or answered, the client went away or was too slow,
+    or the server stops. Data sent after that is dropped.
     """
 
-    __slots__ = ('_asked', '_connection', '_next', '_server', '_spoke', 'on_close', 'request', 'response')
+    __slots__ = ('_authenticated', '_connection', '_next', '_sent', '_server', 'on_close', 'request', 'response')
 
     def __init__(self, connection: Carrier, server: Loop, request: Request, response: Response | Later) -> None:
         self.request = request
         self.response = response
         self.on_close: Callable[[], None] = lambda: None
-        self._next: Callable[[], None] | None = None
+        self._next: Callable[[], None] | None = None  # the callback of `when_taken`
         self._connection = connection
         self._server = server
-        self._spoke = self._asked = time.monotonic()
+        self._sent = self._authenticated = time.monotonic()  # when it last did
 
     @property
     def is_open(self) -> bool:
         return self._connection.stream is self
 
     def send(self, data: bytes) -> None:
-        """Sends data as the client takes it. One that leaves too much of it is cut off, to come back and resume."""
+        """Sends data. If too much waits for a slow client, closes the connection; the client can resume later."""
         if data and self.is_open:
-            self._spoke = time.monotonic()
+            self._sent = time.monotonic()
             self._connection.feed(self._chunk(data))
 
     def _chunk(self, data: bytes) -> bytes:
@@ -101,63 +106,66 @@ class Stream:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client has yet to take some of what was sent."""
+        """Whether sent data still waits for the client to read."""
         return self._connection.has_unsent
 
-    def when_taken(self, what: Callable[[], None]) -> None:
-        """Calls `what` when the client has taken all that was sent, which may be at once. Never after the end."""
+    def when_taken(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once the client has read all sent data (at once if nothing waits), unless it ends before."""
         if self.is_behind:
-            self._next = what
+            self._next = callback
         elif self.is_open:
-            what()
+            callback()
 
     def taken(self) -> None:
-        """All that was sent is taken."""
-        what, self._next = self._next, None
-        if what:
-            self._safely(what)
+        """The connection calls this when no sent data waits any longer."""
+        callback, self._next = self._next, None
+        if callback:
+            self._safely(callback)
 
     def ended(self) -> None:
-        """It has ended, for whatever reason."""
+        """The connection calls this when the stream has ended, for whatever reason."""
         self._safely(self.on_close)
 
-    def _safely(self, what: Callable[[], None]) -> None:
+    def _safely(self, callback: Callable[[], None]) -> None:
         try:
-            what()
-        except Exception as e:  # a fault of ours must not end the server
+            callback()
+        except Exception as e:  # a bug must not end the server
             self._server.failed(self.request, e)
             self._connection.close()
 
     def close(self) -> None:
-        """Ends an answer that goes on."""
+        """Ends a stream."""
         if self.is_open:
             self._connection.end_stream(b'0\r\n\r\n' if self.request.minor else b'')
 
     def answer(self, response: Response) -> None:
-        """Gives an answer that was to come later."""
+        """Sends an answer that was to come later."""
         if self.is_open:
             self._connection.end_wait(response)
 
     def fail(self, error: Exception) -> None:
-        """Answers what was to come later with what went wrong."""
+        """Sends an error as the answer that was to come later."""
         self.answer(self._server.failed(self.request, error))
 
-    def call_soon(self, what: Callable[[], None]) -> None:
-        """Has the loop's thread do something. Any thread may call."""
-        self._server.call_soon(what)
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` on the event loop's thread. Any thread may call this."""
+        self._server.call_soon(callback)
 
     def run(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False, waits: bool = False) -> None:
-        """Runs a step, and calls `done` on the loop's thread: (what it gave, None) or (None, what it raised)."""
+        """Runs a step, then calls `done` on the loop's thread with (result, None) or (None, exception).
+
+        `slow` and `waits` are as in `Slow`.
+        """
         self._server.drive(step, done, slow, waits)
 
-    def ask_again(self, now: float) -> None:
-        """Has it proven again, now and then, who reads: a key may have been revoked, or have expired."""
-        if self.request.ask_again and now - self._asked >= _ASK_SECS:
-            self._asked = now
-            self.request.ask_again(self)
+    def reauthenticate(self, now: float) -> None:
+        """Checks the credential again every _REAUTHENTICATE_SECS: it may have expired or been revoked."""
+        if self.request.reauthenticate and now - self._authenticated >= _REAUTHENTICATE_SECS:
+            self._authenticated = now
+            self.request.reauthenticate(self)
 
     def refuse(self, error: Exception) -> None:
-        """Ends it for a client who may read no more: what was not taken yet is not sent."""
+        """Ends it because its client may no longer read. Data that still waits is not sent."""
         if isinstance(self.response, Later):
             self.fail(error)
         elif self.is_open and self.is_behind:
@@ -166,16 +174,16 @@ class Stream:
             self.close()
 
     def expire(self, now: float) -> None:
-        """Sends a heartbeat if it has been silent; answers if the time to wait is over."""
+        """Sends a heartbeat if the stream was silent; sends the answer that was to come later if its time is over."""
         response = self.response
         if isinstance(response, Later):
             if now > self.request.deadline:
                 self.answer(response.otherwise())
-        elif response.heartbeat and now - self._spoke >= HEARTBEAT_SECS:
+        elif response.heartbeat and now - self._sent >= HEARTBEAT_SECS:
             self.send(response.heartbeat)
 
     def finish(self) -> None:
-        """The server stops: says so, and ends."""
+        """Ends it because the server stops, with `otherwise()` or the farewell."""
         if isinstance(self.response, Later):
             self.answer(self.response.otherwise())
         else:

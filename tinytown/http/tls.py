@@ -1,8 +1,8 @@
-"""TLS of the server: a context from the settings, and a socket for a loop that never waits.
+"""TLS on the server's side: a context made from the settings, and a non-blocking socket for the event loop.
 
-What is configured is checked before it is used, with a handshake against ourselves: what a client would refuse stops
-the start. Client certificates are verified by OpenSSL against the given authorities; one whose extended key usage
-lacks clientAuth is refused there too.
+Start with `server_context`. It checks the certificate with a handshake in memory, so that one which clients would
+refuse stops the start. OpenSSL verifies client certificates against the configured authorities; it also refuses a
+certificate whose extended key usage lacks clientAuth. `connection` uses `TlsSocket`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from ..settings import MtlsSettings, TlsSettings
 from .http1 import Request, problem, render_response
 
 _RECORD: Final = 16384  # the most bytes that one TLS record carries (RFC 8446, 5.1)
-_ROUNDS: Final = 4  # of a handshake in memory; TLS 1.3 needs two
+_ROUNDS: Final = 4  # of the handshake in memory; TLS 1.3 needs two
 _PLAIN_CHUNK: Final = 65536
 _REASONS: Final = {
-    'KEY_VALUES_MISMATCH': 'is not the key of the certificate {cert}; give the two that belong together',
-    'EE_KEY_TOO_SMALL': 'has a key that is too short to be safe; have one made with RSA 2048 or P-256 at least',
+    'KEY_VALUES_MISMATCH': 'is not the key of the certificate {cert}; give a certificate and its own key',
+    'EE_KEY_TOO_SMALL': 'has a key that is too short to be safe; make a new one, with at least RSA 2048 or P-256',
 }
 
 # ----------------------------------------------------------------------------------------------------------- context
 
 
 def server_context(tls: TlsSettings, mtls: MtlsSettings, root: Path) -> ssl.SSLContext:
-    """A context for the server's side: TLS 1.2 and 1.3, HTTP/1.1, client certificates as `mtls` says.
+    """A context for the server: TLS 1.2 and 1.3, ALPN http/1.1, client certificates according to `mtls`.
 
-    Relative paths start at `root`. Raises UsageError that names the file and the mend: one that is missing, a key that
-    does not match or that others can read, a certificate that is not valid now or not for servers, an authority or
-    revocation list that can't be read.
+    Relative paths start at `root`. Raises UsageError, with the file and what to do, if a file is missing or unreadable,
+    the key does not match or other users can read it, or the certificate is not valid now or not for servers.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -48,21 +47,21 @@ def server_context(tls: TlsSettings, mtls: MtlsSettings, root: Path) -> ssl.SSLC
     key = _file(root, 'townhall.tls.key_path', tls.key_path)
     _check_private(key)
     _load_pair(context, cert, key)
-    _shake_own_hand(context, cert)
+    _try_handshake(context, cert)
     if mtls.enabled:
-        _ask_for_certificates(context, mtls, root)
+        _request_client_certificates(context, mtls, root)
     return context
 
 
-def _file(root: Path, path: str, given: str) -> Path:
-    """A configured file that can be read."""
-    if not given:
-        raise UsageError(f'{path} is missing; give the path of a PEM file')
-    file = root / given
+def _file(root: Path, setting: str, path: str) -> Path:
+    """The file of a setting. Raises UsageError if it can't be read."""
+    if not path:
+        raise UsageError(f'{setting} is missing; give the path of a PEM file')
+    file = root / path
     try:
         file.read_bytes()
     except OSError as e:
-        raise UsageError(f'{path} = {given!r}: {file}: {e.strerror}; give the path of a PEM file') from None
+        raise UsageError(f'{setting} = {path!r}: {file}: {e.strerror}; give the path of a PEM file') from None
     return file
 
 
@@ -72,74 +71,75 @@ def _check_private(key: Path) -> None:
 
 
 def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    def ask() -> str:
+    def password() -> str:
         raise UsageError(f'{key}: the key is encrypted; decrypt it:  openssl pkey -in {key} -out plain.key')
 
-    _try_pem(cert, b'CERTIFICATE-----', 'holds no certificate')
-    _try_pem(key, b'PRIVATE KEY-----', 'holds no private key')
+    _check_pem(cert, b'CERTIFICATE-----', 'a certificate')
+    _check_pem(key, b'PRIVATE KEY-----', 'a private key')
     try:
-        context.load_cert_chain(cert, key, ask)
+        context.load_cert_chain(cert, key, password)
     except ssl.SSLError as e:
-        about = cert if e.reason == 'EE_KEY_TOO_SMALL' else key
-        says = _REASONS.get(e.reason or '', 'can not be used with the certificate {cert}: ' + _reason(e))
-        raise UsageError(f'{about} {says.format(cert=cert)}') from None
+        file = cert if e.reason == 'EE_KEY_TOO_SMALL' else key
+        reason = _REASONS.get(e.reason or '', 'cannot be used with the certificate {cert}: ' + _reason(e))
+        raise UsageError(f'{file} {reason.format(cert=cert)}') from None
 
 
-def _try_pem(file: Path, mark: bytes, lacks: str) -> None:
+def _check_pem(file: Path, mark: bytes, content: str) -> None:
     if mark not in file.read_bytes():
-        raise UsageError(f'{file} {lacks}; give a file in PEM (text that begins with -----BEGIN)')
+        raise UsageError(f'{file} does not contain {content}; give a PEM file (text that begins with -----BEGIN)')
 
 
-def _shake_own_hand(context: ssl.SSLContext, cert: Path) -> None:
-    """A handshake in memory, with a client that trusts this certificate and nothing else: its dates and its purpose."""
-    asking = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    asking.check_hostname = False
-    asking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+def _try_handshake(context: ssl.SSLContext, cert: Path) -> None:
+    """Makes a handshake in memory, with a client that trusts only this certificate: checks its dates and purpose."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
-        asking.load_verify_locations(cert)
-        sides = (asking.wrap_bio(to_client, to_server), context.wrap_bio(to_server, to_client, server_side=True))
+        client.load_verify_locations(cert)
+        sides = (client.wrap_bio(to_client, to_server), context.wrap_bio(to_server, to_client, server_side=True))
         for _ in range(_ROUNDS):
             for side in sides:
-                _step(side)
+                _continue_handshake(side)
     except ssl.SSLCertVerificationError as e:
-        raise UsageError(f'{cert}: clients would refuse it: {e.verify_message}; have a new one made') from None
+        raise UsageError(f'{cert}: clients would refuse it: {e.verify_message}; get a new certificate') from None
     except ssl.SSLError as e:
-        raise UsageError(f'{cert}: it can not be used: {_reason(e)}') from None
+        raise UsageError(f'{cert}: it cannot be used: {_reason(e)}') from None
 
 
-def _step(side: ssl.SSLObject) -> None:
+def _continue_handshake(side: ssl.SSLObject) -> None:
     try:
         side.do_handshake()
     except ssl.SSLWantReadError:
         pass
 
 
-def _ask_for_certificates(context: ssl.SSLContext, mtls: MtlsSettings, root: Path) -> None:
+def _request_client_certificates(context: ssl.SSLContext, mtls: MtlsSettings, root: Path) -> None:
     authorities = _file(root, 'townhall.mtls.ca_path', mtls.ca_path)
-    _load_trusted(context, authorities, 'x509_ca', 'no certificate of an authority')
+    _load_trusted(context, authorities, 'x509_ca', 'certificate of an authority')
     now = time.time()
-    if all(ssl.cert_time_to_seconds(str(each['notAfter'])) < now for each in context.get_ca_certs()):
+    if all(ssl.cert_time_to_seconds(str(authority['notAfter'])) < now for authority in context.get_ca_certs()):
         raise UsageError(f'{authorities}: every authority in it has expired; give those that sign your clients now')
     context.verify_mode = ssl.CERT_REQUIRED if mtls.required else ssl.CERT_OPTIONAL
     if mtls.crl_path:
         revoked = _file(root, 'townhall.mtls.crl_path', mtls.crl_path)
-        _load_trusted(context, revoked, 'crl', 'no certificate revocation list')
+        _load_trusted(context, revoked, 'crl', 'certificate revocation list')
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
-def _load_trusted(context: ssl.SSLContext, file: Path, kind: str, lacks: str) -> None:
+def _load_trusted(context: ssl.SSLContext, file: Path, kind: str, content: str) -> None:
+    """Loads authorities or revocation lists. `kind` is their key in cert_store_stats."""
     before = context.cert_store_stats()[kind]
     try:
         context.load_verify_locations(file)
     except ssl.SSLError as e:
-        raise UsageError(f'{file}: it holds {lacks} that can be read ({_reason(e)}); give one in PEM') from None
+        raise UsageError(f'{file} contains no {content} that can be read ({_reason(e)}); give one in PEM') from None
     if context.cert_store_stats()[kind] == before:
-        raise UsageError(f'{file}: it holds {lacks}; give one in PEM')
+        raise UsageError(f'{file} contains no {content}; give one in PEM')
 
 
 def _reason(error: ssl.SSLError) -> str:
-    """OpenSSL's own words, without where in its source they stand."""
+    """OpenSSL's reason code in words, without the source location."""
     return (error.reason or str(error)).replace('_', ' ').lower()
 
 
@@ -147,9 +147,10 @@ def _reason(error: ssl.SSLError) -> str:
 
 
 def subject(certificate: Mapping[str, Any] | None) -> str:
-    """Whom a verified certificate (as getpeercert gives it) names: the common name, else the first alternative name.
+    """The name in a verified certificate (as from getpeercert): the common name, else the first alternative name.
 
-    '' without a certificate, and where that name is no printable text of at most 255 characters, or is not one.
+    '' if there is no certificate, if it has several common names, or if the name is not printable text of at most 255
+    characters.
     """
     if not certificate:
         return ''
@@ -162,11 +163,11 @@ def subject(certificate: Mapping[str, Any] | None) -> str:
 
 
 class TlsSocket:
-    """The server's side of a TLS connection, with the methods of a socket that does not block.
+    """The server's side of a TLS connection, with the methods of a non-blocking socket.
 
-    Call `handshake` until it gives 0, waiting for what it gives meanwhile. After a BlockingIOError of `send` the next
-    one must begin with the same bytes, because they may be half on the wire. Every method may raise OSError: the peer
-    is gone, or does not keep to TLS; `reason` says it in words.
+    First call `handshake` until it returns 0. After a BlockingIOError of `send`, the next `send` must begin with the
+    same bytes, because a part of them may be on the wire. Every method may raise OSError, if the peer has gone or
+    violates TLS; `reason` puts such an error in words.
     """
 
     __slots__ = ('_clock', '_is_ready', '_tls', 'family')
@@ -175,13 +176,13 @@ class TlsSocket:
         sock.setblocking(False)
         self._clock = clock
         self.family = sock.family
-        self._is_ready = False  # whether what is sent and received is encrypted
+        self._is_ready = False  # whether data is encrypted: the handshake is complete, and `shutdown` was not called
         self._tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def handshake(self) -> int:
-        """Goes on with the handshake: POLLIN or POLLOUT to wait for, or 0 when it is done.
+        """Continues the handshake. Returns the event to wait for (POLLIN or POLLOUT), or 0 once it is complete.
 
-        Raises OSError when it failed. A client that speaks plain HTTP is told so before.
+        Raises OSError if it fails. A client that speaks plain HTTP gets an answer in plain HTTP first.
         """
         try:
             self._tls.do_handshake()
@@ -194,25 +195,25 @@ class TlsSocket:
                 self._answer_plainly()
             raise
         if self._tls.session_reused:
-            self._check_again()
+            self._check_expiry()
         self._is_ready = True
         return 0
 
-    def _check_again(self) -> None:
-        """OpenSSL does not verify the certificate of a session that goes on, which may be over meanwhile."""
+    def _check_expiry(self) -> None:
+        """Refuses an expired client certificate. OpenSSL does not verify it again when a session is resumed."""
         certificate = self._tls.getpeercert()
         if certificate and ssl.cert_time_to_seconds(str(certificate['notAfter'])) <= self._clock():
             raise OSError(errno.EACCES, 'client certificate: it has expired since its session began')
 
     @staticmethod
     def reason(error: OSError) -> str:
-        """Why a handshake failed, in words: for the log."""
+        """Why a handshake failed, in words for the log."""
         if isinstance(error, ssl.SSLCertVerificationError):
             return f'client certificate: {error.verify_message}'
         return _reason(error) if isinstance(error, ssl.SSLError) else error.strerror or type(error).__name__
 
     def _answer_plainly(self) -> None:
-        """Refuses a plain request, which is taken from the socket first, lest closing it resets the connection."""
+        """Refuses a plain HTTP request. Reads it first, because closing a socket with unread input resets it."""
         try:
             while len(socket.socket.recv(self._tls, _PLAIN_CHUNK)) == _PLAIN_CHUNK:
                 pass
@@ -225,14 +226,14 @@ class TlsSocket:
             pass
 
     def subject(self) -> str:
-        """Whom the client's certificate names, '' without one; after the handshake."""
+        """The name in the client's certificate, '' without one. Call it after the handshake."""
         return subject(self._tls.getpeercert())
 
     def recv(self, size: int) -> bytes:
-        """Up to `size` bytes, b'' at the end; BlockingIOError when there are none.
+        """Up to `size` bytes, b'' at the end. Raises BlockingIOError if there are none yet.
 
-        With a size of 16,384 or more nothing is left in memory (`pending` is 0), so the next event tells of the rest.
-        After `shutdown` what comes is not decrypted any more: it is only good to be dropped.
+        With a `size` of at least one TLS record (16,384) no decrypted bytes stay behind (`pending` is 0), so polling
+        the socket is enough. After `shutdown` the bytes are no longer decrypted: discard them.
         """
         if not self._is_ready:
             return socket.socket.recv(self._tls, size)
@@ -242,11 +243,11 @@ class TlsSocket:
             raise BlockingIOError from None
 
     def pending(self) -> int:
-        """How many bytes are decrypted and not yet received."""
+        """The number of bytes that are decrypted but not yet returned by `recv`."""
         return self._tls.pending()
 
     def send(self, data: bytes | memoryview) -> int:
-        """Sends what can be sent now, and gives how much it was; BlockingIOError when it is nothing."""
+        """Sends as much as possible now. Returns the number of bytes; raises BlockingIOError if it is none."""
         view, sent = memoryview(data), 0
         while sent < len(view):
             try:
@@ -258,21 +259,21 @@ class TlsSocket:
         return sent
 
     def shutdown(self, how: int) -> None:
-        """Tells the client that no more will come (close_notify; RFC 8446, 6.1), and then shuts the socket down."""
-        self._take_leave()
+        """Sends close_notify (RFC 8446, 6.1), then shuts the socket down."""
+        self._send_close_notify()
         socket.socket.shutdown(self._tls, how)
 
     def close(self) -> None:
-        self._take_leave()
+        self._send_close_notify()
         self._tls.close()
 
-    def _take_leave(self) -> None:
-        """Sends close_notify if that is possible now; the client's own is not waited for."""
+    def _send_close_notify(self) -> None:
+        """Sends close_notify if possible, without waiting for the client's."""
         if self._is_ready:
             self._is_ready = False
             try:
                 self._tls.unwrap()
-            except (OSError, ValueError):  # it has not answered, or is gone, or was the first to leave
+            except (OSError, ValueError):  # the client has not answered yet, has gone, or has closed first
                 pass
 
     def fileno(self) -> int:
@@ -286,6 +287,6 @@ class TlsSocket:
 
 
 def _plain_answer() -> bytes:
-    error = BadRequest('this port speaks HTTPS; write https:// in the address', code='tls-required')
+    error = BadRequest('this port speaks HTTPS; use https:// in the address', code='tls-required')
     request = Request('-', '-', '', 1, {}, id=os.urandom(8).hex())
     return render_response(problem(error, request.id), request, True)
