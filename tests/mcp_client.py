@@ -1,4 +1,4 @@
-"""A client of MCP for tests: over stdio as a process, over HTTP as bytes; what it hears is held against the schema."""
+"""An MCP client for tests, over stdio and over HTTP. It validates every message of the server against the schema."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CLIENT: Json = {'name': 'tests', 'version': '1'}
 
 
 def validate(message: Json, method: str, revision: str) -> None:
-    """Holds a message to the JSON schema of a revision, as the models of `mcp-types` (generated from it) have it.
+    """Validates a message of the server with the models of `mcp-types`, which are generated from the JSON schema.
 
-    `method` is that of the request that a response answers.
+    `method` is the method of the request that the message answers.
     """
-    if set(message) == {'jsonrpc', 'error'}:  # whose id could not be read: `mcp-types` wants one, the schema does not
+    if set(message) == {'jsonrpc', 'error'}:  # the request's id could not be read; only `mcp-types` demands one
         message = message | {'id': 0}
     jsonrpc_message_adapter.validate_python(message)
     if 'result' in message:
@@ -45,72 +45,72 @@ def with_meta(params: Json | None) -> Json:
 
 
 class Stdio:
-    """A `townhall mcp-stdio` and its client. Every line that it writes must be a message of its revision."""
+    """A `townhall mcp-stdio` process and its client. Every line of the process must be a message of its revision."""
 
     def __init__(self, root: Path, *flags: str, **more: str) -> None:
         argv = [sys.executable, str(REPOSITORY / 'townhall.py'), 'mcp-stdio', '--town', str(root), *flags]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(argv, env=environment(**more), stdin=pipe, stdout=pipe, stderr=pipe)
-        self.told: list[Json] = []  # notifications that came while an answer was awaited
+        self.notifications: list[Json] = []  # received while waiting for an answer
         self.revision = LEGACY[0]
-        self._asked: dict[Any, tuple[str, str]] = {}
+        self._requests: dict[Any, tuple[str, str]] = {}
         self._number = 0
 
     def send(self, *messages: Any) -> None:
-        """Sends messages, bytes as they are."""
+        """Sends messages, each on a line; bytes are sent as they are."""
         assert self.process.stdin
         for message in messages:
-            for each in message if isinstance(message, list) else [message]:
-                if isinstance(each, dict) and 'id' in each:
-                    self._asked.setdefault(each['id'], (each.get('method', ''), self.revision))
+            for part in message if isinstance(message, list) else [message]:
+                if isinstance(part, dict) and 'id' in part:
+                    self._requests.setdefault(part['id'], (part.get('method', ''), self.revision))
             data = message if isinstance(message, bytes) else json.dumps(message).encode()
             self.process.stdin.write(data + b'\n')
         self.process.stdin.flush()
 
-    def hear(self) -> Any:
-        """The next line."""
+    def receive(self) -> Any:
+        """Reads and validates the next line."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         assert line, self.errors()
         message = json.loads(line)
-        for each in message if isinstance(message, list) else [message]:
-            method, revision = self._asked.get(each.get('id'), ('', self._of(each)))
-            validate(each, method, revision)
+        for part in message if isinstance(message, list) else [message]:
+            method, revision = self._requests.get(part.get('id'), ('', self._revision_of(part)))
+            validate(part, method, revision)
         return message
 
-    def _of(self, message: Json) -> str:
+    def _revision_of(self, message: Json) -> str:
         meta = message.get('params', {}).get('_meta', {})
         return MODERN if f'{META_PREFIX}subscriptionId' in meta else self.revision
 
     def start(self, method: str, params: Json | None = None, modern: bool = False) -> int:
-        """Asks, and does not wait. The id."""
+        """Sends a request without waiting for the answer. Returns its id."""
         self._number += 1
-        asked = with_meta(params) if modern else params or {}
-        self._asked[self._number] = (method, MODERN if modern else self.revision)
-        self.send({'jsonrpc': '2.0', 'id': self._number, 'method': method, 'params': asked})
+        sent = with_meta(params) if modern else params or {}
+        self._requests[self._number] = (method, MODERN if modern else self.revision)
+        self.send({'jsonrpc': '2.0', 'id': self._number, 'method': method, 'params': sent})
         return self._number
 
     def answer_to(self, number: int) -> Json:
-        """The answer to what was asked; what comes before it goes to `told`."""
+        """Waits for the answer to a request. Messages that come before it go to `notifications`."""
         while True:
-            message: Json = self.hear()
+            message: Json = self.receive()
             if message.get('id') == number and 'method' not in message:
                 return message
-            self.told.append(message)
+            self.notifications.append(message)
 
     def ask(self, method: str, params: Json | None = None, modern: bool = False) -> Json:
         return self.answer_to(self.start(method, params, modern))
 
-    def await_told(self, method: str, **params: Any) -> Json:
-        """The next notification of that method and parameters, of those that have come or will."""
+    def await_notification(self, method: str, **params: Any) -> Json:
+        """The next notification with this method and these parameters. Waits for it if it has not been received yet."""
         while True:
-            for each in self.told:
-                if each.get('method') == method and params.items() <= each['params'].items():
-                    self.told.remove(each)
-                    return each
-            self.told.append(self.hear())
+            for message in self.notifications:
+                if message.get('method') == method and params.items() <= message['params'].items():
+                    self.notifications.remove(message)
+                    return message
+            self.notifications.append(self.receive())
 
-    def greet(self, revision: str = LEGACY[0]) -> Json:
+    def initialize(self, revision: str = LEGACY[0]) -> Json:
         """The handshake of a legacy client."""
         self.revision = revision
         reply = self.ask('initialize', {'protocolVersion': revision, 'capabilities': {}, 'clientInfo': CLIENT})
@@ -119,14 +119,14 @@ class Stdio:
 
     def call(self, tool: str, modern: bool = False, **arguments: Any) -> Json:
         """The result of a tool."""
-        named = {name.rstrip('_'): value for name, value in arguments.items()}
-        reply = self.ask('tools/call', {'name': tool, 'arguments': named}, modern)
+        stripped = {name.rstrip('_'): value for name, value in arguments.items()}
+        reply = self.ask('tools/call', {'name': tool, 'arguments': stripped}, modern)
         assert 'result' in reply, reply
         result: Json = reply['result']
         return result
 
     def finish(self) -> tuple[int, bytes]:
-        """Ends its input. Its exit status, and what it still wrote."""
+        """Closes the input of the process. Returns its exit status and the rest of its output."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()
@@ -134,7 +134,7 @@ class Stdio:
         return self.process.wait(PATIENCE), rest
 
     def errors(self) -> str:
-        """What it has said on stderr, ended."""
+        """Ends the process, and returns its stderr."""
         self.kill()
         return self._errors.decode()
 
@@ -159,7 +159,7 @@ def stdio(root: Path, *flags: str, **more: str) -> Iterator[Stdio]:
 
 
 class Http:
-    """MCP over the HTTP of a townhall."""
+    """A client of a townhall's MCP endpoint."""
 
     def __init__(self, hall: Hall, revision: str = MODERN, **headers: str) -> None:
         self.hall = hall
@@ -168,16 +168,16 @@ class Http:
 
     def head(self, method: str, params: Json) -> dict[str, str]:
         """The headers of a request."""
-        found = {'Content-Type': 'application/json', 'Accept': 'application/json, text/event-stream'}
-        found |= {'MCP-Protocol-Version': self.revision} | self.headers
+        headers = {'Content-Type': 'application/json', 'Accept': 'application/json, text/event-stream'}
+        headers |= {'MCP-Protocol-Version': self.revision} | self.headers
         if self.revision == MODERN:
-            found['Mcp-Method'] = method
+            headers['Mcp-Method'] = method
             if name := params.get('name', params.get('uri')):
-                found['Mcp-Name'] = str(name)
-        return found
+                headers['Mcp-Name'] = str(name)
+        return headers
 
     def post(self, method: str, params: Json | None = None, id: Any = 1, **headers: str) -> Reply:
-        """One request. Headers that are given as '' are left out."""
+        """Sends one request. A header given as '' is left out."""
         params = with_meta(params) if self.revision == MODERN else params or {}
         changed = {name.replace('_', '-').lower(): value for name, value in headers.items()}
         head = {n: v for n, v in self.head(method, params).items() if n.lower() not in changed}
@@ -189,7 +189,7 @@ class Http:
         return reply
 
     def call(self, tool: str, **arguments: Any) -> Json:
-        """The result of a tool that is quick."""
+        """The result of a tool that runs quickly."""
         reply = self.post('tools/call', {'name': tool, 'arguments': arguments})
         assert reply.status == 200, reply
         result: Json = reply.json['result']
@@ -197,7 +197,7 @@ class Http:
 
     @contextmanager
     def stream(self, method: str, params: Json | None = None, id: Any = 1) -> Iterator[Events]:
-        """A request whose answer is a stream."""
+        """Sends a request, and yields the stream that answers it."""
         params = with_meta(params) if self.revision == MODERN else params or {}
         message = {'jsonrpc': '2.0', 'id': id, 'method': method, 'params': params}
         with events(self.hall, 'POST', '/mcp', self.head(method, params), json.dumps(message).encode()) as stream:
@@ -227,20 +227,20 @@ class Events:
         event = self.next()
         assert event, 'the stream has ended'
         assert event[0] == 'message'
-        found: Json = json.loads(event[1])
-        return found
+        message: Json = json.loads(event[1])
+        return message
 
     def messages(self) -> list[Json]:
-        """All messages to the end."""
-        found = []
+        """All messages until the stream ends."""
+        messages = []
         while event := self.next():
-            found.append(json.loads(event[1]))
-        return found
+            messages.append(json.loads(event[1]))
+        return messages
 
 
 @contextmanager
 def events(hall: Hall, method: str, path: str, head: dict[str, str], body: bytes | None = None) -> Iterator[Events]:
-    """An open stream; it is closed at the end."""
+    """Opens a stream, and closes it at the end."""
     connection = http.client.HTTPConnection(hall.address, hall.port, timeout=PATIENCE)
     try:
         connection.request(method, path, body, head)

@@ -110,7 +110,7 @@ def test_with_a_full_disk_nothing_is_changed_and_readiness_fails(directory: Path
     assert hall.get('/v1/backlog').json['count'] == 0
     ready = hall.get('/ready')
     assert (ready.status, ready.json['status']) == (503, 'not_ready')
-    assert 'the audit can not be written (/dev/full)' in ready.json['detail']
+    assert 'the audit file /dev/full cannot be written' in ready.json['detail']
     assert [event['type'] for event in place.history()] == []
     place.close()
 

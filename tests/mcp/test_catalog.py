@@ -1,4 +1,4 @@
-"""What is offered over MCP: a tool for every operation, resources, prompts, completion; and how errors teach."""
+"""The MCP catalog of a town: tools, resources, prompts, completion, and error texts that tell a model what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytown.core.operations import BY_NAME, OPERATIONS
 from tinytown.mcp import catalog, content
 from tinytown.mcp.catalog import ADDITIVE, OPEN_WORLD, PRESETS, REPEATABLE, Catalog
 from tinytown.mcp.jsonrpc import LEGACY
-from tinytown.mcp.protocol import Ask, McpServer
+from tinytown.mcp.protocol import McpRequest, McpServer
 from tinytown.model import ALL_SCOPES, MANAGE, READ, WRITE, Json, Principal, Scope
 from tinytown.state.event_feed import Event, EventFeed
 
@@ -25,15 +25,15 @@ TOOLS = {tool['name']: tool for tool in catalog.tools().values()}
 
 
 class Client:
-    """Asks the protocol for what a town offers, with no transport between."""
+    """A client that calls the MCP server directly, without a transport."""
 
     def __init__(self, place: Place, by: Principal = OPERATOR) -> None:
         self.place = place
         self.by = by
-        self.catalogue = Catalog(lambda: place.town, EventFeed(place.store), (), False)
-        self.mcp = McpServer(self.catalogue)
+        self.catalog = Catalog(lambda: place.town, EventFeed(place.store), (), False)
+        self.mcp = McpServer(self.catalog)
 
-    def read(self, method: str, params: Json) -> Ask:
+    def read(self, method: str, params: Json) -> McpRequest:
         message = {'jsonrpc': '2.0', 'id': 1, 'method': method, 'params': params}
         ask = self.mcp.read(message, self.by, lambda _message: None, revision=LEGACY[0])
         assert ask
@@ -49,18 +49,18 @@ class Client:
         return result
 
     def text(self, tool: str, **arguments: Any) -> str:
-        """The text of a result that is an error."""
+        """The text of a result that must be an error."""
         result = self.call(tool, **arguments)
         assert result['isError']
         assert 'structuredContent' not in result
         [content] = result['content']
-        found: str = content['text']
-        return found
+        text: str = content['text']
+        return text
 
     def complete(self, argument: str, value: str, **ref: str) -> list[str]:
         reply = self.ask('completion/complete', ref=ref, argument={'name': argument, 'value': value})
-        found: list[str] = reply['result']['completion']['values']
-        return found
+        values: list[str] = reply['result']['completion']['values']
+        return values
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def client(ground: Place) -> Client:
     return Client(ground)
 
 
-def test_tools_list_is_as_it_was() -> None:
-    """To take up a change that is meant: GOLDEN=1 make test."""
-    found = json.dumps(list(catalog.tools().values()), indent=1, ensure_ascii=False) + '\n'
+def test_the_tools_list_matches_the_golden_file() -> None:
+    """To accept an intended change: GOLDEN=1 make test."""
+    text = json.dumps(list(catalog.tools().values()), indent=1, ensure_ascii=False) + '\n'
     if os.environ.get('GOLDEN'):
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(found)
-    assert found == GOLDEN.read_text()
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
 
 
 def test_every_operation_is_a_tool_and_every_tool_of_the_contract_is_there() -> None:
@@ -89,7 +89,7 @@ def test_every_operation_is_a_tool_and_every_tool_of_the_contract_is_there() -> 
 
 
 @pytest.mark.parametrize('name', TOOLS)
-def test_a_tool_is_fit_for_every_client(name: str) -> None:
+def test_a_tool_definition_suits_every_client(name: str) -> None:
     tool = TOOLS[name]
     assert re.fullmatch(r'[a-zA-Z0-9_-]{1,64}', name)
     assert tool['title']
@@ -99,7 +99,8 @@ def test_a_tool_is_fit_for_every_client(name: str) -> None:
         assert schema['type'] == 'object'
         assert not {'anyOf', 'oneOf', 'allOf'} & set(schema)
     assert tool['inputSchema']['additionalProperties'] is False
-    assert all(each.get('description') for each in tool['inputSchema']['properties'].values()), 'undescribed'
+    properties = tool['inputSchema']['properties'].values()
+    assert all(schema.get('description') for schema in properties), 'an argument without a description'
     hints = {'readOnlyHint', 'destructiveHint', 'idempotentHint', 'openWorldHint'}
     assert {key: type(value) for key, value in tool['annotations'].items() if key != 'title'} == dict.fromkeys(
         hints, bool
@@ -107,17 +108,17 @@ def test_a_tool_is_fit_for_every_client(name: str) -> None:
     assert not (tool['annotations']['readOnlyHint'] and tool['annotations']['destructiveHint'])
 
 
-def test_what_is_said_of_operations_is_said_of_operations_that_there_are() -> None:
+def test_hints_and_presets_name_existing_operations() -> None:
     changes = {op.name for op in OPERATIONS if op.changes}
     assert changes >= ADDITIVE
     assert changes >= REPEATABLE
     assert changes >= OPEN_WORLD
-    assert all(of in BY_NAME and set(given) <= set(BY_NAME[of].parameters) for of, given in PRESETS.values())
+    assert all(name in BY_NAME and set(fixed) <= set(BY_NAME[name].parameters) for name, fixed in PRESETS.values())
     assert not set(PRESETS) & set(BY_NAME)
 
 
 @pytest.mark.parametrize('scopes', [(), (READ,), (READ, WRITE), (MANAGE,), tuple(ALL_SCOPES)])
-def test_what_is_listed_is_what_the_caller_may_use(ground: Place, scopes: tuple[Scope, ...]) -> None:
+def test_the_lists_hold_what_the_caller_may_use(ground: Place, scopes: tuple[Scope, ...]) -> None:
     by = Principal('someone', frozenset(scopes))
     client = Client(ground, by)
     listed = {tool['name'] for tool in client.ask('tools/list')['result']['tools']}
@@ -127,7 +128,7 @@ def test_what_is_listed_is_what_the_caller_may_use(ground: Place, scopes: tuple[
         assert bool(client.ask(method)['result'][key]) == by.may(READ)
 
 
-def test_an_answer_is_structured_text_and_as_its_schema_says(client: Client) -> None:
+def test_a_result_fits_its_schema_and_is_repeated_as_text(client: Client) -> None:
     task = client.call('backlog_add', description='one', tags=['x'])['structuredContent']['task_id']
     client.call('deadletter_list')
     calls: dict[str, Json] = {
@@ -153,7 +154,7 @@ def test_an_answer_is_structured_text_and_as_its_schema_says(client: Client) -> 
 def test_a_dotted_name_calls_the_same_tool(client: Client) -> None:
     assert client.call('town.get') == client.call('town_get')
     assert client.ask('tools/call', name='town-get')['error']['message'].endswith(
-        'near: town_get, town_reset, town_get_status'
+        'similar names: town_get, town_reset, town_get_status'
     )
 
 
@@ -165,21 +166,21 @@ def add_agents(client: Client, *names: str) -> None:
         client.place.store.call(client.place.store.register(agent, name, head, 100, 0, agent))
 
 
-def test_an_agent_that_is_not_there_is_answered_with_those_that_are(client: Client) -> None:
-    said = client.text('task_assign', agent='worker-99', task='x')
-    assert said == "No agent 'worker-99'. There are none: use agent_spawn."
+def test_the_error_for_an_unknown_agent_lists_the_existing_ones(client: Client) -> None:
+    text = client.text('task_assign', agent='worker-99', task='x')
+    assert text == "No agent 'worker-99'. There are none: use agent_spawn."
     add_agents(client, 'a', 'b')
-    said = client.text('task_assign', agent='worker-99', task='x')
-    assert said == "No agent 'worker-99'. Agents: a, b. Use agent_list."
+    text = client.text('task_assign', agent='worker-99', task='x')
+    assert text == "No agent 'worker-99'. Agents: a, b. Use agent_list."
 
 
-def test_of_many_agents_an_error_names_twenty(client: Client) -> None:
+def test_the_error_for_an_unknown_agent_lists_at_most_twenty(client: Client) -> None:
     add_agents(client, *'0123456789abcdefghijklmnop')
     assert re.search(r'Agents: (\w, ){20}…\. Use agent_list\.', client.text('agent_get', agent='worker-99'))
 
 
 @pytest.mark.parametrize(
-    ('tool', 'arguments', 'said'),
+    ('tool', 'arguments', 'expected'),
     [
         ('task_get', {'task_id': '0' * 8 + '-0000-4000-8000-' + '0' * 12}, 'Use task_list to find its task_id.'),
         ('task_get', {'task_id': 'x'}, "/task_id: 'x' does not fit: a UUID in lower case. task_get takes task_id"),
@@ -189,23 +190,23 @@ def test_of_many_agents_an_error_names_twenty(client: Client) -> None:
             '/agent: agent is missing. /task: task is missing. task_assign takes agent, task; required',
         ),
         ('agent_list', {'limit': 0}, '/limit: 0 is not between 1 and 500.'),
-        ('town_reset', {}, 'give force to do it. Do so only if the people who run the town asked for it.'),
+        ('town_reset', {}, 'give force to do it. Use force only if the people who run the town asked for it.'),
         ('agent_kill', {'agent': 'conductor'}, 'mailbox for people'),
         ('agent_wait', {'agent': 'nobody', 'timeout': 99}, '/timeout: 99 is not between 0 and 25.'),
         ('deadletter_drop', {'id': '0' * 8 + '-0000-4000-8000-' + '0' * 12}, 'Use deadletter_list.'),
     ],
 )
-def test_what_is_refused_says_what_was_wrong_and_what_to_do(
-    client: Client, tool: str, arguments: Json, said: str
+def test_a_refusal_says_what_is_wrong_and_what_to_do_next(
+    client: Client, tool: str, arguments: Json, expected: str
 ) -> None:
-    assert said in client.text(tool, **arguments)
+    assert expected in client.text(tool, **arguments)
 
 
-def test_an_argument_that_a_preset_gives_is_not_taken(client: Client) -> None:
+def test_an_argument_that_a_preset_fixes_is_refused(client: Client) -> None:
     assert client.ask('tools/call', name='agent_list_open', arguments={'open': False})['error']['code'] == -32602
 
 
-def test_a_call_without_scope_is_refused_by_the_door(ground: Place) -> None:
+def test_a_call_without_the_scope_is_refused(ground: Place) -> None:
     client = Client(ground, Principal('reader', frozenset({READ})))
     assert "backlog.add needs the scope town.write; 'reader' has town.read" in client.text(
         'backlog_add', description='x'
@@ -219,8 +220,8 @@ def test_a_call_without_scope_is_refused_by_the_door(ground: Place) -> None:
         reply = ground.store.run(nobody.mcp.run(ask))
         assert reply
         assert 'town.read' in reply['error']['message']
-        assert ask.refused
-        assert ask.refused.code == 'insufficient-scope'
+        assert ask.refusal
+        assert ask.refusal.code == 'insufficient-scope'
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_a_call_without_scope_is_refused_by_the_door(ground: Place) -> None:
         ('tinytown://backlog', 'backlog.list'),
     ],
 )
-def test_a_resource_is_what_its_operation_answers(client: Client, uri: str, operation: str) -> None:
+def test_a_resource_holds_the_answer_of_its_operation(client: Client, uri: str, operation: str) -> None:
     client.call('backlog_add', description='one')
     [content] = client.ask('resources/read', uri=uri)['result']['contents']
     assert (content['uri'], content['mimeType']) == (uri, 'application/json')
@@ -249,40 +250,40 @@ def test_a_resource_is_what_its_operation_answers(client: Client, uri: str, oper
         '',
     ],
 )
-def test_a_resource_that_is_not_there_is_named_in_the_error(client: Client, uri: str) -> None:
+def test_the_error_for_an_unknown_resource_names_it(client: Client, uri: str) -> None:
     error = client.ask('resources/read', uri=uri)['error']
     assert (error['code'], error['data']) == (-32002, {'uri': uri})
 
 
-def test_the_prompts_tell_of_agents_tasks_and_the_backlog_that_fits(client: Client) -> None:
+def test_the_prompts_show_agents_tasks_and_the_matching_backlog(client: Client) -> None:
     add_agents(client, 'r')
     client.call('backlog_add', description='look at the\nchange', tags=['Reviewer'])
     client.call('backlog_add', description='write docs', tags=['docs'])
     reply = client.ask('prompts/get', name='agent.role_hint', arguments={'agent_name': 'r'})
-    said = reply['result']['messages'][0]['content']['text']
-    assert 'r is a reviewer of the town test.' in said
-    assert 'look at the change' in said
-    assert 'write docs' not in said
+    text = reply['result']['messages'][0]['content']['text']
+    assert 'r is a reviewer of the town test.' in text
+    assert 'look at the change' in text
+    assert 'write docs' not in text
     tagged = {'agent_name': 'r', 'tags': 'docs, none'}
     reply = client.ask('prompts/get', name='agent.role_hint', arguments=tagged)
     assert 'write docs' in reply['result']['messages'][0]['content']['text']
-    said = client.ask('prompts/get', name='conductor.startup_context')['result']['messages'][0]['content']['text']
-    assert '- r (reviewer): Starting; 0 in its inbox; runs demo' in said
-    assert 'write docs' in said
-    assert '2 pending' in said
+    text = client.ask('prompts/get', name='conductor.startup_context')['result']['messages'][0]['content']['text']
+    assert '- r (reviewer): Starting; 0 in its inbox; runs demo' in text
+    assert 'write docs' in text
+    assert '2 pending' in text
 
 
 @pytest.mark.parametrize(
-    ('name', 'arguments', 'said'),
+    ('name', 'arguments', 'expected'),
     [
         ('nothing', {}, 'there is no prompt'),
         ('agent.role_hint', {}, 'agent_name is missing'),
         ('agent.role_hint', {'agent_name': 'nobody'}, "No agent 'nobody'."),
     ],
 )
-def test_a_prompt_that_can_not_be_given_says_why(client: Client, name: str, arguments: Json, said: str) -> None:
+def test_a_refused_prompt_says_why(client: Client, name: str, arguments: Json, expected: str) -> None:
     error = client.ask('prompts/get', name=name, arguments=arguments)['error']
-    assert said in error['message']
+    assert expected in error['message']
 
 
 AGENT = {'type': 'ref/resource', 'uri': 'tinytown://agents/{agent_name}'}
@@ -302,7 +303,7 @@ def test_names_of_agents_and_ids_of_tasks_are_completed(client: Client) -> None:
 
 
 @pytest.mark.parametrize('ref', [{}, {'type': 'ref/prompt', 'name': 'no'}, {'type': 'ref/resource', 'uri': 'file:///'}])
-def test_what_is_not_there_is_not_completed(client: Client, ref: Json) -> None:
+def test_completion_refuses_an_unknown_reference(client: Client, ref: Json) -> None:
     reply = client.ask('completion/complete', ref=ref, argument={'name': 'agent_name', 'value': ''})
     assert reply['error']['code'] == -32602
 
@@ -311,21 +312,21 @@ def event(**fields: str) -> Event:
     return Event('1-1', json.dumps({'id': '1-1', **fields}).encode())
 
 
-def test_what_an_event_changes_is_what_subscribers_of_it_are_told() -> None:
-    every = {'tinytown://town/current', 'tinytown://agents'}
-    assert content.touched([event(type='agent.idle', agent_id='i', agent_name='a')]) == every | {
+def test_an_event_changes_the_resources_of_its_agent_and_task() -> None:
+    always = {'tinytown://town/current', 'tinytown://agents'}
+    assert content.changed_resources([event(type='agent.idle', agent_id='i', agent_name='a')]) == always | {
         'tinytown://agents/a',
         'tinytown://agents/i',
     }
-    assert content.touched([event(type='task.created', task_id='t')]) == every | {
+    assert content.changed_resources([event(type='task.created', task_id='t')]) == always | {
         'tinytown://backlog',
         'tinytown://tasks/t',
     }
-    assert content.touched([event(type='town.reset')]) is None
-    assert content.touched([Event('1-1')]) is None
+    assert content.changed_resources([event(type='town.reset')]) is None
+    assert content.changed_resources([Event('1-1')]) is None
 
 
-def test_a_town_without_a_feed_promises_no_news(ground: Place) -> None:
-    quiet = Catalog(lambda: ground.town, None, (), False)
-    assert quiet.capabilities['resources'] == {}
-    assert quiet.honoured(OPERATOR, {'resourceSubscriptions': ['tinytown://agents']}) == {}
+def test_a_catalog_without_a_feed_offers_no_subscriptions(ground: Place) -> None:
+    without_feed = Catalog(lambda: ground.town, None, (), False)
+    assert without_feed.capabilities['resources'] == {}
+    assert without_feed.granted(OPERATOR, {'resourceSubscriptions': ['tinytown://agents']}) == {}

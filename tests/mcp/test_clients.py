@@ -1,4 +1,4 @@
-"""A short form of the rounds with real clients (`tests/system/test_mcp_clients.py`): the official SDK, as it comes."""
+"""The official SDK against a townhall, unmodified. `tests/system/test_mcp_clients.py` tests more clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_official_sdk_works_with_the_demo_agent(place: Place, transport: str
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found['revision'], found['state'], found['agent']) == ('2026-07-28', 'completed', 'backend')
-    assert found['changed'] == 'ResourceUpdated'
-    assert found['progress']
+    report = json.loads(done.stdout)
+    assert (report['revision'], report['state'], report['agent']) == ('2026-07-28', 'completed', 'backend')
+    assert report['changed'] == 'ResourceUpdated'
+    assert report['progress']

@@ -1,4 +1,4 @@
-"""The protocol itself, over the conformance fixture's catalogue: eras, envelopes, errors, lists, cancellation."""
+"""The MCP server over the conformance fixture's catalog: both generations, envelopes, errors, lists, cancellation."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ META = {f'{META_PREFIX}protocolVersion': MODERN, f'{META_PREFIX}clientCapabiliti
 
 
 class Client:
-    """Talks to the protocol with no transport between. `told` is what came beside the answers."""
+    """A client that calls the MCP server directly. `notifications` are all messages that are not replies."""
 
     def __init__(self) -> None:
-        self.told: list[Json] = []
-        self.session = Session(self.told.append)
+        self.notifications: list[Json] = []
+        self.session = Session(self.notifications.append)
         self.fixture = Fixture()
         self.mcp = FixtureMcp(self.fixture)
 
     def say(self, message: Any) -> Json | None:
         """The reply to a message."""
         try:
-            ask = self.mcp.read(message, BY, self.told.append, self.session)
+            request = self.mcp.read(message, BY, self.notifications.append, self.session)
         except Fault as e:
             return codes.error_reply(e)
-        if ask is None:
+        if request is None:
             return None
-        step = self.mcp.run(ask)
+        step = self.mcp.run(request)
         with pytest.raises(StopIteration) as end:
             next(step)
         reply: Json | None = end.value.value
@@ -61,8 +61,8 @@ def request(method: str, **params: Any) -> Json:
 
 def code_of(reply: Json | None) -> int:
     assert reply is not None
-    found: int = reply['error']['code']
-    return found
+    code: int = reply['error']['code']
+    return code
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def code_of(reply: Json | None) -> int:
         ({'jsonrpc': '2.0', 'id': 1}, codes.INVALID_REQUEST, 1),
         ({'jsonrpc': '2.0', 'id': 1, 'method': 7}, codes.INVALID_REQUEST, 1),
         ({'jsonrpc': '2.0', 'id': 1, 'method': 'ping', 'params': []}, codes.INVALID_PARAMS, 1),
-        ({'jsonrpc': '2.0', 'id': 'a', 'method': 'nothing'}, codes.NO_METHOD, 'a'),
+        ({'jsonrpc': '2.0', 'id': 'a', 'method': 'nothing'}, codes.METHOD_NOT_FOUND, 'a'),
         (request('tools/call'), codes.INVALID_PARAMS, 2),
         (request('tools/call', name='no'), codes.INVALID_PARAMS, 2),
         (request('tools/call', name='test_simple_text', arguments=[]), codes.INVALID_PARAMS, 2),
@@ -89,7 +89,7 @@ def code_of(reply: Json | None) -> int:
         (request('prompts/get', name='x', arguments={'a': 1}), codes.INVALID_PARAMS, 2),
     ],
 )
-def test_a_message_that_is_wrong_is_answered_with_its_code(client: Client, message: Any, code: int, id: Any) -> None:
+def test_an_invalid_message_is_answered_with_the_right_code(client: Client, message: Any, code: int, id: Any) -> None:
     reply = client.say(message)
     assert code_of(reply) == code
     assert reply is not None
@@ -109,7 +109,7 @@ def test_a_message_that_is_wrong_is_answered_with_its_code(client: Client, messa
 )
 def test_notifications_and_responses_are_never_answered(client: Client, message: Json) -> None:
     assert client.say(message) is None
-    assert client.told == []
+    assert client.notifications == []
 
 
 @pytest.mark.parametrize('wanted', [*LEGACY, MODERN, '1999-01-01'])
@@ -133,7 +133,7 @@ def test_a_modern_request_without_its_metadata_is_refused(client: Client, missin
 
 
 @pytest.mark.parametrize('version', ['2025-11-25', '2027-01-01', ''])
-def test_a_modern_request_of_another_revision_is_told_which_there_are(client: Client, version: str) -> None:
+def test_a_request_of_an_unsupported_revision_gets_the_supported_ones(client: Client, version: str) -> None:
     reply = client.ask('tools/list', {'_meta': META | {f'{META_PREFIX}protocolVersion': version}})
     assert code_of(reply) == codes.UNSUPPORTED_VERSION
     assert reply['error']['data'] == {'supported': [MODERN], 'requested': version}
@@ -143,8 +143,8 @@ def test_a_modern_request_of_another_revision_is_told_which_there_are(client: Cl
     'method',
     ['initialize', 'ping', 'logging/setLevel', 'resources/subscribe', 'resources/unsubscribe', 'unknown/method'],
 )
-def test_what_is_gone_from_the_modern_protocol_is_no_method_of_it(client: Client, method: str) -> None:
-    assert code_of(client.ask(method, modern=True)) == codes.NO_METHOD
+def test_the_modern_protocol_lacks_the_legacy_methods(client: Client, method: str) -> None:
+    assert code_of(client.ask(method, modern=True)) == codes.METHOD_NOT_FOUND
 
 
 CALLS: list[tuple[str, Json]] = [
@@ -160,7 +160,7 @@ CALLS: list[tuple[str, Json]] = [
 
 
 @pytest.mark.parametrize(('method', 'params'), CALLS)
-def test_the_generations_differ_in_the_envelope_alone(client: Client, method: str, params: Json) -> None:
+def test_the_generations_differ_only_in_the_envelope(client: Client, method: str, params: Json) -> None:
     legacy = client.ask(method, params)['result']
     modern = client.ask(method, params, modern=True)['result']
     assert modern.pop('resultType') == 'complete'
@@ -173,115 +173,115 @@ def test_the_generations_differ_in_the_envelope_alone(client: Client, method: st
     assert modern == legacy
 
 
-def test_discover_tells_revisions_capabilities_and_how_to_begin(client: Client) -> None:
-    found = client.ask('server/discover', modern=True)['result']
-    assert found['supportedVersions'] == [MODERN]
-    assert found['capabilities'] == client.fixture.capabilities
-    assert found['instructions']
-    assert found['cacheScope'] == 'public'
+def test_discover_returns_revisions_capabilities_and_instructions(client: Client) -> None:
+    result = client.ask('server/discover', modern=True)['result']
+    assert result['supportedVersions'] == [MODERN]
+    assert result['capabilities'] == client.fixture.capabilities
+    assert result['instructions']
+    assert result['cacheScope'] == 'public'
 
 
-def test_a_resource_that_is_not_there_has_the_code_of_its_generation(client: Client) -> None:
+def test_an_unknown_resource_has_the_error_code_of_its_generation(client: Client) -> None:
     wanted = {'uri': 'test://nowhere'}
     legacy, modern = client.ask('resources/read', wanted), client.ask('resources/read', wanted, modern=True)
-    assert (code_of(legacy), code_of(modern)) == (codes.NO_RESOURCE, codes.INVALID_PARAMS)
+    assert (code_of(legacy), code_of(modern)) == (codes.RESOURCE_NOT_FOUND, codes.INVALID_PARAMS)
     assert legacy['error']['data'] == modern['error']['data'] == wanted
 
 
-def test_lists_come_in_pages_that_join_to_the_whole(client: Client) -> None:
+def test_the_pages_of_a_list_join_to_the_whole_list(client: Client) -> None:
     whole = client.ask('tools/list')['result']['tools']
     client.fixture.page = 7
-    found, cursor = [], None
+    joined, cursor = [], None
     while True:
         result = client.ask('tools/list', {'cursor': cursor} if cursor else {})['result']
         assert 0 < len(result['tools']) <= 7
-        found += result['tools']
+        joined += result['tools']
         cursor = result.get('nextCursor')
         if cursor is None:
             break
-    assert found == whole
+    assert joined == whole
 
 
 @pytest.mark.parametrize('cursor', ['', 'x', '7', 'bzA=', 'bzk5OTk=', 'b-1', 7, [], 'é'])
-def test_a_cursor_that_was_not_given_out_is_refused(client: Client, cursor: Any) -> None:
+def test_a_made_up_cursor_is_refused(client: Client, cursor: Any) -> None:
     assert code_of(client.ask('tools/list', {'cursor': cursor})) == codes.INVALID_PARAMS
 
 
 @pytest.mark.parametrize(('token', 'count'), [('t', 3), (0, 3), (None, 0), (True, 0)])
-def test_progress_is_told_to_those_who_gave_a_token(client: Client, token: Any, count: int) -> None:
+def test_progress_is_sent_only_to_a_request_with_a_token(client: Client, token: Any, count: int) -> None:
     meta = {} if token is None else {'_meta': {'progressToken': token}}
     client.ask('tools/call', {'name': 'test_tool_with_progress', **meta})
-    assert [each['params']['progress'] for each in client.told] == [0, 50, 100][:count]
-    assert all(each['params']['progressToken'] == token for each in client.told)
+    assert [message['params']['progress'] for message in client.notifications] == [0, 50, 100][:count]
+    assert all(message['params']['progressToken'] == token for message in client.notifications)
 
 
-def test_a_request_that_was_cancelled_is_not_answered(client: Client) -> None:
-    ask = client.mcp.read(
+def test_a_cancelled_request_gets_no_reply(client: Client) -> None:
+    mcp_request = client.mcp.read(
         {'jsonrpc': '2.0', 'id': 5, 'method': 'tools/call', 'params': {'name': 'test_tool_with_progress'}},
         BY,
-        client.told.append,
+        client.notifications.append,
         client.session,
     )
-    assert ask
-    client.session.running[5] = ask
+    assert mcp_request
+    client.session.running[5] = mcp_request
     assert client.say({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': 5}}) is None
     with pytest.raises(StopIteration) as end:
-        next(client.mcp.run(ask))
+        next(client.mcp.run(mcp_request))
     assert end.value.value is None
-    assert client.told == []
+    assert client.notifications == []
 
 
-def test_a_subscription_is_acknowledged_first_and_told_only_what_was_asked_for(client: Client) -> None:
+def test_a_subscription_is_acknowledged_first_and_gets_only_what_it_asked_for(client: Client) -> None:
     wanted = {'notifications': {'toolsListChanged': True, 'promptsListChanged': False}}
-    ask = client.mcp.read(
+    mcp_request = client.mcp.read(
         {'jsonrpc': '2.0', 'id': 'sub', 'method': 'subscriptions/listen', 'params': {**wanted, '_meta': META}},
         BY,
-        client.told.append,
+        client.notifications.append,
     )
-    assert ask
-    assert client.mcp.manner(ask) == 'listen'
+    assert mcp_request
+    assert client.mcp.run_mode(mcp_request) == 'listen'
     with pytest.raises(StopIteration) as end:
-        next(client.mcp.run(ask))
+        next(client.mcp.run(mcp_request))
     assert end.value.value is None
     client.fixture.changed('prompts')
     client.fixture.changed('tools')
-    ask.cancel()
+    mcp_request.cancel()
     client.fixture.changed('tools')
     tag = {'_meta': {f'{META_PREFIX}subscriptionId': 'sub'}}
     acknowledged = {'notifications': {'toolsListChanged': True}} | tag
-    assert [(each['method'], each['params']) for each in client.told] == [
+    assert [(message['method'], message['params']) for message in client.notifications] == [
         ('notifications/subscriptions/acknowledged', acknowledged),
         ('notifications/tools/list_changed', tag),
     ]
-    assert client.mcp.farewell(ask)['result']['_meta'][f'{META_PREFIX}subscriptionId'] == 'sub'
+    assert client.mcp.listen_result(mcp_request)['result']['_meta'][f'{META_PREFIX}subscriptionId'] == 'sub'
 
 
 @pytest.mark.parametrize('uris', ['test://a', [7], ['test://a'] * 101])
-def test_a_subscription_to_what_are_no_uris_is_refused(client: Client, uris: Any) -> None:
+def test_a_subscription_to_anything_but_uris_is_refused(client: Client, uris: Any) -> None:
     wanted = {'notifications': {'resourceSubscriptions': uris}}
     assert code_of(client.ask('subscriptions/listen', wanted, modern=True)) == codes.INVALID_PARAMS
 
 
-def test_a_fault_of_ours_is_an_internal_error_and_ends_nothing(
+def test_an_exception_is_an_internal_error_and_does_not_end_the_server(
     client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reply = client.ask('prompts/get', {'name': 'test_prompt_with_arguments'})
-    assert code_of(reply) == codes.INTERNAL
+    assert code_of(reply) == codes.INTERNAL_ERROR
     assert 'arg1' not in json.dumps(reply)
-    said = capsys.readouterr().err
-    assert f'mcp: request {reply["error"]["data"]["request_id"]} failed' in said
-    assert 'KeyError' in said
+    log = capsys.readouterr().err
+    assert f'mcp: request {reply["error"]["data"]["request_id"]} failed' in log
+    assert 'KeyError' in log
     assert client.ask('ping')['result'] == {}
 
 
 @pytest.mark.parametrize('data', [b'{', b'\xff', b'[' * 100_000, b'{"a": NaN}', b'9' * 5000, b''])
-def test_what_is_no_json_is_a_parse_error(data: bytes) -> None:
+def test_invalid_json_is_a_parse_error(data: bytes) -> None:
     with pytest.raises(Fault) as error:
         codes.decode(data)
     assert error.value.code == codes.PARSE_ERROR
 
 
-def test_a_message_is_one_line_whatever_stands_in_it() -> None:
+def test_an_encoded_message_is_one_line() -> None:
     data = codes.encode_message({'text': 'a\nb\u2028\ud800é'})
     assert b'\n' not in data
     assert json.loads(data)['text'].startswith('a\nb')

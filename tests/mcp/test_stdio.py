@@ -1,4 +1,4 @@
-"""`townhall mcp-stdio` as a client's child process: real lines on real pipes, each held against the schema."""
+"""`townhall mcp-stdio` as a child process of a client, over real pipes. Every message is validated by the schema."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from ..support import PATIENCE, REPOSITORY, Place, environment, make_town
 
 @pytest.fixture
 def client(ground: Place) -> Iterator[Stdio]:
-    """A client of the module's town, which has an agent `a`."""
+    """A client of the town `ground`, with an agent `a`."""
     add_agent(ground, 'a')
     with stdio(ground.root) as started:
         yield started
 
 
 @pytest.mark.parametrize('modern', [False, True])
-def test_an_agent_is_spawned_given_work_and_watched(place: Place, modern: bool) -> None:
+def test_a_client_spawns_an_agent_assigns_a_task_and_is_notified(place: Place, modern: bool) -> None:
     with stdio(place.root) as client:
         if not modern:
-            client.greet()
+            client.initialize()
         assert client.call('town_get_status', modern)['structuredContent']['agents'] == []
         spawned = client.call('agent.spawn', modern, name='backend')
         assert not spawned['isError'], spawned
         if modern:
             wanted = {'notifications': {'resourceSubscriptions': ['tinytown://tasks/none', 'tinytown://agents']}}
             client.start('subscriptions/listen', wanted, modern)
-            client.await_told('notifications/subscriptions/acknowledged')
+            client.await_notification('notifications/subscriptions/acknowledged')
         else:
             assert client.ask('resources/subscribe', {'uri': 'tinytown://agents'})['result'] == {}
         assigned = client.call('task_assign', modern, agent='backend', task='write a haiku')['structuredContent']
-        told = client.await_told('notifications/resources/updated', uri='tinytown://agents')
-        assert (f'{META_PREFIX}subscriptionId' in told['params'].get('_meta', {})) == modern
+        updated = client.await_notification('notifications/resources/updated', uri='tinytown://agents')
+        assert (f'{META_PREFIX}subscriptionId' in updated['params'].get('_meta', {})) == modern
         place.await_end(assigned['task_id'])
         read = client.ask('resources/read', {'uri': f'tinytown://tasks/{assigned["task_id"]}'}, modern)['result']
         [content] = read['contents']
@@ -62,11 +62,11 @@ def test_an_agent_is_spawned_given_work_and_watched(place: Place, modern: bool) 
 
 
 @pytest.mark.parametrize('revision', [*LEGACY, MODERN])
-def test_every_method_answers_as_the_schema_of_the_revision_says(client: Stdio, revision: str) -> None:
-    """`Stdio.hear` holds each line against it."""
+def test_every_answer_fits_the_schema_of_its_revision(client: Stdio, revision: str) -> None:
+    """`Stdio.receive` validates each line."""
     modern = revision == MODERN
     if not modern:
-        assert client.greet(revision)['result']['protocolVersion'] == revision
+        assert client.initialize(revision)['result']['protocolVersion'] == revision
         assert client.ask('ping')['result'] == {}
         assert client.ask('resources/subscribe', {'uri': 'tinytown://backlog'})['result'] == {}
         assert client.ask('resources/unsubscribe', {'uri': 'tinytown://backlog'})['result'] == {}
@@ -82,12 +82,12 @@ def test_every_method_answers_as_the_schema_of_the_revision_says(client: Stdio, 
     assert client.call('agent_get', modern, agent='nobody')['isError']
     error = client.ask('resources/read', {'uri': 'tinytown://agents/nobody'}, modern)['error']
     assert (error['code'], error['data']) == (
-        codes.INVALID_PARAMS if modern else codes.NO_RESOURCE,
+        codes.INVALID_PARAMS if modern else codes.RESOURCE_NOT_FOUND,
         {'uri': 'tinytown://agents/nobody'},
     )
 
 
-def test_bad_lines_are_answered_and_survived(client: Stdio) -> None:
+def test_invalid_lines_are_answered_and_do_not_end_the_server(client: Stdio) -> None:
     cases: list[tuple[bytes, int]] = [
         (b'{', codes.PARSE_ERROR),
         (b'\xff\xfe', codes.PARSE_ERROR),
@@ -100,12 +100,12 @@ def test_bad_lines_are_answered_and_survived(client: Stdio) -> None:
     ]
     for line, code in cases:
         client.send(b'', b'   ', line)
-        assert client.hear()['error']['code'] == code, line[:40]
+        assert client.receive()['error']['code'] == code, line[:40]
     assert client.ask('ping')['result'] == {}
 
 
 @pytest.mark.parametrize(
-    ('before', 'after', 'told'),
+    ('before', 'after', 'id'),
     [
         ('{"jsonrpc":"2.0","id":7,"method":"', '"}', 7),
         ('{"method":"', '","jsonrpc":"2.0","id":"x-7"}', 'x-7'),
@@ -114,18 +114,16 @@ def test_bad_lines_are_answered_and_survived(client: Stdio) -> None:
         ('"', '"', None),
     ],
 )
-def test_a_line_that_is_too_long_is_refused_under_its_id(
-    client: Stdio, before: str, after: str, told: int | str | None
-) -> None:
+def test_an_overlong_line_is_refused_with_its_id(client: Stdio, before: str, after: str, id: int | str | None) -> None:
     client.send((before + 'x' * 3_000_000 + after).encode())
-    answer = client.hear()
-    assert (answer.get('id'), 'longer than 1048576 bytes' in answer['error']['message']) == (told, True)
+    answer = client.receive()
+    assert (answer.get('id'), 'longer than 1048576 bytes' in answer['error']['message']) == (id, True)
     assert client.ask('ping')['result'] == {}
 
 
 @pytest.mark.parametrize('revision', LEGACY)
-def test_an_array_of_messages_is_taken_in_the_one_revision_that_has_them(client: Stdio, revision: str) -> None:
-    client.greet(revision)
+def test_an_array_of_messages_is_accepted_only_in_the_revision_that_has_them(client: Stdio, revision: str) -> None:
+    client.initialize(revision)
     client.send(
         [
             {'jsonrpc': '2.0', 'id': 'a', 'method': 'ping'},
@@ -136,18 +134,18 @@ def test_an_array_of_messages_is_taken_in_the_one_revision_that_has_them(client:
             7,
         ]
     )
-    reply = client.hear()
+    reply = client.receive()
     if revision == BATCHING:
         assert [each.get('id') for each in reply] == ['a', 'b', 'c', 'd', None]
         assert reply[1]['result']['structuredContent']['name'] == 'test'
         assert reply[3]['error']['code'] == codes.INVALID_REQUEST
-        client.send([{'jsonrpc': '2.0', 'method': 'notifications/initialized'}])  # is answered by nothing
+        client.send([{'jsonrpc': '2.0', 'method': 'notifications/initialized'}])  # gets no answer
     else:
         assert reply['error']['code'] == codes.INVALID_REQUEST
     assert client.ask('ping')['result'] == {}
 
 
-def test_what_was_read_is_answered_before_it_ends_with_its_input(ground: Place) -> None:
+def test_every_request_is_answered_before_the_server_ends_with_its_input(ground: Place) -> None:
     lines = [{'jsonrpc': '2.0', 'id': i, 'method': 'tools/call', 'params': {'name': 'town_get'}} for i in range(20)]
     done = run(ground.root, *lines)
     assert [json.loads(line)['id'] for line in done.stdout.splitlines()] == list(range(20))
@@ -156,7 +154,7 @@ def test_what_was_read_is_answered_before_it_ends_with_its_input(ground: Place) 
 
 
 def run(root: Path, *lines: Any, **more: str) -> subprocess.CompletedProcess[bytes]:
-    """A session that is all written before it is read, without a newline at its end."""
+    """Writes all lines at once, without a final newline, and waits until the process ends."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / 'townhall.py'), 'mcp-stdio', '--town', str(root)],
         input='\n'.join(map(json.dumps, lines)).encode(),
@@ -167,7 +165,7 @@ def run(root: Path, *lines: Any, **more: str) -> subprocess.CompletedProcess[byt
     )
 
 
-def test_the_block_of_the_readme_for_a_client_s_configuration_works_as_pasted(place: Place) -> None:
+def test_the_client_configuration_in_the_readme_works_as_pasted(place: Place) -> None:
     [block] = re.findall(r'^```json\n(\{"mcpServers".*)\n```', (REPOSITORY / 'README.md').read_text(), re.M)
     server = json.loads(block)['mcpServers']['townhall']
     assert server['command'] == 'townhall'
@@ -183,36 +181,36 @@ def test_the_block_of_the_readme_for_a_client_s_configuration_works_as_pasted(pl
     assert json.loads(done.stdout)['result']['structuredContent']['name'] == 'test'
 
 
-def test_without_a_town_it_ends_with_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+def test_without_a_town_the_server_ends_with_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (2, b'')
     assert b'tt init' in done.stderr
     assert done.stderr.count(b'\n') == 1
 
 
-def test_sigterm_ends_it(ground: Place) -> None:
+def test_sigterm_ends_the_server(ground: Place) -> None:
     with stdio(ground.root) as client:
-        client.greet()
+        client.initialize()
         client.process.send_signal(signal.SIGTERM)
         assert client.process.wait(PATIENCE) == 0
 
 
-def test_while_a_client_waits_for_an_agent_others_are_answered_and_it_hears_of_progress(client: Stdio) -> None:
-    client.greet()
+def test_a_wait_reports_progress_and_does_not_block_other_requests(client: Stdio) -> None:
+    client.initialize()
     wait = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 2}, '_meta': {'progressToken': 'p'}}
     number = client.start('tools/call', wait)
     assert client.ask('ping')['result'] == {}
     reply = client.answer_to(number)
     assert reply['result']['structuredContent']['done'] is False
-    told = [each['params'] for each in client.told if each['method'] == 'notifications/progress']
-    assert told
-    assert [each['progress'] for each in told] == sorted({each['progress'] for each in told})
-    assert told[0]['progressToken'] == 'p'
-    assert told[0]['total'] == 2
+    progress = [note['params'] for note in client.notifications if note['method'] == 'notifications/progress']
+    assert progress
+    assert [each['progress'] for each in progress] == sorted({each['progress'] for each in progress})
+    assert progress[0]['progressToken'] == 'p'
+    assert progress[0]['total'] == 2
 
 
 def add_agent(place: Place, name: str) -> str:
-    """An agent without a process, which stays Starting. Its id."""
+    """Registers an agent without a process, which stays in the state Starting. Returns its id."""
     agent = new_id()
     record = {'id': agent, 'name': name, 'nickname': None, 'role_id': None, 'parent_agent_id': None}
     head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'})[:-1]
@@ -220,8 +218,8 @@ def add_agent(place: Place, name: str) -> str:
     return agent
 
 
-def test_a_wait_that_is_cancelled_is_not_answered(client: Stdio) -> None:
-    client.greet()
+def test_a_cancelled_wait_gets_no_reply(client: Stdio) -> None:
+    client.initialize()
     began = time.monotonic()
     number = client.start('tools/call', {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 25}})
     client.send({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': number}})
@@ -233,23 +231,23 @@ def test_a_wait_that_is_cancelled_is_not_answered(client: Stdio) -> None:
 def test_a_subscription_ends_when_it_is_cancelled(client: Stdio, ground: Place) -> None:
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://backlog'], 'toolsListChanged': True}}
     number = client.start('subscriptions/listen', wanted, modern=True)
-    acknowledged = client.await_told('notifications/subscriptions/acknowledged')
+    acknowledged = client.await_notification('notifications/subscriptions/acknowledged')
     assert acknowledged['params']['notifications'] == {'resourceSubscriptions': ['tinytown://backlog']}
     ground.do('backlog.add', description='one')
-    client.await_told('notifications/resources/updated', uri='tinytown://backlog')
+    client.await_notification('notifications/resources/updated', uri='tinytown://backlog')
     client.send({'jsonrpc': '2.0', 'method': 'notifications/cancelled', 'params': {'requestId': number}})
-    client.ask('tools/list', modern=True)  # by then it is heeded
+    client.ask('tools/list', modern=True)  # the server has read the cancellation before it answers this
     ground.do('backlog.add', description='two')
     status, rest = client.finish()
     assert (status, rest) == (0, b'')
 
 
-def test_what_is_written_to_stdout_by_mistake_goes_to_stderr(ground: Place) -> None:
+def test_stray_output_goes_to_stderr(ground: Place) -> None:
     code = (
-        'import os, sys; from pathlib import Path; from tinytown import mcp_stdio, mcp_catalogue\n'
+        'import os, sys; from pathlib import Path; from tinytown.mcp import stdio, catalog\n'
         'def tools(self, by):\n    print("stray"); os.system("echo child"); return []\n'
-        'mcp_catalogue.Catalogue.tools = tools\n'
-        'sys.exit(mcp_stdio.serve(Path(sys.argv[1]), {}))'
+        'catalog.Catalog.tools = tools\n'
+        'sys.exit(stdio.serve(Path(sys.argv[1]), {}))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code, str(ground.root)],
@@ -263,7 +261,7 @@ def test_what_is_written_to_stdout_by_mistake_goes_to_stderr(ground: Place) -> N
     assert sorted(done.stderr.split()) == [b'child', b'stray']
 
 
-def test_read_only_offers_what_reads_and_refuses_the_rest(ground: Place) -> None:
+def test_read_only_lists_only_tools_that_read_and_refuses_the_others(ground: Place) -> None:
     with stdio(ground.root, '--read-only') as client:
         tools = client.ask('tools/list')['result']['tools']
         assert tools
@@ -282,20 +280,20 @@ def test_a_setting_limits_the_tools(directory: Path, tools: list[str]) -> None:
         assert client.ask('tools/call', {'name': 'backlog_add'})['error']['code'] == codes.INVALID_PARAMS
 
 
-def test_a_setting_leaves_out_what_changes_anything(directory: Path) -> None:
+def test_a_setting_leaves_out_every_tool_that_changes_something(directory: Path) -> None:
     place = make_town(directory, townhall__mcp={'read_only': True})
     with stdio(place.root) as client:
         assert all(tool['annotations']['readOnlyHint'] for tool in client.ask('tools/list')['result']['tools'])
         assert client.ask('tools/call', {'name': 'backlog_add'})['error']['code'] == codes.INVALID_PARAMS
 
 
-def test_a_tool_that_there_is_not_in_the_setting_is_a_usage_error(directory: Path) -> None:
+def test_an_unknown_tool_in_the_setting_is_a_usage_error(directory: Path) -> None:
     done = run(make_town(directory, townhall__mcp={'tools': ['task_asign']}).root)
     assert done.returncode == 2
     assert b"townhall.mcp.tools: there is no tool 'task_asign'; did you mean task_assign?" in done.stderr
 
 
-def test_a_client_inside_a_run_speaks_for_its_agent(ground: Place) -> None:
+def test_a_client_inside_a_run_acts_as_its_agent(ground: Place) -> None:
     agent = add_agent(ground, 'inner')
     with stdio(ground.root, TINYTOWN_AGENT_ID=agent, TINYTOWN_AGENT_NAME='inner') as client:
         sent = client.call('message_send', to='conductor', message='hello', kind='info')
@@ -305,10 +303,10 @@ def test_a_client_inside_a_run_speaks_for_its_agent(ground: Place) -> None:
     assert ground.history()[-1]['by'] == 'inner'
 
 
-def test_the_town_opens_when_it_is_first_needed(directory: Path) -> None:
+def test_the_town_is_opened_by_the_first_request_that_needs_it(directory: Path) -> None:
     place = make_town(directory)
     with stdio(place.root) as client:
-        client.greet()
+        client.initialize()
         assert client.ask('tools/list')['result']['tools']
         assert not (place.root / '.tt').exists()
         assert client.call('town_get')['structuredContent']['name'] == 'test'
@@ -316,16 +314,16 @@ def test_the_town_opens_when_it_is_first_needed(directory: Path) -> None:
     place.close()
 
 
-def test_discover_and_initialize_are_answered_whatever_came_before(client: Stdio) -> None:
-    """A client of both generations probes with discover and then says initialize."""
+def test_discover_and_initialize_are_answered_in_any_order(client: Stdio) -> None:
+    """A client of both generations tries discover first and then sends initialize."""
     params = {'_meta': META, 'clientInfo': CLIENT}
     assert 'result' in client.ask('server/discover', params, modern=True)
-    assert client.greet()['result']['protocolVersion'] == LEGACY[0]
+    assert client.initialize()['result']['protocolVersion'] == LEGACY[0]
     assert client.call('town_get', modern=True)['resultType'] == 'complete'
     assert 'resultType' not in client.call('town_get')
 
 
-def test_no_descriptor_of_the_client_stays_with_a_worker(place: Place) -> None:
+def test_a_worker_does_not_inherit_the_pipes_of_the_client(place: Place) -> None:
     with stdio(place.root) as client:
         client.call('agent_spawn', name='a')
         pid = place.do('agent.get', agent='a')['pid']
@@ -333,15 +331,15 @@ def test_no_descriptor_of_the_client_stays_with_a_worker(place: Place) -> None:
         ours = os.fstat(client.process.stdout.fileno()).st_ino
         held = set()
         for file in Path(f'/proc/{pid}/fd').iterdir():
-            with suppress(FileNotFoundError):  # it was closed meanwhile
+            with suppress(FileNotFoundError):  # closed meanwhile
                 held.add(file.stat().st_ino)
         assert held
         assert ours not in held
 
 
-def test_it_ends_when_nobody_reads_what_it_says(ground: Place) -> None:
+def test_the_server_ends_when_its_output_is_closed(ground: Place) -> None:
     with stdio(ground.root) as client:
-        client.greet()
+        client.initialize()
         assert client.process.stdout
         client.process.stdout.close()
         client.send(*[{'jsonrpc': '2.0', 'id': i, 'method': 'tools/list'} for i in range(2)])

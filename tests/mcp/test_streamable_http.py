@@ -22,17 +22,17 @@ from ..support import Hall, Place, make_town
 
 @pytest.fixture(scope='module')
 def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for this module, with an agent `a` whose process is elsewhere."""
-    made = make_town(tmp_path_factory.mktemp('m'))
-    agent = enlist(made, 'a')
-    yield made
+    """One town for this module, with an agent `a` that the test itself plays."""
+    place = make_town(tmp_path_factory.mktemp('m'))
+    agent = enlist(place, 'a')
+    yield place
     agent.depart()
-    made.close()
+    place.close()
 
 
 @pytest.fixture(scope='module')
 def served(town: Place) -> Hall:
-    """A `townhall mcp-http` for it."""
+    """A `townhall mcp-http` for `town`."""
     return town.hall('mcp-http')
 
 
@@ -81,7 +81,7 @@ def legacy(served: Hall) -> Http:
         ({'host': 'evil.example'}, 421, None),
     ],
 )
-def test_the_headers_of_a_modern_request_are_judged(
+def test_the_headers_of_a_modern_request_are_checked(
     modern: Http, headers: dict[str, str], status: int, code: int | None
 ) -> None:
     reply = modern.post('tools/call', {'name': 'town_get'}, **headers)
@@ -94,8 +94,8 @@ def test_the_headers_of_a_modern_request_are_judged(
     ('method', 'params', 'status', 'code'),
     [
         ('server/discover', {}, 200, None),
-        ('initialize', {}, 404, codes.NO_METHOD),
-        ('nothing/there', {}, 404, codes.NO_METHOD),
+        ('initialize', {}, 404, codes.METHOD_NOT_FOUND),
+        ('nothing/there', {}, 404, codes.METHOD_NOT_FOUND),
         ('tools/call', {'name': 'nothing'}, 400, codes.INVALID_PARAMS),
         ('tools/call', {'name': 'agent_get', 'arguments': {'agent': 'nobody'}}, 200, None),
         ('resources/read', {'uri': 'tinytown://agents/nobody'}, 400, codes.INVALID_PARAMS),
@@ -103,12 +103,14 @@ def test_the_headers_of_a_modern_request_are_judged(
         ('tools/list', {'_meta': {f'{META_PREFIX}clientCapabilities': None}}, 400, codes.INVALID_PARAMS),
     ],
 )
-def test_a_modern_error_has_its_status(modern: Http, method: str, params: Json, status: int, code: int | None) -> None:
+def test_a_modern_error_has_its_http_status(
+    modern: Http, method: str, params: Json, status: int, code: int | None
+) -> None:
     reply = modern.post(method, params)
     assert (reply.status, reply.json.get('error', {}).get('code')) == (status, code)
 
 
-def test_an_unknown_revision_is_told_which_there_are(modern: Http) -> None:
+def test_an_unknown_revision_gets_the_supported_ones(modern: Http) -> None:
     params = {'_meta': META | {f'{META_PREFIX}protocolVersion': '2099-01-01'}}
     reply = modern.post('server/discover', params, mcp_protocol_version='2099-01-01')
     assert (reply.status, reply.json['error']['code']) == (400, codes.UNSUPPORTED_VERSION)
@@ -122,13 +124,13 @@ def test_an_unknown_revision_is_told_which_there_are(modern: Http) -> None:
         ('ping', {}, {'mcp_protocol_version': ''}, 200, None),
         ('ping', {}, {'mcp_protocol_version': '1999-01-01'}, 400, codes.UNSUPPORTED_VERSION),
         ('ping', {}, {'mcp_session_id': 'f' * 31}, 404, None),
-        ('nothing/there', {}, {}, 200, codes.NO_METHOD),
+        ('nothing/there', {}, {}, 200, codes.METHOD_NOT_FOUND),
         ('tools/call', {'name': 'nothing'}, {}, 200, codes.INVALID_PARAMS),
-        ('resources/read', {'uri': 'tinytown://tasks/x'}, {}, 200, codes.NO_RESOURCE),
+        ('resources/read', {'uri': 'tinytown://tasks/x'}, {}, 200, codes.RESOURCE_NOT_FOUND),
         ('server/discover', {}, {}, 400, codes.INVALID_PARAMS),
     ],
 )
-def test_a_legacy_error_is_read_from_a_body_whose_status_is_none(
+def test_most_legacy_errors_have_status_200(
     legacy: Http, method: str, params: Json, headers: dict[str, str], status: int, code: int | None
 ) -> None:
     reply = legacy.post(method, params, **headers)
@@ -158,7 +160,7 @@ def test_a_body_is_one_message(legacy: Http, body: bytes, status: int, code: int
 @pytest.mark.parametrize(
     ('revision', 'status'), [('', 200), (BATCHING, 200), ('2025-06-18', 400), ('2025-11-25', 400), (MODERN, 400)]
 )
-def test_an_array_is_taken_in_the_one_revision_that_has_them(served: Hall, revision: str, status: int) -> None:
+def test_an_array_is_accepted_only_in_the_revision_that_has_them(served: Hall, revision: str, status: int) -> None:
     batch = [
         {'jsonrpc': '2.0', 'id': 1, 'method': 'ping'},
         {'jsonrpc': '2.0', 'method': 'notifications/initialized'},
@@ -183,12 +185,12 @@ WAIT = {'agent': 'a', 'timeout': 0}
 
 @pytest.mark.parametrize('method', ['GET', 'DELETE'])
 @pytest.mark.parametrize('headers', [{}, {'mcp_session_id': '0' * 32, 'mcp_protocol_version': MODERN}])
-def test_there_is_nothing_to_get_without_a_legacy_session(served: Hall, method: str, headers: dict[str, str]) -> None:
+def test_get_and_delete_need_a_legacy_session(served: Hall, method: str, headers: dict[str, str]) -> None:
     reply = served.request(method, '/mcp', **headers)
     assert (reply.status, reply.headers['allow']) == (405, 'OPTIONS, POST')
 
 
-def test_mcp_is_on_the_port_of_rest_too_and_the_port_of_mcp_has_no_rest(town: Place, served: Hall) -> None:
+def test_the_rest_port_serves_mcp_but_the_mcp_port_serves_no_rest(town: Place, served: Hall) -> None:
     assert Http(town.hall()).call('town_get')['structuredContent']['name'] == 'test'
     assert served.get('/v1/status').status == 404
     for path in ('/health', '/ready', '/metrics'):
@@ -198,7 +200,7 @@ def test_mcp_is_on_the_port_of_rest_too_and_the_port_of_mcp_has_no_rest(town: Pl
 # ------------------------------------------------------------------------------------------------ tools and streams
 
 
-def test_an_agent_is_spawned_given_work_and_watched(place: Place) -> None:
+def test_a_client_spawns_an_agent_assigns_a_task_and_is_notified(place: Place) -> None:
     client = Http(place.hall('mcp-http'))
     assert not client.call('agent_spawn', name='backend')['isError']
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://agents/backend', 'file:///x']}}
@@ -217,26 +219,26 @@ def test_an_agent_is_spawned_given_work_and_watched(place: Place) -> None:
     assert client.call('agent_kill', agent='backend')['structuredContent']['status'] == 'stopped'
 
 
-def test_waiting_for_an_agent_tells_how_far_it_is(modern: Http) -> None:
+def test_waiting_for_an_agent_reports_progress(modern: Http) -> None:
     params = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 2}, '_meta': {'progressToken': 7}}
     with modern.stream('tools/call', params) as stream:
-        *told, reply = stream.messages()
+        *notifications, reply = stream.messages()
     assert reply['result']['structuredContent'] == {'agent': 'a', 'state': 'Idle', 'done': False}
     assert reply['result']['resultType'] == 'complete'
-    progress = [each['params'] for each in told]
+    progress = [message['params'] for message in notifications]
     assert progress
     assert all((each['progressToken'], each['total']) == (7, 2) for each in progress)
     assert [each['progress'] for each in progress] == sorted({each['progress'] for each in progress})
 
 
-def test_a_client_that_takes_no_stream_waits_for_the_answer_alone(modern: Http) -> None:
+def test_a_client_without_event_streams_gets_only_the_answer(modern: Http) -> None:
     reply = modern.post('tools/call', {'name': 'agent_wait', 'arguments': WAIT}, accept='application/json')
     assert reply.json['result']['structuredContent']['done'] is False
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://agents']}}
     assert modern.post('subscriptions/listen', wanted, accept='application/json').status == 406
 
 
-def test_a_modern_request_whose_stream_is_closed_is_cancelled(town: Place) -> None:
+def test_closing_the_stream_cancels_a_modern_request(town: Place) -> None:
     hall = town.hall('mcp-http')
     params = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 25}, '_meta': {'progressToken': 7}}
     with Http(hall).stream('tools/call', params) as stream:
@@ -244,10 +246,10 @@ def test_a_modern_request_whose_stream_is_closed_is_cancelled(town: Place) -> No
     began = time.monotonic()
     hall.process.terminate()
     assert hall.process.wait(20) == 0
-    assert since(began) < 9, 'it waited for a request that nobody waits for'
+    assert since(began) < 9, 'the server waited for a cancelled request'
 
 
-def test_a_subscription_is_ended_with_a_result_when_the_server_stops(town: Place) -> None:
+def test_a_stopping_server_ends_a_subscription_with_a_result(town: Place) -> None:
     hall = town.hall('mcp-http')
     with Http(hall).stream('subscriptions/listen', {'notifications': {}}, id='x') as stream:
         assert stream.message()['params']['notifications'] == {}
@@ -257,7 +259,7 @@ def test_a_subscription_is_ended_with_a_result_when_the_server_stops(town: Place
     assert last['result']['_meta'][f'{META_PREFIX}subscriptionId'] == 'x'
 
 
-def test_a_subscription_that_asks_for_nonsense_is_answered_with_an_error(modern: Http) -> None:
+def test_an_invalid_subscription_is_answered_with_an_error(modern: Http) -> None:
     with modern.stream('subscriptions/listen', {'notifications': {'resourceSubscriptions': 7}}) as stream:
         [reply] = stream.messages()
     assert reply['error']['code'] == codes.INVALID_PARAMS
@@ -266,13 +268,12 @@ def test_a_subscription_that_asks_for_nonsense_is_answered_with_an_error(modern:
 # ----------------------------------------------------------------------------------------------------------- sessions
 
 
-def test_a_legacy_session_hears_of_what_it_subscribed_to(town: Place, legacy: Http) -> None:
+def test_a_legacy_session_is_notified_of_its_subscriptions(town: Place, legacy: Http) -> None:
     head = legacy.head('', {})
     with events(legacy.hall, 'GET', '/mcp', head) as stream:
         assert legacy.post('resources/subscribe', {'uri': 'tinytown://backlog'}).json['result'] == {}
         town.do('backlog.add', description='one')
-        told = stream.message()
-        assert told == {
+        assert stream.message() == {
             'jsonrpc': '2.0',
             'method': 'notifications/resources/updated',
             'params': {'uri': 'tinytown://backlog'},
@@ -288,8 +289,8 @@ def test_a_legacy_session_hears_of_what_it_subscribed_to(town: Place, legacy: Ht
 
 
 @pytest.mark.parametrize('uri', ['file:///etc', 'tinytown://agents/a/b'])
-def test_what_is_no_resource_is_not_subscribed_to(legacy: Http, uri: str) -> None:
-    assert legacy.post('resources/subscribe', {'uri': uri}).json['error']['code'] == codes.NO_RESOURCE
+def test_a_subscription_to_an_unknown_resource_is_refused(legacy: Http, uri: str) -> None:
+    assert legacy.post('resources/subscribe', {'uri': uri}).json['error']['code'] == codes.RESOURCE_NOT_FOUND
 
 
 def test_a_subscription_without_a_session_is_refused(served: Hall) -> None:
@@ -297,7 +298,7 @@ def test_a_subscription_without_a_session_is_refused(served: Hall) -> None:
     assert (reply.status, reply.json['error']['code']) == (400, codes.INVALID_REQUEST)
 
 
-def test_a_session_that_was_ended_is_gone(legacy: Http) -> None:
+def test_an_ended_session_is_refused(legacy: Http) -> None:
     head = legacy.head('', {})
     assert legacy.post('ping').status == 200
     assert legacy.hall.request('DELETE', '/mcp', **head).status == 204
@@ -305,12 +306,12 @@ def test_a_session_that_was_ended_is_gone(legacy: Http) -> None:
         assert (reply.status, reply.json['code']) == (404, 'no-such-session')
 
 
-def test_a_session_that_this_process_does_not_know_is_served(served: Hall) -> None:
-    """It was begun before a restart, say: nothing but subscriptions hangs on it."""
+def test_a_request_with_an_unknown_session_is_served(served: Hall) -> None:
+    """The session may date from before a restart of the server. Only subscriptions depend on it."""
     assert Http(served, LEGACY[0], Mcp_Session_Id='0' * 32).post('tools/list').status == 200
 
 
-def test_in_a_legacy_session_a_wait_is_cancelled_by_a_notification(legacy: Http) -> None:
+def test_a_notification_cancels_a_wait_in_a_legacy_session(legacy: Http) -> None:
     params = {'name': 'agent_wait', 'arguments': {'agent': 'a', 'timeout': 25}, '_meta': {'progressToken': 7}}
     with legacy.stream('tools/call', params, id='w') as stream:
         assert stream.message()['method'] == 'notifications/progress'
@@ -354,7 +355,7 @@ def test_the_older_transport_answers_on_its_stream(town: Place, served: Hall) ->
 # ----------------------------------------------------------------------------------------------------- keys and scopes
 
 
-def test_a_call_without_scope_is_403_names_the_scope_and_is_on_record(directory: Path) -> None:
+def test_a_call_without_the_scope_is_403_names_the_scope_and_is_audited(directory: Path) -> None:
     place = make_town(directory)
     keys = {
         scope: place.tt_json('key', 'create', '--write', '--scopes', scope)['key']
@@ -388,7 +389,7 @@ def test_a_call_without_scope_is_403_names_the_scope_and_is_on_record(directory:
         place.close()
 
 
-def test_a_session_belongs_to_who_began_it(directory: Path) -> None:
+def test_a_session_belongs_to_the_principal_that_created_it(directory: Path) -> None:
     place = make_town(directory)
     one, other = (place.tt_json('key', 'create', '--write', '--scopes', 'town.read')['key'] for _ in range(2))
     hall = place.hall('mcp-http')
@@ -401,13 +402,13 @@ def test_a_session_belongs_to_who_began_it(directory: Path) -> None:
         place.close()
 
 
-def test_read_only_offers_what_reads_and_refuses_the_rest(town: Place) -> None:
+def test_read_only_lists_only_tools_that_read_and_refuses_the_others(town: Place) -> None:
     client = Http(town.hall('mcp-http', '--read-only'))
     assert all(each['annotations']['readOnlyHint'] for each in client.post('tools/list').json['result']['tools'])
     assert client.post('tools/call', {'name': 'backlog_add', 'arguments': {'description': 'x'}}).status == 403
 
 
-def test_reads_and_the_calls_of_a_tool_are_counted_together(directory: Path) -> None:
+def test_requests_and_tool_calls_share_a_rate_limit(directory: Path) -> None:
     limits = {'requests_per_minute': 4, 'burst_size': 4, 'mutating_requests_per_minute': 1}
     place = make_town(directory, townhall__rate_limit=limits)
     client = Http(place.hall('mcp-http'))
@@ -427,14 +428,14 @@ def test_reads_and_the_calls_of_a_tool_are_counted_together(directory: Path) -> 
         place.close()
 
 
-def test_with_several_processes_there_are_no_sessions_and_news_all_the_same(place: Place) -> None:
+def test_with_several_processes_there_are_subscriptions_but_no_sessions(place: Place) -> None:
     hall = place.hall('mcp-http', '--workers', '2')
     begun = Http(hall, LEGACY[0]).post('initialize', {'protocolVersion': LEGACY[0], 'capabilities': {}})
     assert begun.status == 200
     assert 'mcp-session-id' not in begun.headers
     assert begun.json['result']['capabilities']['resources'] == {}
     asked = Http(hall, LEGACY[0]).post('resources/subscribe', {'uri': 'tinytown://backlog'})
-    assert 'this server of several processes has none' in asked.json['error']['message']
+    assert 'a server with several worker processes has none' in asked.json['error']['message']
     assert hall.get('/sse').status == 404
     wanted = {'notifications': {'resourceSubscriptions': ['tinytown://backlog']}}
     with Http(hall).stream('subscriptions/listen', wanted) as stream:

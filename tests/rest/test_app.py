@@ -1,4 +1,4 @@
-"""REST: what bodies and queries are taken, problem documents, who may call from where, and Redis that goes away."""
+"""REST: parsing of bodies and queries, problem documents, origins and hosts, and an unavailable Redis."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..support import PATIENCE, Hall, Place, Reply, make_town, redis_pid
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for all tests of this file that leave Redis alone."""
-    made = make_town(tmp_path_factory.mktemp('rest'))
+    """One town for all tests of this module that do not disturb Redis."""
+    place = make_town(tmp_path_factory.mktemp('rest'))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('HOME', str(made.root))
-        yield made
-        made.close()
+        patch.setenv('HOME', str(place.root))
+        yield place
+        place.close()
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,7 @@ def rest(shared: Place) -> Hall:
 
 
 def assert_problem(answer: Reply, status: int, code: str) -> None:
-    """Holds an answer to the one shape of errors."""
+    """Asserts that an answer is a complete problem document (RFC 9457)."""
     document = answer.json
     assert (answer.status, document['code']) == (status, code), document
     assert answer.headers['content-type'] == 'application/problem+json'
@@ -92,7 +92,7 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize('body', NOT_JSON.values(), ids=NOT_JSON.keys())
-def test_a_body_that_is_not_strict_json_is_refused_whole(shared: Place, rest: Hall, body: bytes) -> None:
+def test_a_body_that_is_not_strict_json_is_refused(shared: Place, rest: Hall, body: bytes) -> None:
     before = shared.do('backlog.list')['count']
     assert_problem(rest.post('/v1/backlog', body), 400, 'malformed-json')
     assert shared.do('backlog.list')['count'] == before
@@ -127,7 +127,7 @@ def test_a_body_that_is_not_strict_json_is_refused_whole(shared: Place, rest: Ha
         ('/v1/messages/send', {'to': 'x', 'message': 'm', 'kind': 'Task', 'urgent': 1}, ['/kind', '/urgent']),
     ],
 )  # fmt: skip
-def test_json_that_does_not_fit_is_422_and_points_at_every_wrong_place(
+def test_invalid_arguments_are_422_with_a_pointer_for_every_error(
     shared: Place, rest: Hall, path: str, body: Any, pointers: list[str]
 ) -> None:
     before = shared.do('backlog.list')['count']
@@ -150,7 +150,7 @@ def test_json_that_does_not_fit_is_422_and_points_at_every_wrong_place(
         'a\u2028\x85',
     ],
 )
-def test_a_text_is_kept_as_it_was_sent(shared: Place, rest: Hall, text: str) -> None:
+def test_a_text_is_stored_unchanged(shared: Place, rest: Hall, text: str) -> None:
     added = rest.post('/v1/backlog', {'description': text})
     assert added.status == 201
     assert added.json['description'] == text
@@ -170,7 +170,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize('body', HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_body_holds_nobody_up_and_is_answered_in_short(rest: Hall, body: bytes) -> None:
+def test_a_hostile_body_costs_little_time_and_gets_a_short_answer(rest: Hall, body: bytes) -> None:
     began = rest.cpu_secs()
     answer = rest.post('/v1/backlog', body)
     assert answer.status in (400, 422)
@@ -192,7 +192,7 @@ def test_a_hostile_body_holds_nobody_up_and_is_answered_in_short(rest: Hall, bod
         *('application/json; charset=latin-1', 'application/json; charset=utf-16', 'application/problem+json', 'json'),
     ],
 )
-def test_a_body_must_say_that_it_is_json(shared: Place, rest: Hall, kind: str) -> None:
+def test_the_content_type_of_a_body_must_be_json(shared: Place, rest: Hall, kind: str) -> None:
     before = shared.do('backlog.list')['count']
     assert_problem(rest.post('/v1/backlog', task(b'"a"'), Content_Type=kind), 415, 'unsupported-media-type')
     assert shared.do('backlog.list')['count'] == before
@@ -201,11 +201,11 @@ def test_a_body_must_say_that_it_is_json(shared: Place, rest: Hall, kind: str) -
 @pytest.mark.parametrize(
     'kind', ['application/json', 'Application/JSON;charset=UTF-8', 'application/json; charset="utf-8"']
 )
-def test_json_may_be_named_in_several_ways(rest: Hall, kind: str) -> None:
+def test_the_content_type_of_json_may_be_written_in_several_ways(rest: Hall, kind: str) -> None:
     assert rest.post('/v1/backlog', task(b'"a"'), Content_Type=kind).status == 201
 
 
-def test_an_empty_body_needs_no_type_and_reads_as_an_empty_object(rest: Hall) -> None:
+def test_an_empty_body_needs_no_content_type_and_counts_as_an_empty_object(rest: Hall) -> None:
     assert rest.request('POST', '/v1/agents/conductor/inbox').status == 200
     assert rest.post('/v1/recover', b'', Content_Type='text/plain').status == 200
 
@@ -232,15 +232,15 @@ def test_a_query_is_as_strict_as_a_body(rest: Hall, query: str, status: int, cod
         assert [error['pointer'] for error in answer.json['errors']] == [f'/{query.partition("=")[0]}']
 
 
-def test_a_switch_in_a_query_may_be_written_in_several_ways(rest: Hall) -> None:
-    for said in ('deep', 'deep=1', 'deep=true', 'deep=TRUE', 'deep=yes'):
-        assert 'tasks' in rest.get(f'/v1/status?{said}').json
-    for said in ('deep=0', 'deep=false', 'deep=no'):
-        assert 'tasks' not in rest.get(f'/v1/status?{said}').json
+def test_a_boolean_in_a_query_may_be_written_in_several_ways(rest: Hall) -> None:
+    for query in ('deep', 'deep=1', 'deep=true', 'deep=TRUE', 'deep=yes'):
+        assert 'tasks' in rest.get(f'/v1/status?{query}').json
+    for query in ('deep=0', 'deep=false', 'deep=no'):
+        assert 'tasks' not in rest.get(f'/v1/status?{query}').json
     assert_problem(rest.get('/v1/status?deep=perhaps'), 422, 'invalid')
 
 
-def test_arguments_stand_where_the_method_has_them(rest: Hall) -> None:
+def test_arguments_are_accepted_only_where_the_method_has_them(rest: Hall) -> None:
     assert_problem(rest.post('/v1/backlog?description=a', {'description': 'a'}), 422, 'query-not-taken')
     assert_problem(rest.request('GET', '/v1/status', {'deep': True}), 400, 'body-not-taken')
     assert_problem(rest.get('/v1/agents/conductor/inbox?agent=x'), 422, 'invalid')
@@ -275,26 +275,26 @@ def test_every_error_is_a_problem_document(
     assert_problem(rest.request(method, path, body), status, code)
 
 
-def test_an_unknown_agent_is_named(rest: Hall) -> None:
+def test_the_error_for_an_unknown_agent_names_it(rest: Hall) -> None:
     assert rest.get('/v1/agents/worker-99').json['detail'] == "Agent 'worker-99' not found"
 
 
-def test_a_request_id_that_is_sane_is_kept_and_any_other_replaced(rest: Hall) -> None:
-    for given in ('abc', 'A.b_c-1', 'x' * 128):
-        assert rest.get('/health', X_Request_ID=given).headers['x-request-id'] == given
-        assert rest.get('/nowhere', X_Request_ID=given).json['request_id'] == given
-        assert rest.post('/v1/backlog', b'{', X_Request_ID=given).json['request_id'] == given
-    made = {
-        rest.get('/health', X_Request_ID=given).headers['x-request-id']
-        for given in ('', ' ', 'a b', 'x' * 129, 'a;b', '<script>', 'ü', '"', '%0d%0a')
+def test_a_valid_request_id_is_kept_and_any_other_is_replaced(rest: Hall) -> None:
+    for sent in ('abc', 'A.b_c-1', 'x' * 128):
+        assert rest.get('/health', X_Request_ID=sent).headers['x-request-id'] == sent
+        assert rest.get('/nowhere', X_Request_ID=sent).json['request_id'] == sent
+        assert rest.post('/v1/backlog', b'{', X_Request_ID=sent).json['request_id'] == sent
+    new = {
+        rest.get('/health', X_Request_ID=sent).headers['x-request-id']
+        for sent in ('', ' ', 'a b', 'x' * 129, 'a;b', '<script>', 'ü', '"', '%0d%0a')
     }
-    made |= {rest.get('/health').headers['x-request-id'], rest.get('/health').headers['x-request-id']}
-    assert len(made) == 11
-    assert all(len(each) == 16 and each.isalnum() for each in made)
+    new |= {rest.get('/health').headers['x-request-id'], rest.get('/health').headers['x-request-id']}
+    assert len(new) == 11
+    assert all(len(request_id) == 16 and request_id.isalnum() for request_id in new)
 
 
 @pytest.mark.parametrize('key', ['', ' ', 'a b', 'x' * 256, 'ü'])
-def test_an_idempotency_key_must_be_plain(rest: Hall, key: str) -> None:
+def test_an_idempotency_key_must_be_printable_ascii(rest: Hall, key: str) -> None:
     assert_problem(rest.post('/v1/backlog', {'description': 'a'}, Idempotency_Key=key), 400, 'bad-request')
 
 
@@ -309,7 +309,7 @@ def test_an_error_of_redis_is_a_500_problem(place: Place, hall: Hall) -> None:
 # ---------------------------------------------------------------------------------------------------- who may call
 
 
-def test_a_page_of_another_site_may_not_call(rest: Hall) -> None:
+def test_a_page_of_another_origin_is_refused(rest: Hall) -> None:
     ours = f'127.0.0.1:{rest.port}'
     for origin in (
         'http://evil.example',
@@ -328,12 +328,12 @@ def test_a_page_of_another_site_may_not_call(rest: Hall) -> None:
         assert 'access-control-allow-origin' not in answer.headers
 
 
-def test_a_name_that_is_not_ours_may_not_be_called(rest: Hall) -> None:
+def test_a_foreign_host_name_is_refused(rest: Hall) -> None:
     assert_problem(rest.get('/v1/status', Host='evil.example'), 421, 'misdirected-request')
     assert_problem(rest.get('/health', Host='evil.example'), 421, 'misdirected-request')
 
 
-def test_without_authentication_nobody_is_asked_to_authenticate(rest: Hall) -> None:
+def test_without_authentication_credentials_are_ignored(rest: Hall) -> None:
     answer = rest.get('/v1/status', Authorization='Bearer anything')
     assert answer.status == 200
     assert 'www-authenticate' not in answer.headers
@@ -356,22 +356,22 @@ def test_a_read_only_server_changes_nothing(shared: Place) -> None:
     assert shared.do('backlog.list') == before
 
 
-# -------------------------------------------------------------------------------------------------- Redis goes away
+# ---------------------------------------------------------------------------------------------- Redis is unavailable
 
 
 def await_status(hall: Hall, path: str, status: int, within: float) -> None:
-    """Asks until the answer has that status."""
+    """Repeats a GET until the answer has this status."""
     deadline = time.monotonic() + within
     while (answer := hall.get(path)).status != status:
         assert time.monotonic() < deadline, answer.body
 
 
-def assert_away(answer: Reply) -> None:
+def assert_unavailable(answer: Reply) -> None:
     assert_problem(answer, 503, 'redis-unavailable')
     assert int(answer.headers['retry-after']) >= 1
 
 
-def test_a_redis_that_is_killed_is_started_again_with_all_that_was_acknowledged(place: Place, hall: Hall) -> None:
+def test_a_killed_redis_is_restarted_with_all_acknowledged_changes(place: Place, hall: Hall) -> None:
     added = hall.post('/v1/backlog', {'description': 'survives'})
     assert added.status == 201
     os.kill(redis_pid(place), signal.SIGKILL)
@@ -382,14 +382,14 @@ def test_a_redis_that_is_killed_is_started_again_with_all_that_was_acknowledged(
         assert time.monotonic() - began < 5
         if answer.status == 200:
             break
-        assert_away(answer)
+        assert_unavailable(answer)
         assert time.monotonic() < deadline
-    assert [each['task_id'] for each in answer.json['backlog']] == [added.json['task_id']]
+    assert [task['task_id'] for task in answer.json['backlog']] == [added.json['task_id']]
     assert hall.post('/v1/backlog', {'description': 'goes on'}).status == 201
     assert hall.process.poll() is None
 
 
-def test_a_redis_that_hangs_costs_one_timeout_and_health_nothing(place: Place, hall: Hall) -> None:
+def test_a_hanging_redis_costs_one_timeout_and_does_not_delay_health(place: Place, hall: Hall) -> None:
     assert hall.get('/v1/status').status == 200
     pid = redis_pid(place)
     os.kill(pid, signal.SIGSTOP)
@@ -397,19 +397,19 @@ def test_a_redis_that_hangs_costs_one_timeout_and_health_nothing(place: Place, h
         began = time.monotonic()
         first = hall.post('/v1/backlog', {'description': 'perhaps'})
         assert time.monotonic() - began < 5
-        assert_away(first)
+        assert_unavailable(first)
         assert 'not known' in first.json['detail']
         began = time.monotonic()
         for _ in range(10):
-            assert_away(hall.get('/v1/status'))
+            assert_unavailable(hall.get('/v1/status'))
             assert hall.get('/health').status == 200
             ready = hall.get('/ready')
             assert (ready.status, ready.json['redis'], ready.json['status']) == (503, 'disconnected', 'not_ready')
             assert ready.headers['retry-after'] == '1'
             assert hall.get('/metrics').status == 503
-        assert time.monotonic() - began < 8, 'each of them waits'
+        assert time.monotonic() - began < 8, 'every request waits for a timeout of its own'
         began = time.monotonic()
-        assert_away(hall.post('/v1/agents', {'name': 'late', 'cli': 'demo'}))
+        assert_unavailable(hall.post('/v1/agents', {'name': 'late', 'cli': 'demo'}))
         assert time.monotonic() - began < 6
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -418,7 +418,7 @@ def test_a_redis_that_hangs_costs_one_timeout_and_health_nothing(place: Place, h
     assert hall.process.poll() is None
 
 
-def test_a_request_that_waits_for_redis_does_not_hold_up_health(place: Place) -> None:
+def test_a_request_that_waits_for_redis_does_not_delay_health(place: Place) -> None:
     hall = place.hall(TINYTOWN_TOWNHALL_ACCESS_LOG='text')
     assert hall.get('/v1/status').status == 200
     pid = redis_pid(place)
@@ -430,7 +430,7 @@ def test_a_request_that_waits_for_redis_does_not_hold_up_health(place: Place) ->
             )
             assert hall.get('/health', X_Request_ID='passes').status == 200
             os.kill(pid, signal.SIGCONT)
-            assert waiting.recv(65536).startswith(b'HTTP/1.1 ')  # 503 if all of this has taken a second
+            assert waiting.recv(65536).startswith(b'HTTP/1.1 ')  # 503 if all this took more than a second
     finally:
         os.kill(pid, signal.SIGCONT)
     answered = [line.split()[-1] for line in hall.said(r'ms waits\n').splitlines() if 'ms ' in line]

@@ -1,4 +1,4 @@
-"""The dashboard as it is served: to whom, under which policy, out of nothing but itself, and in which colours."""
+"""The dashboard as it is served: without a key, with its security policy, in one file, in readable colours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT_ON = ('paper', 'raised', 'tint')
 
 @pytest.fixture(scope='module')
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A town whose townhalls ask for keys."""
+    """A town whose townhalls need API keys."""
     place = Keyed(tmp_path_factory.mktemp('d')).place
     yield place
     place.close()
@@ -32,7 +32,7 @@ def asking(guarded: Place) -> Hall:
     return guarded.hall()
 
 
-def test_whoever_comes_is_given_the_page_and_nothing_of_the_town(asking: Hall) -> None:
+def test_the_page_needs_no_key_but_the_data_does(asking: Hall) -> None:
     reply = asking.get('/')
     assert (reply.status, reply.headers['content-type']) == (200, 'text/html; charset=utf-8')
     assert reply.body.decode() == PAGE
@@ -41,7 +41,7 @@ def test_whoever_comes_is_given_the_page_and_nothing_of_the_town(asking: Hall) -
     assert asking.post('/').status == 405
 
 
-def test_a_townhall_that_serves_mcp_alone_has_no_dashboard(guarded: Place) -> None:
+def test_a_townhall_that_serves_only_mcp_has_no_dashboard(guarded: Place) -> None:
     assert guarded.hall('mcp-http').get('/').status == 404
 
 
@@ -50,9 +50,9 @@ def inline(tag: str) -> str:
     return str(source)
 
 
-def test_nothing_runs_in_the_page_but_what_came_with_it(asking: Hall) -> None:
+def test_the_policy_allows_only_the_inline_script_and_style(asking: Hall) -> None:
     headers = asking.get('/').headers
-    policy = dict(each.strip().split(' ', 1) for each in headers['content-security-policy'].split(';'))
+    policy = dict(part.strip().split(' ', 1) for part in headers['content-security-policy'].split(';'))
     digest = {
         tag: base64.b64encode(hashlib.sha256(inline(tag).encode()).digest()).decode() for tag in ('script', 'style')
     }
@@ -80,18 +80,18 @@ UNWANTED = (
 
 
 @pytest.mark.parametrize('unwanted', UNWANTED)
-def test_the_page_refers_to_nothing_elsewhere_and_makes_no_markup_of_text(unwanted: str) -> None:
+def test_the_page_loads_nothing_else_and_turns_no_text_into_markup(unwanted: str) -> None:
     assert not re.search(unwanted, PAGE)
 
 
 def colours() -> dict[str, tuple[str, str]]:
-    """The colours of the page by name, in the light and in the dark."""
+    """The colours of the page by name: (light theme, dark theme)."""
     found = re.findall(r'--([\w-]+): light-dark\((#\w{6}), (#\w{6})\);', PAGE)
     return {name: (light, dark) for name, light, dark in found}
 
 
 def contrast(one: str, other: str) -> float:
-    """How much two colours differ (WCAG 2.2, contrast ratio)."""
+    """The contrast ratio of two colours (WCAG 2.2)."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -108,12 +108,12 @@ def contrast(one: str, other: str) -> float:
     + [('on-accent', 'accent', 4.5), ('on-danger', 'danger', 4.5), ('edge', 'paper', 3), ('edge', 'raised', 3)],
 )
 @pytest.mark.parametrize('theme', [0, 1], ids=['light', 'dark'])
-def test_everything_can_be_told_from_its_ground(front: str, back: str, least: float, theme: int) -> None:
+def test_every_colour_has_enough_contrast(front: str, back: str, least: float, theme: int) -> None:
     found = colours()
     assert contrast(found[front][theme], found[back][theme]) >= least
 
 
-def test_every_colour_of_the_page_is_one_of_those() -> None:
+def test_the_style_uses_only_the_named_colours() -> None:
     rest = re.sub(r'--[\w-]+: light-dark\([^;]*;', '', inline('style'))
     assert not re.findall(r'#[0-9a-f]{3,8}\b(?=[^{]*})', rest)
     assert set(re.findall(r'var\(--([\w-]+)\)', rest)) == set(colours())

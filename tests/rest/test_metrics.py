@@ -1,4 +1,4 @@
-"""Metrics: what is counted, that it is right whoever counts, and that it stays a bounded amount of plain text."""
+"""Metrics: which are served, that they are right with several processes and townhalls, that their number is fixed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SAMPLE = re.compile(r'(\w+)(?:\{((?:\w+="[^"\\]*",?)*)\})? (\S+)')
 
 @pytest.fixture(scope='module')
 def soil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = make_town(tmp_path_factory.mktemp('m'), max_agents=100)
-    made.hall()
-    yield made
-    made.store.call(Command(None, ('FLUSHALL',)))
-    made.close()
+    place = make_town(tmp_path_factory.mktemp('m'), max_agents=100)
+    place.hall()
+    yield place
+    place.store.call(Command(None, ('FLUSHALL',)))
+    place.close()
 
 
 class Samples(dict[str, float]):
-    """The samples of a scrape by name and labels, as they stand there; what is not there is 0."""
+    """The samples of a scrape by name and labels, written as in the text; a missing sample is 0."""
 
     def __missing__(self, _key: str) -> float:
         return 0.0
@@ -49,14 +49,14 @@ class Samples(dict[str, float]):
 
     def buckets(self, name: str, labels: str = '') -> dict[str, float]:
         """The buckets of a histogram, by bound."""
-        begin = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
-        return {key[len(begin) : -2]: value for key, value in self.items() if key.startswith(begin)}
+        prefix = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
+        return {key[len(prefix) : -2]: value for key, value in self.items() if key.startswith(prefix)}
 
 
 def parse(text: str) -> Samples:
-    """Reads Prometheus text 0.0.4, and holds it to its rules."""
+    """Parses Prometheus text 0.0.4, and asserts that it keeps the rules of the format."""
     kinds: dict[str, str] = {}
-    told: set[str] = set()
+    documented: set[str] = set()
     found = Samples()
     for line in text.splitlines():
         if line.startswith('# TYPE '):
@@ -64,16 +64,16 @@ def parse(text: str) -> Samples:
             assert name not in kinds, f'{name} is declared twice'
             kinds[name] = kind
         elif line.startswith('# HELP '):
-            told.add(line.split(' ')[2])
+            documented.add(line.split(' ')[2])
         elif not line.startswith('#'):
             match = _SAMPLE.fullmatch(line)
             assert match, line
             key = line.rpartition(' ')[0]
-            assert key not in found, f'{key} stands there twice'
+            assert key not in found, f'{key} is there twice'
             found[key] = float(match[3])
             family = re.sub(r'_(bucket|sum|count)$', '', match[1])
-            assert (family if family in kinds else match[1]) == list(kinds)[-1], 'a family stands together'
-    assert set(kinds) == told
+            assert (family if family in kinds else match[1]) == list(kinds)[-1], 'a sample apart from its family'
+    assert set(kinds) == documented
     assert text.endswith('\n')
     _check_histograms(found, {name for name, kind in kinds.items() if kind == 'histogram'})
     return found
@@ -101,7 +101,7 @@ def scrape(service: Service, **headers: str) -> Samples:
 
 
 def until(service: Service, holds: Callable[[Samples], bool]) -> Samples:
-    """A scrape of which something holds, once it does."""
+    """Scrapes until a condition holds, and returns that scrape."""
     deadline = time.monotonic() + PATIENCE
     while not holds(found := scrape(service)):
         assert time.monotonic() < deadline, found
@@ -109,7 +109,7 @@ def until(service: Service, holds: Callable[[Samples], bool]) -> Samples:
 
 
 def shows(found: Samples, connections: int, streams: int) -> bool:
-    """Whether so many are shown, beside those of who asks."""
+    """Whether a scrape shows so many, apart from the few connections of the scrapes themselves."""
     others = found['tinytown_http_connections'] - connections
     return 0 <= others <= 4 and found['tinytown_http_streams'] == streams
 
@@ -122,7 +122,7 @@ def requests(operation: str, method: str, status: str = '2xx', part: str = 'coun
 # ------------------------------------------------------------------------------------------------------------ the town
 
 
-def test_the_published_metrics_are_there_and_true(ground: Place) -> None:
+def test_the_published_metrics_are_correct(ground: Place) -> None:
     worker, idle = enlist(ground, 'worker'), enlist(ground, 'idle')
     for number in range(4):
         ground.do('backlog.add', description=str(number))
@@ -138,17 +138,17 @@ def test_the_published_metrics_are_there_and_true(ground: Place) -> None:
     for name in ('tinytown_agents_total', 'tinytown_agents'):
         states = {key: value for key, value in found.items() if key.startswith(f'{name}{{') and value}
         assert states == {f'{name}{{state="{state}"}}': 1 for state in ('working', 'paused', 'error')}
-    told = {
+    expected = {
         'up': 1, 'ready': 1, 'tasks_pending': 5, 'backlog_tasks': 4, 'tasks_assigned_pending': 1, 'tasks_running': 1,
         'tasks_completed_total': 1, 'urgent_messages': 1, 'tasks_created_total': 7, 'task_attempts_total': 2,
         'messages_sent_total': 1, 'agent_starts_total': 3, 'agent_crashes_total': 1, 'dead_letters': 0,
     }  # fmt: skip
-    assert {name: found[f'tinytown_{name}'] for name in told} == told
+    assert {name: found[f'tinytown_{name}'] for name in expected} == expected
     assert 0 < found['tinytown_redis_latency_seconds'] < 1
     assert idle.show()['urgent_len'] == 1
 
 
-def test_how_tasks_end_is_counted_and_what_is_left_to_a_person_shown(ground: Place) -> None:
+def test_ended_tasks_and_dead_letters_are_counted(ground: Place) -> None:
     worker = enlist(ground, 'a')
     for _ in range(2):
         ground.do('task.assign', agent='a', task='x')
@@ -173,11 +173,11 @@ def test_a_repeated_request_is_counted_once(ground: Place) -> None:
     assert scrape(ground.halls[0])['tinytown_tasks_created_total'] == 1
 
 
-def test_waiting_and_running_are_measured_in_buckets(ground: Place) -> None:
+def test_waiting_and_running_times_are_counted_in_buckets(ground: Place) -> None:
     worker = enlist(ground, 'a')
 
-    def was(task: str, field: str, ms: int) -> None:
-        """Something about a task was so long ago."""
+    def backdate(task: str, field: str, ms: int) -> None:
+        """Sets a time of a task to so long ago."""
         seconds, micros = map(int, redis(ground, 'TIME'))
         then = seconds * 1000 + micros // 1000 - ms
         redis(ground, 'HSET', ground.store.prefix + f'task:{task}'.encode(), field, str(then))
@@ -186,11 +186,11 @@ def test_waiting_and_running_are_measured_in_buckets(ground: Place) -> None:
         (2_000, 20_000, 'completed'),
         (100_000, 90_000_000, 'failed'),
         (-60_000, -60_000, 'completed'),
-    ):  # a time to come is no time since
+    ):  # a time in the future counts as 0
         task = ground.do('task.assign', agent='a', task='x')['task_id']
-        was(task, 'queued', wait)
+        backdate(task, 'queued', wait)
         worker.take()
-        was(task, 'started', run)
+        backdate(task, 'started', run)
         worker.finish(task, 1, outcome)
     found = scrape(ground.halls[0])
     waited = found.buckets('tinytown_task_queue_wait_seconds')
@@ -204,22 +204,22 @@ def test_waiting_and_running_are_measured_in_buckets(ground: Place) -> None:
     assert found['tinytown_task_run_seconds_sum{outcome="failed"}'] == pytest.approx(90_000, abs=30)
 
 
-def test_a_task_that_is_queued_again_waits_anew(ground: Place) -> None:
+def test_the_wait_of_a_requeued_task_starts_again(ground: Place) -> None:
     worker = enlist(ground, 'a')
     ground.do('task.assign', agent='a', task='x')
     task, _ = worker.take()
     redis(ground, 'HSET', ground.store.prefix + f'task:{task}'.encode(), 'queued', '1')
-    worker.hello()  # which queues it again, in place
+    worker.hello()  # a restarted worker: its task is requeued at its place
     assert worker.take() == (task, 2)
     waited = scrape(ground.halls[0]).buckets('tinytown_task_queue_wait_seconds')
-    assert (waited['60'], waited['+Inf']) == (2, 2), 'the first attempt is no part of the second wait'
+    assert (waited['60'], waited['+Inf']) == (2, 2), 'the second wait starts when the task is requeued'
 
 
-def test_what_is_counted_of_tasks_outlives_townhall_and_is_the_same_from_each(place: Place) -> None:
+def test_task_counters_outlive_a_townhall_and_are_the_same_from_every_one(place: Place) -> None:
     halls = [place.hall(), place.hall('--workers', '2')]
     for number in range(5):
         halls[number % 2].post('/v1/backlog', {'description': 'x'})
-    place.do('backlog.add', description='through no townhall')
+    place.do('backlog.add', description='without a townhall')
     assert {scrape(hall)['tinytown_tasks_created_total'] for hall in halls} == {6}
     for hall in halls:
         hall.kill()
@@ -229,7 +229,7 @@ def test_what_is_counted_of_tasks_outlives_townhall_and_is_the_same_from_each(pl
 # ---------------------------------------------------------------------------------------------------------------- HTTP
 
 
-def test_requests_are_counted_by_operation_method_and_class_of_status(ground: Place) -> None:
+def test_requests_are_counted_by_operation_method_and_status_class(ground: Place) -> None:
     hall = ground.halls[0]
     before = scrape(hall)
     for _ in range(3):
@@ -254,7 +254,7 @@ def test_requests_are_counted_by_operation_method_and_class_of_status(ground: Pl
     }
 
 
-def test_the_alerts_speak_of_metrics_that_there_are(ground: Place) -> None:
+def test_the_alerts_use_existing_metrics(ground: Place) -> None:
     named = set(re.findall(r'tinytown_\w+', (REPOSITORY / 'deploy' / 'alerts.yml').read_text()))
     assert len(named) > 8
     assert named <= {re.match(r'\w+', key)[0] for key in scrape(ground.halls[0])}  # type: ignore[index]
@@ -272,7 +272,7 @@ def test_a_request_falls_into_the_bucket_of_its_duration() -> None:
     assert found[requests('task.get', 'GET', part='sum')] == pytest.approx(60.0012)
 
 
-def test_a_wait_counts_as_long_as_it_was(ground: Place) -> None:
+def test_a_waiting_request_is_counted_with_its_full_duration(ground: Place) -> None:
     hall = ground.halls[0]
     enlist(ground, 'a')
     before = scrape(hall)
@@ -282,7 +282,7 @@ def test_a_wait_counts_as_long_as_it_was(ground: Place) -> None:
     assert 1 <= new[requests('agent.wait', 'POST', part='sum')] < PATIENCE
 
 
-def test_what_clients_send_makes_no_new_series(ground: Place) -> None:
+def test_clients_cannot_create_new_series(ground: Place) -> None:
     hall = ground.halls[0]
     hall.get('/nowhere')
     before = set(scrape(hall))
@@ -294,7 +294,7 @@ def test_what_clients_send_makes_no_new_series(ground: Place) -> None:
     assert not [key for key in new if 'METHOD' in key or 'path' in key or 'agent1' in key]
 
 
-def test_everything_that_is_served_has_a_series_of_its_own() -> None:
+def test_every_route_has_its_own_series() -> None:
     meter = Meter()
     for op in OPERATIONS:
         meter.observe(op.name, op.method, 200, 0.0)
@@ -303,12 +303,12 @@ def test_everything_that_is_served_has_a_series_of_its_own() -> None:
     assert not [key for key in parse(render_metrics(meter, None, 0.0, 'x')) if 'other' in key]
 
 
-def test_requests_are_counted_right_with_several_processes_and_when_one_is_replaced(place: Place) -> None:
+def test_request_counts_are_right_with_several_processes_and_after_one_is_replaced(place: Place) -> None:
     hall = place.hall('--workers', '3')
     for _ in range(60):
         assert hall.get('/v1/town').status == 200
     for _ in range(6):
-        assert scrape(hall)[requests('town.get', 'GET')] == 60, 'whichever process answers'
+        assert scrape(hall)[requests('town.get', 'GET')] == 60, 'every process shows the sum of all'
     old = children(hall.process.pid)
     os.kill(old[0], signal.SIGKILL)
     until(hall, lambda _found: len(children(hall.process.pid)) == 3 and old[0] not in children(hall.process.pid))
@@ -332,7 +332,7 @@ def test_open_connections_and_streams_of_all_processes_are_shown(place: Place) -
     until(hall, lambda found: shows(found, 0, 0))
 
 
-def test_counting_a_request_costs_no_more_than_it_may() -> None:
+def test_counting_a_request_is_cheap() -> None:
     meter = Meter(4)
 
     def cost(count: Callable[[str, str, int, float], object]) -> float:
@@ -346,16 +346,16 @@ def test_counting_a_request_costs_no_more_than_it_may() -> None:
 
     rounds = [(cost(meter.observe), cost(nothing)) for _ in range(7)]
     least, empty = (min(column) for column in zip(*rounds, strict=True))
-    assert least < 25 * empty  # which is 6 where nothing else runs
+    assert least < 25 * empty  # the factor is 6 on an idle machine
 
 
-def test_a_scrape_while_requests_run_never_sees_a_count_fall(ground: Place) -> None:
+def test_a_counter_never_falls_while_requests_run(ground: Place) -> None:
     hall = ground.halls[0]
-    over = threading.Event()
+    stop = threading.Event()
 
     def ask() -> None:
         connection = http.client.HTTPConnection(hall.address, hall.port, timeout=PATIENCE)
-        while not over.is_set():
+        while not stop.is_set():
             connection.request('GET', '/v1/town')
             connection.getresponse().read()
         connection.close()
@@ -371,15 +371,15 @@ def test_a_scrape_while_requests_run_never_sees_a_count_fall(ground: Place) -> N
             last = now
         until(hall, lambda found: found[requests('town.get', 'GET')] > last)
     finally:
-        over.set()
+        stop.set()
         for client in clients:
             client.join()
 
 
-# ------------------------------------------------------------------------------------------------- without and within
+# ---------------------------------------------------------------------------------------------- without Redis, access
 
 
-def test_without_redis_the_answer_is_503_and_says_what_is_known(place: Place, hall: Hall) -> None:
+def test_without_redis_the_answer_is_503_with_only_the_known_metrics(place: Place, hall: Hall) -> None:
     assert hall.get('/v1/town').status == 200
     server = redis_pid(place)
     os.kill(server, signal.SIGSTOP)
@@ -392,19 +392,17 @@ def test_without_redis_the_answer_is_503_and_says_what_is_known(place: Place, ha
     assert re.match(r'# tinytown_metrics_error \S.+\n', text)
     found = parse(text)
     assert (found['tinytown_up'], found['tinytown_ready'], found[requests('town.get', 'GET')]) == (1, 0, 1)
-    assert not [key for key in found if 'tasks' in key or 'agents' in key], (
-        'a count that is not known is not shown as 0'
-    )
+    assert not [key for key in found if 'tasks' in key or 'agents' in key], 'an unknown number is not shown as 0'
 
 
 @pytest.fixture(scope='module')
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hall, dict[str, str], Path]]:
-    """A townhall whose metrics need a scope, and keys by scope."""
-    made = {scope: api_keys.generate_key() for scope in ('town.read', 'town.write', 'admin')}
-    keys = [{'id': key.id, 'hash': key.hash, 'scopes': [scope]} for scope, key in made.items()]
+    """A townhall whose metrics need a scope, and API keys by scope."""
+    by_scope = {scope: api_keys.generate_key() for scope in ('town.read', 'town.write', 'admin')}
+    keys = [{'id': key.id, 'hash': key.hash, 'scopes': [scope]} for scope, key in by_scope.items()]
     settings = {'townhall__auth': {'mode': 'api_key', 'keys': keys}, 'townhall__metrics': {'scope': 'town.read'}}
     place = make_town(tmp_path_factory.mktemp('g'), **settings)
-    yield place.hall(), {scope: key.key for scope, key in made.items()}, place.root
+    yield place.hall(), {scope: key.key for scope, key in by_scope.items()}, place.root
     place.close()
 
 
@@ -420,14 +418,14 @@ def test_metrics_and_scaling_may_need_a_scope(guarded: tuple[Hall, dict[str, str
         assert writer.json['detail'].startswith(f'{name} needs the scope town.read')
         assert hall.get(path, X_API_Key=keys['town.read']).status == 200
     for scope in ('town.read', 'admin'):
-        for _ in range(2):  # the first is checked on a thread, the second known
+        for _ in range(2):  # the first key check runs on a thread, the second finds the cached result
             assert scrape(hall, Authorization=f'Bearer {keys[scope]}')['tinytown_up'] == 1
     denied = (root / '.tt' / 'audit.denied.jsonl').read_text()
     assert (denied.count('"metrics"'), denied.count('"scaling"')) == (3, 3)
 
 
 @pytest.mark.parametrize('path', [path for path in ROUTES if path not in ('/metrics', '/api/scaling')])
-def test_the_other_probes_are_for_everyone(guarded: tuple[Hall, dict[str, str], Path], path: str) -> None:
+def test_the_other_probes_need_no_key(guarded: tuple[Hall, dict[str, str], Path], path: str) -> None:
     hall, keys, _ = guarded
     assert hall.get(path).status == 200
     assert hall.get(path, X_API_Key=keys['town.write']).status == 200
@@ -436,5 +434,5 @@ def test_the_other_probes_are_for_everyone(guarded: tuple[Hall, dict[str, str], 
     assert (answer.status, answer.headers['allow']) == (405, 'GET, HEAD, OPTIONS')
 
 
-def test_metrics_are_for_everyone_where_no_scope_is_set(ground: Place) -> None:
+def test_metrics_need_no_key_if_no_scope_is_set(ground: Place) -> None:
     assert scrape(ground.halls[0], Authorization='Bearer whatever')['tinytown_up'] == 1

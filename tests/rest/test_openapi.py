@@ -1,4 +1,4 @@
-"""The OpenAPI document: that it is one, that all of it is true, and that clients of the published API can go on."""
+"""The OpenAPI document: it is valid, it matches the server, and clients of the published API still work."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NOBODY = '00000000-0000-4000-8000-000000000000'
 
 
 def document(mode: str = 'none', metrics_scope: str = '') -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(openapi.document_bytes(mode, metrics_scope))
-    return found
+    parsed: dict[str, Any] = json.loads(openapi.document_bytes(mode, metrics_scope))
+    return parsed
 
 
 DOCUMENT = document()
@@ -38,44 +38,45 @@ DOCUMENTED = {
 
 
 def resolved(value: Any) -> Any:
-    """A part of the document without references."""
+    """A part of the document with all references replaced."""
     if isinstance(value, dict) and '$ref' in value:
-        found: Any = DOCUMENT
+        target: Any = DOCUMENT
         for part in value['$ref'].removeprefix('#/').split('/'):
-            found = found[part]
-        return resolved(found)
+            target = target[part]
+        return resolved(target)
     if isinstance(value, dict):
-        return {key: resolved(each) for key, each in value.items()}
-    return [resolved(each) for each in value] if isinstance(value, list) else value
+        return {key: resolved(item) for key, item in value.items()}
+    return [resolved(item) for item in value] if isinstance(value, list) else value
 
 
 def answer_of(operation: dict[str, Any], status: int) -> dict[str, Any]:
     responses = operation['responses']
-    found: dict[str, Any] = resolved(responses.get(str(status), responses['default']))
-    return found
+    answer: dict[str, Any] = resolved(responses.get(str(status), responses['default']))
+    return answer
 
 
 def parameters_of(operation: dict[str, Any], place: str) -> dict[str, dict[str, Any]]:
-    return {each['name']: each for each in resolved(operation.get('parameters', [])) if each['in'] == place}
+    parameters = resolved(operation.get('parameters', []))
+    return {parameter['name']: parameter for parameter in parameters if parameter['in'] == place}
 
 
 def body_of(operation: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a request's body; one without properties where there is none."""
+    """The schema of a request's body; without a body a schema without properties."""
     content = operation.get('requestBody', {}).get('content', {})
-    found: dict[str, Any] = resolved(content.get('application/json', {}).get('schema', {'properties': {}}))
-    return found
+    schema: dict[str, Any] = resolved(content.get('application/json', {}).get('schema', {'properties': {}}))
+    return schema
 
 
 # ------------------------------------------------------------------------------------------------------ the document
 
 
 @pytest.mark.parametrize(('mode', 'metrics_scope'), [('none', ''), ('api_key', READ), ('oidc', '')])
-def test_it_is_a_valid_openapi_document(mode: str, metrics_scope: str) -> None:
+def test_the_document_is_valid_openapi(mode: str, metrics_scope: str) -> None:
     assert not list(OpenAPIV31SpecValidator(document(mode, metrics_scope)).iter_errors())
 
 
-def test_it_names_every_operation_once_and_describes_it() -> None:
-    assert len(DOCUMENTED) == sum(map(len, DOCUMENT['paths'].values())), 'no two share a name'
+def test_every_operation_has_a_unique_id_and_a_summary() -> None:
+    assert len(DOCUMENTED) == sum(map(len, DOCUMENT['paths'].values())), 'two operations share an id'
     for method, path, operation in DOCUMENTED.values():
         assert re.fullmatch('[a-z][A-Za-z]+', operation['operationId'])
         assert operation['summary']
@@ -83,7 +84,7 @@ def test_it_names_every_operation_once_and_describes_it() -> None:
 
 
 @pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
-def test_every_row_is_in_it_with_its_arguments_and_answer(op: Op) -> None:
+def test_every_operation_is_documented_with_its_arguments_and_answer(op: Op) -> None:
     for method in filter(None, (op.method, op.also)):
         operation = DOCUMENT['paths'][op.path][method.lower()]
         given = {place: parameters_of(operation, place) for place in ('path', 'query', 'header')}
@@ -101,7 +102,7 @@ def test_every_row_is_in_it_with_its_arguments_and_answer(op: Op) -> None:
         assert operation['x-scope'] == op.scope
 
 
-def test_every_refusal_in_it_is_a_problem_document_with_a_code() -> None:
+def test_every_documented_error_is_a_problem_document_with_a_code() -> None:
     for _, path, operation in DOCUMENTED.values():
         for status in operation['responses']:
             if path != '/mcp' and (status.startswith('4') or status == 'default'):
@@ -113,21 +114,21 @@ def test_every_refusal_in_it_is_a_problem_document_with_a_code() -> None:
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_it_says_what_a_caller_must_show_where_that_is_asked(mode: str) -> None:
-    made = document(mode)
+def test_the_security_schemes_follow_the_authentication_mode(mode: str) -> None:
+    parsed = document(mode)
     schemes = {'none': set(), 'api_key': {'bearer', 'apiKey'}, 'oidc': {'bearer'}}[mode]
-    assert set(made['components'].get('securitySchemes', {})) == schemes
+    assert set(parsed['components'].get('securitySchemes', {})) == schemes
     for op in OPERATIONS:
-        operation = made['paths'][op.path][op.method.lower()]
+        operation = parsed['paths'][op.path][op.method.lower()]
         assert operation.get('security', []) == [{scheme: [op.scope]} for scheme in sorted(schemes, reverse=True)]
         assert ('401' in operation['responses']) == (mode != 'none')
     for path in ROUTES:
-        assert 'security' not in made['paths'][path]['get']
+        assert 'security' not in parsed['paths'][path]['get']
     if schemes:
         assert document(mode, ADMIN)['paths']['/metrics']['get']['security'][0] == {'bearer': [ADMIN]}
 
 
-def test_what_may_be_left_out_of_a_body_may_be_null() -> None:
+def test_optional_fields_of_a_body_may_be_null() -> None:
     spawn = body_of(DOCUMENTED['spawnAgent'][2])
     assert spawn['properties']['cli']['type'] == ['string', 'null']
     assert spawn['properties']['name']['type'] == 'string'
@@ -139,7 +140,7 @@ def test_what_may_be_left_out_of_a_body_may_be_null() -> None:
 
 
 class Client:
-    """Calls a townhall, and holds every answer to the document."""
+    """Calls a townhall, and validates every answer by the document."""
 
     def __init__(self, hall: Hall) -> None:
         self.hall = hall
@@ -155,27 +156,27 @@ class Client:
         return self.check(operation, answer)
 
     def check(self, operation: dict[str, Any], answer: Reply) -> Any:
-        told = answer_of(operation, answer.status)
+        documented = answer_of(operation, answer.status)
         kind = answer.headers['content-type']
-        assert {name.lower() for name in told.get('headers', {})} <= set(answer.headers)
-        schema = told['content'][kind]['schema']
+        assert {name.lower() for name in documented.get('headers', {})} <= set(answer.headers)
+        schema = documented['content'][kind]['schema']
         if schema == {'type': 'string'}:
             return answer.body.decode()
-        found = answer.json
-        Draft202012Validator(strict(schema)).validate(found)
-        return found
+        body = answer.json
+        Draft202012Validator(strict(schema)).validate(body)
+        return body
 
 
 def strict(schema: Any) -> Any:
-    """A schema that takes no property which it does not name; events alone may hold more."""
+    """Makes a schema refuse additional properties, except in events, which may have more."""
     if isinstance(schema, list):
-        return [strict(each) for each in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: strict(each) for key, each in schema.items()}
-    if 'properties' in made and set(made['properties']) != {'id', 'type', 'at'}:
-        made['additionalProperties'] = False
-    return made
+    stricter = {key: strict(item) for key, item in schema.items()}
+    if 'properties' in stricter and set(stricter['properties']) != {'id', 'type', 'at'}:
+        stricter['additionalProperties'] = False
+    return stricter
 
 
 @pytest.fixture(scope='module')
@@ -187,19 +188,19 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.close()
 
 
-def test_what_is_served_and_what_is_in_it_are_the_same(town: Place) -> None:
+def test_the_document_lists_exactly_the_served_paths(town: Place) -> None:
     assert set(DOCUMENT['paths']) == {op.path for op in OPERATIONS} | set(ROUTES) | {'/', '/mcp'}
     hall = town.hall()
     for path, item in DOCUMENT['paths'].items():
         answer = hall.request('OPTIONS', re.sub(r'\{\w+\}', NOBODY, path))
         served = set(answer.headers['allow'].lower().split(', ')) - {'head', 'options'}
-        # a path without a template may be one with a name in it as well (GET shows an agent named prune)
+        # These paths also match a template: GET /v1/agents/prune shows an agent named prune.
         if path not in ('/v1/agents/prune', '/v1/tasks/assign', '/v1/backlog/assign-all'):
             assert served == set(item)
         assert served >= set(item)
 
 
-def test_every_answer_of_a_walk_through_all_operations_is_as_the_document_says(town: Place) -> None:
+def test_the_answers_of_all_operations_fit_the_document(town: Place) -> None:
     call = Client(town.hall())
     _probe(call)
     _spawn(call)
@@ -339,7 +340,8 @@ SCALING = dict.fromkeys(('town', 'timestamp', 'scaling_recommendation'), TEXT)
 SCALING |= dict.fromkeys(('queue_depth', 'pending_tasks', 'in_flight_tasks', 'active_agents', 'cold_agents'), WHOLE)
 SCALING |= dict.fromkeys(('desired_agents', 'max_agents'), WHOLE)
 
-# What clients of the original are made from: name, method, path, what they may send (required first), status, answer.
+# The published API, from which clients were generated: operation id, method, path, required arguments, all arguments,
+# status, answer.
 PUBLISHED: list[tuple[str, str, str, list[str], dict[str, Any], int, dict[str, Any]]] = [
     ('healthCheck', 'get', '/healthz', [], {}, 200, {'status': TEXT}),
     ('readinessCheck', 'get', '/readyz', [], {}, 200, READY),
@@ -373,27 +375,27 @@ PUBLISHED: list[tuple[str, str, str, list[str], dict[str, Any], int, dict[str, A
 
 
 @pytest.mark.parametrize(
-    ('name', 'method', 'path', 'required', 'sent', 'status', 'told'), PUBLISHED, ids=[row[0] for row in PUBLISHED]
+    ('name', 'method', 'path', 'required', 'sent', 'status', 'answer'), PUBLISHED, ids=[row[0] for row in PUBLISHED]
 )
-def test_a_client_of_the_published_api_can_go_on(
-    name: str, method: str, path: str, required: list[str], sent: dict[str, Any], status: int, told: dict[str, Any]
+def test_a_client_of_the_published_api_still_works(
+    name: str, method: str, path: str, required: list[str], sent: dict[str, Any], status: int, answer: dict[str, Any]
 ) -> None:
     ours_method, ours_path, operation = DOCUMENTED[name]
     assert (ours_method, ours_path) == (method, path)
     query, body = parameters_of(operation, 'query'), body_of(operation)
-    assert set(body.get('required', ())) | {each for each in query if query[each]['required']} <= set(required)
-    taken = body['properties'] | {each: query[each]['schema'] for each in query}
+    assert set(body.get('required', ())) | {field for field in query if query[field]['required']} <= set(required)
+    accepted = body['properties'] | {field: query[field]['schema'] for field in query}
     for field, kind in sent.items():
-        assert fits(kind, taken[field]), field
+        assert fits(kind, accepted[field]), field
     schema = answer_of(operation, status)['content']['application/json']['schema']
-    assert fits(told, schema), schema
+    assert fits(answer, schema), schema
 
 
 def fits(kind: Any, schema: dict[str, Any]) -> bool:
-    """Whether what a client expects (a type, [items], or {name: …}) is what a schema promises; more is no harm."""
+    """Whether a schema promises what a client expects: a type, [items], or {name: …}. It may promise more."""
     if isinstance(kind, list):
         return 'array' in schema['type'] and fits(kind[0], schema['items'])
     if isinstance(kind, dict):
         properties = schema['properties']
-        return set(kind) <= set(schema['required']) and all(fits(each, properties[name]) for name, each in kind.items())
+        return set(kind) <= set(schema['required']) and all(fits(item, properties[name]) for name, item in kind.items())
     return kind == schema['type'] or kind in schema['type']

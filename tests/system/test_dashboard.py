@@ -228,7 +228,7 @@ def _unlocks(visit: Visit, keyed: Keyed) -> None:
     expect(page.locator('#ask-task [role=alert]')).to_contain_text(f'backlog.add needs the scope {WRITE}')
     visit.press('Cancel', '#ask-task')
     expect(page.locator('#limits')).to_have_text(
-        f'You lack the scope {WRITE}, so you can not change tasks or send messages.'
+        f'You lack the scope {WRITE}, so you cannot change tasks or send messages.'
     )
     expect(page.get_by_role('button', name='New task')).not_to_be_visible()
     expect(page.get_by_role('button', name='Spawn')).to_be_visible()
@@ -269,7 +269,7 @@ def test_a_lost_connection_is_told_and_what_was_missed_is_seen(browser: Browser,
         expect(visit.page.locator('#bar')).to_contain_text('Trying again in')
         visit.press('New task')
         visit.fill('ask-task', 'Add task', task='sent into the void')
-        expect(visit.page.locator('#ask-task [role=alert]')).to_have_text('The townhall can not be reached.')
+        expect(visit.page.locator('#ask-task [role=alert]')).to_have_text('The townhall cannot be reached.')
         place.do('backlog.add', description='meanwhile')
         place.hall('--port', str(hall.port))
         visit.is_live()

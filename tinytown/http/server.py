@@ -372,7 +372,7 @@ class Server:
             return problem(error, request.id)
         about = {'request_id': request.id, 'principal': request.caller}
         logger.error(f'request {request.id} failed', exc_info=error, extra=about)
-        return problem(Internal('this is a fault of the server; its log tells more under the request id'), request.id)
+        return problem(Internal('internal error of the server; search its log for the request id'), request.id)
 
     def log(self, request: Request, response: Response) -> None:
         """Counts a request, and notes it for the access log; the loop writes what has gathered."""

@@ -1,6 +1,8 @@
-"""What Townhall offers over MCP, made from the operations table: tools, resources, prompts, completion, changes.
+"""The catalog of a town over MCP: tools, resources, prompts, completion, notifications of changes.
 
-No tool is written by hand: its name, schemas and help are its row's. Every call goes through the door.
+No tool is written by hand: its name, schemas and description come from its row in the table of operations
+(`core.operations`). Every call runs through `dispatch.call`, as in REST. `protocol` asks the catalog; `content` holds
+its texts.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from ..state import event_feed
 from ..state.event_feed import Event, EventFeed
 from ..state.store import Step
 from . import content
-from .jsonrpc import INVALID_PARAMS, NO_RESOURCE, Fault
-from .protocol import Ask, Cancel, Manner, Notify
+from .jsonrpc import INVALID_PARAMS, RESOURCE_NOT_FOUND, Fault
+from .protocol import Cancel, McpRequest, Notify, RunMode
 
-# Further names for an operation with some of its arguments given.
+# Additional tools: an operation with some arguments fixed.
 PRESETS: Final[dict[str, tuple[str, Json]]] = {'agent.list_open': ('agent.list', {'open': True})}
 
-# What a row does not say. A change that is not here is shown as destructive and not to be repeated.
+# Hints for clients that a row does not hold. Any other change is listed as destructive and not idempotent.
 ADDITIVE: Final = frozenset(
     {'agent.spawn', 'agent.interrupt', 'agent.resume', 'agent.close', 'task.assign', 'task.complete', 'task.fail'}
     | {'task.release', 'task.retry', 'backlog.add', 'backlog.claim', 'backlog.assign_all', 'deadletter.retry'}
@@ -41,36 +43,36 @@ REPEATABLE: Final = frozenset(
     | {'deadletter.retry', 'deadletter.drop', 'recovery.recover_agents', 'recovery.reclaim_tasks'}
     | {'recovery.orphan_tasks'}
 )
-# They set coding CLIs to work, whose reach does not end with the town.
+# These make a coding CLI work, and it can reach things outside the town.
 OPEN_WORLD: Final = frozenset(
     {'agent.spawn', 'agent.restart', 'agent.resume', 'task.assign', 'backlog.claim', 'backlog.assign_all'}
     | {'message.send'}
 )
 _NAMES: Final = (*BY_NAME, *PRESETS)
-_MOST_NAMED: Final = 20  # agents that an error names
-_SLICE_SECS: Final = 1  # between two signs of progress
+_MAX_NAMES: Final = 20  # how many agents an error message lists
+_PROGRESS_SECS: Final = 1  # between two progress notifications
 
 
 def offered_as(name: str) -> str:
-    """The name of an operation in `tools/list`; some clients refuse a whole list over one dot."""
+    """The tool name of an operation. Without the dot: some clients reject the whole list for one name with a dot."""
     return name.replace('.', '_')
 
 
 @cache
 def tools() -> dict[str, Json]:
-    """Every tool by its operation's (or preset's) name. Made when first asked for: 40 schemas take 15 ms."""
-    named = {op.name: _tool(op.name, op, {}) for op in OPERATIONS}
-    return named | {name: _tool(name, BY_NAME[of], given) for name, (of, given) in PRESETS.items()}
+    """Every tool, by the name of its operation or preset. Built on first use: 40 schemas take 15 ms."""
+    by_name = {op.name: _tool(op.name, op, {}) for op in OPERATIONS}
+    return by_name | {name: _tool(name, BY_NAME[operation], fixed) for name, (operation, fixed) in PRESETS.items()}
 
 
-def _tool(name: str, op: Op, given: Json) -> Json:
+def _tool(name: str, op: Op, fixed: Json) -> Json:
     schema = op.input | {
-        'properties': {key: value for key, value in op.input['properties'].items() if key not in given}
+        'properties': {key: value for key, value in op.input['properties'].items() if key not in fixed}
     }
     return {
         'name': offered_as(name),
         'title': title(name),
-        'description': _description(op, given),
+        'description': _description(op, fixed),
         'inputSchema': schema,
         'outputSchema': _portable(op.output),
         'annotations': {
@@ -84,9 +86,9 @@ def _tool(name: str, op: Op, given: Json) -> Json:
 
 
 def _portable(schema: Any) -> Any:
-    """A schema without lists of types, which some clients can't express: a branch each, in their place."""
+    """Replaces lists of types in a schema by `anyOf` with a branch for each, because some clients reject such lists."""
     if isinstance(schema, list):
-        return [_portable(each) for each in schema]
+        return [_portable(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if not isinstance(schema.get('type'), list):
@@ -102,20 +104,23 @@ def _portable(schema: Any) -> Any:
 
 
 def title(name: str) -> str:
-    """A name for people: `Agent: list open`."""
+    """A title for people: `Agent: list open`."""
     group, _, verb = name.partition('.')
     return f'{group.capitalize()}: {verb.replace("_", " ")}'
 
 
-def _description(op: Op, given: Json) -> str:
+def _description(op: Op, fixed: Json) -> str:
     paragraphs = inspect.cleandoc(op.function.__doc__ or '').split('\n\n')
     text = '\n\n'.join(' '.join(paragraph.split()) for paragraph in paragraphs)
-    fixed = ', '.join(f'{name}={json.dumps(value)}' for name, value in given.items())
-    return f'{text}\n\nThis is {offered_as(op.name)} with {fixed}.' if fixed else text
+    arguments = ', '.join(f'{name}={json.dumps(value)}' for name, value in fixed.items())
+    return f'{text}\n\nThis is {offered_as(op.name)} with {arguments}.' if arguments else text
 
 
 def _selected(names: Iterable[str]) -> frozenset[str]:
-    """The tools of the setting, which takes either spelling. Raises UsageError."""
+    """The operations selected by the setting townhall.mcp.tools, by tool name or by operation name; all if it is empty.
+
+    Raises UsageError.
+    """
     known = {offered_as(name): name for name in _NAMES}
     chosen = set()
     for name in names:
@@ -127,22 +132,24 @@ def _selected(names: Iterable[str]) -> frozenset[str]:
     return frozenset(chosen or _NAMES)
 
 
-def _nearest(name: str, known: Iterable[str], most: int, cutoff: float = 0.6) -> list[str]:
-    import difflib  # late, as it is seldom needed
+def _nearest(name: str, known: Iterable[str], limit: int, cutoff: float = 0.6) -> list[str]:
+    import difflib  # late: rarely needed
 
-    return difflib.get_close_matches(name, known, most, cutoff)
+    return difflib.get_close_matches(name, known, limit, cutoff)
 
 
 class Catalog:
-    """A town over MCP. `town` gives it, opened when it is first needed. Raises UsageError for a tool that is none."""
+    """What one town offers over MCP.
+
+    `town` returns the town; it may open it on the first call. Without a `feed` there are no subscriptions. `only`
+    limits the tools to these names, `read_only` to those that change nothing. Raises UsageError for an unknown tool.
+    """
 
     page = 100
 
-    def __init__(
-        self, town: Callable[[], Town], changes: EventFeed | None, only: Iterable[str], read_only: bool
-    ) -> None:
+    def __init__(self, town: Callable[[], Town], feed: EventFeed | None, only: Iterable[str], read_only: bool) -> None:
         self._town = town
-        self._changes = changes
+        self._feed = feed
         selected = _selected(only)
         self._offered = [
             name for name in _NAMES if name in selected and not (read_only and _operation(name)[0].changes)
@@ -152,7 +159,7 @@ class Catalog:
         self.instructions = content.INSTRUCTIONS
         self.capabilities: Json = {
             'tools': {},
-            'resources': {'subscribe': True} if changes else {},
+            'resources': {'subscribe': True} if feed else {},
             'prompts': {},
             'completions': {},
         }
@@ -160,38 +167,37 @@ class Catalog:
     # ------------------------------------------------------------------------------------------------------- tools
 
     def tools(self, by: Principal) -> list[Json]:
-        """Those that the caller may call."""
+        """The tools that the caller may call."""
         return [tools()[name] for name in self._offered if by.may(_operation(name)[0].scope)]
 
     def _find(self, tool: str) -> str:
         name = tool if tool in self._offered else self._by_name.get(tool)
         if name is None:
             near = _nearest(offered_as(tool[:100]), self._by_name, 3, 0.5)
-            raise Fault(
-                INVALID_PARAMS, f'there is no tool {tool[:100]!r}' + (f'; near: {", ".join(near)}' if near else '')
-            )
+            mend = f'; similar names: {", ".join(near)}' if near else ''
+            raise Fault(INVALID_PARAMS, f'there is no tool {tool[:100]!r}{mend}')
         return name
 
-    def manner(self, ask: Ask, tool: str) -> Manner:
+    def run_mode(self, request: McpRequest, tool: str) -> RunMode:
         name = self._by_name.get(tool, tool)
         if name not in self._offered:
             return 'quick'
         op = _operation(name)[0]
-        if not op.slow or not ask.by.may(op.scope):
+        if not op.slow or not request.by.may(op.scope):
             return 'quick'
         return 'stream' if op.name == 'agent.wait' else 'slow'
 
-    def call(self, ask: Ask, tool: str, arguments: Json) -> Step[Json]:
-        """Through the door. What it refuses is a result that says what to do next, not a protocol error."""
-        op, given = _operation(self._find(tool))
+    def call(self, request: McpRequest, tool: str, arguments: Json) -> Step[Json]:
+        """Calls an operation. A refusal is a result with a text for the model, not a protocol error."""
+        op, fixed = _operation(self._find(tool))
         try:
             if op.name == 'agent.wait':
-                answer = yield from self._wait(ask, op, arguments)
+                answer = yield from self._wait(request, op, arguments)
             else:
-                answer = yield from call(self._town(), ask.by, op, _with(arguments, given), gate=ask.gate)
+                answer = yield from call(self._town(), request.by, op, _with(arguments, fixed), gate=request.limits)
         except TownError as e:
-            ask.refused = e
-            text = yield from self._teach(ask, e, op)
+            request.refusal = e
+            text = yield from self._explain(request, e, op)
             return {'content': [{'type': 'text', 'text': text}], 'isError': True}
         data = encode_answer(answer)
         return {
@@ -200,30 +206,30 @@ class Catalog:
             'isError': False,
         }
 
-    def _wait(self, ask: Ask, op: Op, arguments: Json) -> Step[Any]:
-        """Waits a second at a time, so that it can tell how far it is and be cancelled."""
+    def _wait(self, request: McpRequest, op: Op, arguments: Json) -> Step[Any]:
+        """Runs agent.wait in slices of a second, to report progress and to notice a cancellation in between."""
         total = arguments.get('timeout', op.parameters['timeout'].schema['default'])
         if not isinstance(total, int) or isinstance(total, bool) or not 0 < total <= 25:
-            return (yield from call(self._town(), ask.by, op, arguments, gate=ask.gate))
-        began = time.monotonic()
-        gate = ask.gate
+            return (yield from call(self._town(), request.by, op, arguments, gate=request.limits))
+        start = time.monotonic()
+        limits = request.limits
         while True:
-            left = total - (time.monotonic() - began)
-            piece = max(min(_SLICE_SECS, round(left)), 0)
-            answer = yield from call(self._town(), ask.by, op, arguments | {'timeout': piece}, gate=gate)
-            gate = None  # it counts as one call
-            passed = time.monotonic() - began
-            if answer['done'] or passed >= total or ask.cancelled:
+            left = total - (time.monotonic() - start)
+            slice_secs = max(min(_PROGRESS_SECS, round(left)), 0)
+            answer = yield from call(self._town(), request.by, op, arguments | {'timeout': slice_secs}, gate=limits)
+            limits = None  # the whole wait counts as one call
+            elapsed = time.monotonic() - start
+            if answer['done'] or elapsed >= total or request.cancelled:
                 return answer
-            ask.progress(round(passed, 3), total, f'{answer["agent"]} is {answer["state"]}')
+            request.progress(round(elapsed, 3), total, f'{answer["agent"]} is {answer["state"]}')
 
-    def _teach(self, ask: Ask, error: TownError, op: Op) -> Step[str]:
-        """What was wrong, what is expected, and the next step."""
+    def _explain(self, request: McpRequest, error: TownError, op: Op) -> Step[str]:
+        """An error as a text for a model: what was wrong, which arguments the tool takes, what to do next."""
         lines = [error.detail]
         if error.errors and len(error.errors) > 1:
-            lines = [f'{each["pointer"]}: {each["detail"]}.' for each in error.errors]
-        if error.code == 'agent-not-found' and ask.by.may(READ):
-            names = yield from self._agents(ask.by, _MOST_NAMED)
+            lines = [f'{entry["pointer"]}: {entry["detail"]}.' for entry in error.errors]
+        if error.code == 'agent-not-found' and request.by.may(READ):
+            names = yield from self._agents(request.by, _MAX_NAMES)
             lines[0] = lines[0].replace(' not found', '. ').replace('Agent ', 'No agent ', 1).strip()
             lines.append(
                 f'Agents: {", ".join(names)}. Use agent_list.' if names else 'There are none: use agent_spawn.'
@@ -233,10 +239,11 @@ class Catalog:
             lines.append(f'{offered_as(op.name)} takes {", ".join(op.parameters) or "nothing"}; required: {required}.')
         return ' '.join([line if line.endswith('.') else f'{line}.' for line in lines] + content.next_steps(error.code))
 
-    def _agents(self, by: Principal, most: int, all: bool = False) -> Step[list[str]]:
-        page = yield from self._ask(by, 'agent.list', {'limit': most})
+    def _agents(self, by: Principal, limit: int) -> Step[list[str]]:
+        """The names of at most `limit` agents, then '…' if there are more."""
+        page = yield from self._query(by, 'agent.list', {'limit': limit})
         names = [str(agent['name']) for agent in page['agents']]
-        return names + (['…'] if 'next_cursor' in page and not all else [])
+        return names + (['…'] if 'next_cursor' in page else [])
 
     # --------------------------------------------------------------------------------------------------- resources
 
@@ -246,113 +253,115 @@ class Catalog:
     def templates(self, by: Principal) -> list[Json]:
         return content.TEMPLATES if by.may(READ) else []
 
-    def read(self, ask: Ask, uri: str) -> Step[list[Json]]:
-        found = content.parse_resource_uri(uri)
-        if found is None:
+    def read(self, request: McpRequest, uri: str) -> Step[list[Json]]:
+        parsed = content.parse_resource_uri(uri)
+        if parsed is None:
             raise _no_resource(uri)
-        name, arguments = found
+        name, arguments = parsed
         try:
-            answer = yield from call(self._town(), ask.by, BY_NAME[name], arguments, gate=ask.gate)
+            answer = yield from call(self._town(), request.by, BY_NAME[name], arguments, gate=request.limits)
         except TownError as e:
             if e.status in (404, 422):
                 raise _no_resource(uri, e.detail) from None
-            ask.refused = e
+            request.refusal = e
             raise
         return [{'uri': uri, 'mimeType': 'application/json', 'text': encode_answer(answer).decode()}]
 
-    def honoured(self, by: Principal, wanted: Json) -> Json:
+    def granted(self, by: Principal, wanted: Json) -> Json:
         uris = [uri for uri in wanted.get('resourceSubscriptions', ()) if content.parse_resource_uri(uri)]
-        return {'resourceSubscriptions': uris} if uris and self._changes and by.may(READ) else {}
+        return {'resourceSubscriptions': uris} if uris and self._feed and by.may(READ) else {}
 
     def position(self) -> Step[str]:
         events, position = yield from event_feed.page(self._town().store, '$', 1)
         assert not events
         return position
 
-    def watch(self, position: str, wanted: Json, tell: Notify) -> Cancel:
+    def watch(self, position: str, wanted: Json, notify: Notify) -> Cancel:
         uris = wanted.get('resourceSubscriptions', [])
-        if not uris or not self._changes:
+        if not uris or not self._feed:
             return lambda: None
 
         def deliver(events: list[Event]) -> None:
-            touched = content.touched(events)
+            changed = content.changed_resources(events)
             for uri in uris:
-                if touched is None or uri in touched:
-                    tell('notifications/resources/updated', {'uri': uri})
+                if changed is None or uri in changed:
+                    notify('notifications/resources/updated', {'uri': uri})
 
-        return self._changes.subscribe(position, deliver) or self._changes.join(deliver)
+        return self._feed.subscribe(position, deliver) or self._feed.join(deliver)
 
     # ----------------------------------------------------------------------------------------- prompts, completion
 
     def prompts(self, by: Principal) -> list[Json]:
         return content.PROMPTS if by.may(READ) else []
 
-    def prompt(self, ask: Ask, name: str, arguments: dict[str, str]) -> Step[Json]:
-        listed = next((prompt for prompt in content.PROMPTS if prompt['name'] == name), None)
-        if listed is None:
+    def prompt(self, request: McpRequest, name: str, arguments: dict[str, str]) -> Step[Json]:
+        prompt = next((prompt for prompt in content.PROMPTS if prompt['name'] == name), None)
+        if prompt is None:
             known = ', '.join(prompt['name'] for prompt in content.PROMPTS)
-            raise Fault(INVALID_PARAMS, f'there is no prompt {name[:100]!r}; there are {known}')
-        missing = [
-            each['name'] for each in listed.get('arguments', ()) if each['required'] and each['name'] not in arguments
-        ]
+            raise Fault(INVALID_PARAMS, f'there is no prompt {name[:100]!r}; the prompts are {known}')
+        required = [argument['name'] for argument in prompt.get('arguments', ()) if argument['required']]
+        missing = [argument for argument in required if argument not in arguments]
         if missing:
             raise Fault(INVALID_PARAMS, f'{name}: the argument {missing[0]} is missing')
-        write = self._startup if name == 'conductor.startup_context' else self._hint
+        write = self._startup_context if name == 'conductor.startup_context' else self._role_hint
         try:
-            text = yield from write(ask, arguments)
+            text = yield from write(request, arguments)
         except TownError as e:
-            ask.refused = e
-            raise Fault(INVALID_PARAMS, (yield from self._teach(ask, e, BY_NAME['agent.get']))) from None
+            request.refusal = e
+            raise Fault(INVALID_PARAMS, (yield from self._explain(request, e, BY_NAME['agent.get']))) from None
         return {
-            'description': listed['description'],
+            'description': prompt['description'],
             'messages': [{'role': 'user', 'content': {'type': 'text', 'text': text}}],
         }
 
-    def _startup(self, ask: Ask, _arguments: dict[str, str]) -> Step[str]:
-        status = yield from self._ask(ask.by, 'town.get_status', {'deep': True, 'limit': 100}, ask.gate)
-        waiting = yield from self._ask(ask.by, 'backlog.list', {'limit': 20})
-        return content.startup_context(status, waiting)
+    def _startup_context(self, request: McpRequest, _arguments: dict[str, str]) -> Step[str]:
+        status = yield from self._query(request.by, 'town.get_status', {'deep': True, 'limit': 100}, request.limits)
+        backlog = yield from self._query(request.by, 'backlog.list', {'limit': 20})
+        return content.startup_context(status, backlog)
 
-    def _hint(self, ask: Ask, arguments: dict[str, str]) -> Step[str]:
-        agent = yield from self._ask(ask.by, 'agent.get', {'agent': arguments['agent_name']}, ask.gate)
-        waiting = yield from self._ask(ask.by, 'backlog.list', {'limit': 100})
+    def _role_hint(self, request: McpRequest, arguments: dict[str, str]) -> Step[str]:
+        agent = yield from self._query(request.by, 'agent.get', {'agent': arguments['agent_name']}, request.limits)
+        backlog = yield from self._query(request.by, 'backlog.list', {'limit': 100})
         tags = [tag.strip() for tag in arguments.get('tags', '').split(',') if tag.strip()]
-        return content.role_hint(self._town().name, agent, tags, waiting)
+        return content.role_hint(self._town().name, agent, tags, backlog)
 
-    def _ask(self, by: Principal, name: str, arguments: Json, gate: CallLimits | None = None) -> Step[Json]:
-        found: Json = json.loads(
-            encode_answer((yield from call(self._town(), by, BY_NAME[name], arguments, gate=gate)))
-        )
-        return found
+    def _query(self, by: Principal, name: str, arguments: Json, limits: CallLimits | None = None) -> Step[Json]:
+        """The answer of an operation. Without `limits` the call is not counted: one request counts once."""
+        answer = yield from call(self._town(), by, BY_NAME[name], arguments, gate=limits)
+        parsed: Json = json.loads(encode_answer(answer))
+        return parsed
 
-    def complete(self, ask: Ask, ref: Json, argument: str, value: str) -> Step[list[str]]:
-        """Names of agents and ids of tasks, by their start."""
+    def complete(self, request: McpRequest, ref: Json, argument: str, value: str) -> Step[list[str]]:
+        """Completes names of agents and ids of tasks, ignoring case."""
         if not content.knows(ref):
-            raise Fault(INVALID_PARAMS, f'there is no {json.dumps(ref)[:200]} to complete')
-        if not ask.by.may(READ) or argument not in ('agent_name', 'task_id'):
+            raise Fault(INVALID_PARAMS, f'{json.dumps(ref)[:200]} is not a prompt or resource of this server')
+        if not request.by.may(READ) or argument not in ('agent_name', 'task_id'):
             return []
         if argument == 'agent_name':
-            names = yield from self._agents(ask.by, 500, all=True)
+            agents = yield from self._query(request.by, 'agent.list', {'limit': 500})
+            names = [agent['name'] for agent in agents['agents']]
         else:
-            names = [task['task_id'] for task in (yield from self._ask(ask.by, 'task.list', {}))['tasks']]
+            tasks = yield from self._query(request.by, 'task.list', {})
+            names = [task['task_id'] for task in tasks['tasks']]
         return [name for name in names if name.lower().startswith(value.lower())]
 
 
 @cache
 def _operation(name: str) -> tuple[Op, Json]:
-    """The row of a tool, and the arguments that are given with its name."""
-    of, given = PRESETS.get(name, (name, {}))
-    return BY_NAME[of], given
+    """The operation of a tool, and the arguments that its preset fixes."""
+    operation, fixed = PRESETS.get(name, (name, {}))
+    return BY_NAME[operation], fixed
 
 
-def _with(arguments: Json, given: Json) -> Json:
-    taken = next((name for name in given if name in arguments), None)
-    if taken:
-        raise Fault(INVALID_PARAMS, f'{taken} is not an argument of this tool')
-    return arguments | given
+def _with(arguments: Json, fixed: Json) -> Json:
+    """The arguments with those that a preset fixes. Raises Fault if the caller sent one of them."""
+    conflict = next((name for name in fixed if name in arguments), None)
+    if conflict:
+        raise Fault(INVALID_PARAMS, f'{conflict} is not an argument of this tool')
+    return arguments | fixed
 
 
 def _no_resource(uri: str, why: str = '') -> Fault:
     if not re.match(r'tinytown://', uri):
-        why = 'the resources of this server begin with tinytown://'
-    return Fault(NO_RESOURCE, f'there is no resource {uri[:200]!r}' + (f': {why}' if why else ''), {'uri': uri})
+        why = 'the resources of this server start with tinytown://'
+    return Fault(RESOURCE_NOT_FOUND, f'there is no resource {uri[:200]!r}' + (f': {why}' if why else ''), {'uri': uri})

@@ -1,4 +1,7 @@
-"""What a model reads over MCP beside tools: instructions, resources, prompts. Pure: takes data, gives data."""
+"""The texts of the MCP catalog apart from tools: instructions, next steps after errors, resources, prompts.
+
+Pure functions of data that `catalog` fetches.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +14,35 @@ from ..model import Json
 from ..state.event_feed import Event
 
 INSTRUCTIONS: Final = (
-    'This server runs a town of AI coding agents. Begin with town_get_status: it tells who is working on what. '
-    'agent_spawn starts an agent, task_assign gives it work that is tracked to its end, task_get and agent_wait tell '
-    'how it goes, agent_get_result what came of it. Work that any agent may do goes to the backlog (backlog_add). '
-    'Name an agent by its name and a task by its task_id in every call.'
+    'This server runs a town of AI coding agents. Start with town_get_status: it shows which agent works on what. '
+    'agent_spawn starts an agent. task_assign gives an agent a task, and the town tracks the task until it ends. '
+    'task_get and agent_wait show the progress, agent_get_result shows the result. Put work that any agent may do into '
+    'the backlog (backlog_add). In every call, name an agent by its name and a task by its task_id.'
 )
 
-# By the code of an error.
+# By error code.
 _NEXT_STEPS: Final = {
     'ambiguous-agent': 'Use agent_list to see names and ids.',
-    'agent-not-accepting': 'Use agent_restart, or backlog_add to leave the task to any agent.',
+    'agent-not-accepting': 'Use agent_restart, or backlog_add so that any agent can take the task.',
     'agent-live': 'Use agent_kill first.',
     'name-taken': 'Use agent_list to see the names in use.',
-    'max-agents': 'Use agent_list, and agent_kill for one that is not needed.',
+    'max-agents': 'Use agent_list, then agent_kill for an agent that is not needed.',
     'bad-transition': 'Use agent_list to see the states.',
     'task-not-found': 'Use task_list to find its task_id.',
-    'task-not-pending': 'Use backlog_list to see what waits there.',
-    'task-not-running': 'Use task_get to see where it is.',
-    'task-not-failed': 'Use task_get to see where it is.',
+    'task-not-pending': 'Use backlog_list to see which tasks wait there.',
+    'task-not-running': 'Use task_get to see its state.',
+    'task-not-failed': 'Use task_get to see its state.',
     'task-finished': 'Use task_get to see its result.',
-    'stale-attempt': 'Another attempt holds the task now: drop this one, or use task_get to look.',
+    'stale-attempt': 'Another attempt holds the task now: give up this attempt. task_get shows the current one.',
     'no-dead-letter': 'Use deadletter_list.',
     'insufficient-scope': 'Ask the people who run the town for a key with that scope.',
-    'redis-unavailable': 'The outcome is not known: look with town_get_status before you try again.',
-    'force-needed': 'Do so only if the people who run the town asked for it.',
+    'redis-unavailable': 'The outcome is unknown: check with town_get_status before you try again.',
+    'force-needed': 'Use force only if the people who run the town asked for it.',
 }
 
 
 def next_steps(code: str) -> list[str]:
-    """What to do after an error of that code."""
+    """What to do after an error with this code: one sentence, or none."""
     return [_NEXT_STEPS[code]] if code in _NEXT_STEPS else []
 
 
@@ -49,7 +52,7 @@ RESOURCES: Final[list[Json]] = [
         'uri': 'tinytown://town/current',
         'name': 'town',
         'title': 'The town',
-        'description': 'The town and its agents, as town_get_status tells it',
+        'description': 'The town and its agents, as town_get_status shows them',
         **_JSON,
     },
     {
@@ -72,14 +75,14 @@ TEMPLATES: Final[list[Json]] = [
         'uriTemplate': 'tinytown://agents/{agent_name}',
         'name': 'agent',
         'title': 'An agent',
-        'description': 'One agent: state, process, current task, what waits in its inbox',
+        'description': 'One agent: state, process, current task, length of its inbox',
         **_JSON,
     },
     {
         'uriTemplate': 'tinytown://tasks/{task_id}',
         'name': 'task',
         'title': 'A task',
-        'description': 'One task: where it is, its attempt, its result or error',
+        'description': 'One task: state, agent, attempt, result or error',
         **_JSON,
     },
 ]
@@ -87,58 +90,58 @@ PROMPTS: Final[list[Json]] = [
     {
         'name': 'conductor.startup_context',
         'title': 'Conductor: startup context',
-        'description': 'What a conductor of the town should know before it begins: agents, tasks, backlog, how to act',
+        'description': 'What a conductor of the town needs to know at the start: agents, tasks, backlog, how to act',
     },
     {
         'name': 'agent.role_hint',
         'title': 'Agent: role hint',
-        'description': 'What an agent is for, and the backlog entries that fit it',
+        'description': 'The role of an agent, and the tasks of the backlog that match it',
         'arguments': [
             {'name': 'agent_name', 'title': 'Agent', 'description': 'Name of the agent', 'required': True},
-            {'name': 'tags', 'title': 'Tags', 'description': 'Words to match, comma separated', 'required': False},
+            {'name': 'tags', 'title': 'Tags', 'description': 'Tags to match, comma separated', 'required': False},
         ],
     },
 ]
 
-_PLAIN: Final = {
+_OPERATIONS: Final = {
     'tinytown://town/current': 'town.get_status',
     'tinytown://agents': 'agent.list',
     'tinytown://backlog': 'backlog.list',
 }
-_ONE: Final = re.compile(r'tinytown://(agents|tasks)/([^/?#]+)')
+_TEMPLATE_URI: Final = re.compile(r'tinytown://(agents|tasks)/([^/?#]+)')
 
 
 def parse_resource_uri(uri: str) -> tuple[str, Json] | None:
-    """The operation and arguments that a resource stands for."""
-    if uri in _PLAIN:
-        return _PLAIN[uri], {}
-    match = _ONE.fullmatch(uri)
+    """The operation that answers for a resource, and its arguments; None if the URI is not a resource."""
+    if uri in _OPERATIONS:
+        return _OPERATIONS[uri], {}
+    match = _TEMPLATE_URI.fullmatch(uri)
     if not match:
         return None
     name = unquote(match[2])
     return ('agent.get', {'agent': name}) if match[1] == 'agents' else ('task.get', {'task_id': name})
 
 
-def touched(events: Iterable[Event]) -> set[str] | None:
-    """The resources that events have changed; None: any of them."""
-    found: set[str] = set()
+def changed_resources(events: Iterable[Event]) -> set[str] | None:
+    """The URIs of the resources that events have changed; None if any resource may have changed."""
+    uris: set[str] = set()
     for event in events:
         if event.is_gap:
             return None
         fields = event.fields
         if fields['type'] == 'town.reset':
             return None
-        found |= {'tinytown://town/current', 'tinytown://agents'}
+        uris |= {'tinytown://town/current', 'tinytown://agents'}
         for ref in (fields.get('agent_name'), fields.get('agent_id')):
             if ref:
-                found.add(f'tinytown://agents/{quote(ref)}')
+                uris.add(f'tinytown://agents/{quote(ref)}')
         if 'task_id' in fields:
-            found |= {f'tinytown://tasks/{fields["task_id"]}', 'tinytown://backlog'}
-    return found
+            uris |= {f'tinytown://tasks/{fields["task_id"]}', 'tinytown://backlog'}
+    return uris
 
 
 def knows(ref: Json) -> bool:
-    """Whether this is a reference (completion/complete) to a prompt or template that there is."""
+    """Whether a reference of `completion/complete` names an existing prompt, template or resource."""
     if ref.get('type') == 'ref/prompt':
         return any(prompt['name'] == ref.get('name') for prompt in PROMPTS)
     known = [template['uriTemplate'] for template in TEMPLATES] + [resource['uri'] for resource in RESOURCES]
@@ -149,30 +152,30 @@ def knows(ref: Json) -> bool:
 
 
 def startup_context(status: Json, backlog: Json) -> str:
-    """Where the town stands, and how to conduct it."""
+    """The text of the prompt `conductor.startup_context`: the state of the town, and how to run it."""
     counts = ', '.join(f'{count} {state}' for state, count in status['tasks'].items() if count) or 'none'
     parts = [
-        f'You conduct the town {status["name"]}: you plan, give work to agents, and look after what comes of it.',
+        f'You conduct the town {status["name"]}: you plan, give work to agents, and check their results.',
         '## Agents\n\n' + ('\n'.join(_agent_line(agent) for agent in status['agents']) or 'None yet; use agent_spawn.'),
         f'## Tasks\n\n{counts}',
         _backlog_part(backlog['backlog'], backlog['count']),
         '## How to act\n\n'
-        'Give one agent a task with task_assign; leave work for anyone with backlog_add; ask with message_send. '
-        'Look with town_get_status, wait with agent_wait, read what came of it with agent_get_result. '
-        'A task that failed for good is in deadletter_list.',
+        'Give one agent a task with task_assign; add work for any agent with backlog_add; ask questions with '
+        'message_send. Check the state with town_get_status, wait with agent_wait, read results with agent_get_result. '
+        'deadletter_list lists the tasks that failed for good.',
     ]
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 def role_hint(town: str, agent: Json, tags: Sequence[str], backlog: Json) -> str:
-    """What an agent is for, and what waits for someone like it."""
+    """The text of the prompt `agent.role_hint`: the role of an agent, and the backlog's tasks with matching tags."""
     words = {word.lower() for word in (*tags, agent['role_id'] or '') if word}
-    fitting = [task for task in backlog['backlog'] if words & {tag.lower() for tag in task['tags']}]
+    matching = [task for task in backlog['backlog'] if words & {tag.lower() for tag in task['tags']}]
     role = f'a {agent["role_id"]}' if agent['role_id'] else 'an agent'
     parts = [
         f'{agent["name"]} is {role} of the town {town}.\n\n{_agent_line(agent)}',
-        _backlog_part(fitting, len(fitting)) if fitting else 'Nothing in the backlog has tags that fit it.',
-        'Give it one of these with backlog_claim, or a task of its own with task_assign.',
+        _backlog_part(matching, len(matching)) if matching else 'No task in the backlog has a matching tag.',
+        'Give it one of these with backlog_claim, or a new task with task_assign.',
     ]
     return '\n\n'.join(parts) + '\n'
 

@@ -1,4 +1,4 @@
-"""The messages of MCP: JSON-RPC 2.0, one JSON object each; the codes of errors; the revisions that are spoken here."""
+"""The messages of MCP, which are JSON-RPC 2.0 objects: parsing, encoding, error codes, supported protocol revisions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ..model import Json
 
 MODERN: Final = '2026-07-28'
 LEGACY: Final = ('2025-11-25', '2025-06-18', '2025-03-26', '2024-11-05')
-BATCHING: Final = '2025-03-26'  # the one revision with arrays of messages; and what a client without a header speaks
+BATCHING: Final = '2025-03-26'  # the only revision with arrays of messages, and the default without a version header
 META_PREFIX: Final = 'io.modelcontextprotocol/'
 
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600
-NO_METHOD: Final = -32601
+METHOD_NOT_FOUND: Final = -32601
 INVALID_PARAMS: Final = -32602
-INTERNAL: Final = -32603
-NO_RESOURCE: Final = -32002  # legacy; INVALID_PARAMS since
+INTERNAL_ERROR: Final = -32603
+RESOURCE_NOT_FOUND: Final = -32002  # legacy revisions only; the modern one answers INVALID_PARAMS
 HEADER_MISMATCH: Final = -32020
 MISSING_CAPABILITY: Final = -32021
 UNSUPPORTED_VERSION: Final = -32022
@@ -26,7 +26,11 @@ Id = str | int
 
 
 class Fault(Exception):
-    """A protocol error. `id` is that of the request, where it could be read; `status` of HTTP, if not the code's."""
+    """A protocol error.
+
+    `id` is the id of the request, None if it could not be read. `status` is the HTTP status, 0 if it follows from the
+    code (`headers.status_of`).
+    """
 
     def __init__(self, code: int, message: str, data: Any = None, id: Id | None = None, status: int = 0) -> None:
         super().__init__(message)
@@ -38,7 +42,7 @@ class Fault(Exception):
 
 
 def error_reply(fault: Fault) -> Json:
-    """A fault as a message."""
+    """The JSON-RPC error response for a fault."""
     error: Json = {'code': fault.code, 'message': fault.message}
     if fault.data is not None:
         error['data'] = fault.data
@@ -46,18 +50,18 @@ def error_reply(fault: Fault) -> Json:
 
 
 def encode_message(message: Any) -> bytes:
-    """A message as it is sent: one line of UTF-8."""
+    """Encodes a message as one line of UTF-8, without the line end."""
     return json.dumps(message, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
 
 
 def decode(data: bytes) -> Any:
-    """A message as it was sent. Raises Fault."""
+    """Parses a message. Raises Fault."""
     try:
         return json.loads(data.decode('utf-8'), parse_constant=_refuse_constant)
     except RecursionError:
-        raise Fault(PARSE_ERROR, 'this is nested too deep') from None
+        raise Fault(PARSE_ERROR, 'the message is nested too deeply') from None
     except ValueError as e:
-        raise Fault(PARSE_ERROR, f'this is not JSON in UTF-8: {e}') from None
+        raise Fault(PARSE_ERROR, f'the message is not JSON in UTF-8: {e}') from None
 
 
 def _refuse_constant(name: str) -> None:
@@ -65,37 +69,42 @@ def _refuse_constant(name: str) -> None:
 
 
 def unsupported(version: str) -> Fault:
-    """The error for a revision that is not spoken here."""
+    """The error for a protocol revision that this server does not support."""
     data = {'supported': [MODERN], 'requested': version}
-    return Fault(UNSUPPORTED_VERSION, f'MCP {version[:40]!r} is not spoken here; {MODERN} is', data)
+    return Fault(UNSUPPORTED_VERSION, f'MCP {version[:40]!r} is not supported; use {MODERN}', data)
 
 
 def envelope(message: Any) -> tuple[str | None, Json, Id | None]:
-    """Method, parameters and id of a JSON-RPC message; the method is None for a response. Raises Fault."""
+    """Checks the JSON-RPC envelope of a message, and returns (method, params, id).
+
+    The method is None for a response, the id is None for a notification. Raises Fault.
+    """
     if not isinstance(message, dict) or message.get('jsonrpc') != '2.0':
-        raise Fault(INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
-    number = message.get('id')
-    readable = isinstance(number, (str, int)) and not isinstance(number, bool)
+        raise Fault(INVALID_REQUEST, 'a message must be an object with "jsonrpc": "2.0"')
+    message_id = message.get('id')
+    is_valid_id = isinstance(message_id, (str, int)) and not isinstance(message_id, bool)
     if 'method' not in message and ('result' in message or 'error' in message):
         return None, {}, None
     method, params = message.get('method'), message.get('params', {})
-    if 'id' in message and not readable:
-        raise Fault(INVALID_REQUEST, 'id must be a text or a whole number')
+    if 'id' in message and not is_valid_id:
+        raise Fault(INVALID_REQUEST, 'id must be a string or a whole number')
     if not isinstance(method, str):
-        raise Fault(INVALID_REQUEST, 'method must be a text', id=number)
+        raise Fault(INVALID_REQUEST, 'method must be a string', id=message_id)
     if not isinstance(params, dict):
-        raise Fault(INVALID_PARAMS, 'params must be an object', id=number)
-    return method, params, number
+        raise Fault(INVALID_PARAMS, 'params must be an object', id=message_id)
+    return method, params, message_id
 
 
-def text_of(params: Json, name: str) -> str:
+def string_param(params: Json, name: str) -> str:
+    """A required string parameter. Raises Fault."""
     value = params.get(name)
     if not isinstance(value, str):
-        raise Fault(INVALID_PARAMS, f'{name} must be a text')
+        raise Fault(INVALID_PARAMS, f'{name} must be a string')
     return value
 
 
-def object_of(params: Json, name: str) -> Json:
+def object_param(params: Json, name: str) -> Json:
+    """An optional object parameter, {} if it is missing or null. Raises Fault."""
     value = params.get(name)
     if value is None:
         return {}

@@ -1,7 +1,8 @@
-"""Legacy sessions over HTTP: what a client subscribed to, and the stream on which it hears of it.
+"""Legacy MCP sessions over HTTP: the subscriptions of a client, and the stream that carries its notifications.
 
-The id of a session is random and says nothing; a session is made when its id is first used. It belongs to whoever made
-it, and authenticates nobody. One process has its sessions for itself.
+A session id is random. `issue` only makes the id; the session itself is created when a request first uses the id. A
+session belongs to the principal that created it, and never authenticates a request. Sessions are not shared between
+worker processes. Used by `streamable_http`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from ..model import Json
 from .jsonrpc import encode_message
 from .protocol import Session
 
-IDLE_SECS: Final = 3600.0  # after which an unused session without a stream ends
-MAX_SESSIONS: Final = 1024  # sessions, and as many that have ended; the longest unused give way
+IDLE_SECS: Final = 3600.0  # a session without a stream ends after so long without a request
+MAX_SESSIONS: Final = 1024  # limit for open sessions, and for remembered ids of ended ones; the least used go first
 _ID: Final = re.compile(r'[0-9a-f]{32}')
 
 
-class Open:
-    """One session, and its stream if there is one. Everything but `session.send` belongs to the loop's thread."""
+class HttpSession:
+    """One session and its stream, if it has one. Only `session.send` may be called outside the event loop's thread."""
 
     def __init__(self, id: str, owner: str) -> None:
         self.id = id
@@ -34,7 +35,7 @@ class Open:
         self.used = time.monotonic()
 
     def attach(self, stream: Stream) -> None:
-        """Has what is sent go there; an older stream is closed."""
+        """Sends notifications to this stream from now on, and closes the previous one."""
         old, self.stream = self.stream, stream
         if old:
             old.close()
@@ -49,7 +50,7 @@ class Open:
             stream.call_soon(lambda: stream.send(data))
 
     def end(self) -> None:
-        """Ends its subscriptions, what is under way in it, and its stream."""
+        """Ends the subscriptions, running requests and stream of the session."""
         self.session.end()
         stream, self.stream = self.stream, None
         if stream:
@@ -57,52 +58,55 @@ class Open:
 
 
 class Sessions:
-    """The sessions of this process."""
+    """The sessions of this worker process."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, Open] = OrderedDict()
+        self._open: OrderedDict[str, HttpSession] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def issue(self) -> str:
-        """An id for a new session."""
+        """A random id for a session, which the first request with this id creates."""
         return os.urandom(16).hex()
 
-    def open(self, owner: str) -> Open:
-        """A new session."""
+    def open(self, owner: str) -> HttpSession:
+        """Creates a session."""
         return self.find(self.issue(), owner)
 
-    def find(self, id: str, owner: str) -> Open:
-        """The session of that id. Raises NotFound for one that has ended, or is another's."""
-        found = self._open.get(id)
-        if found is None:
+    def find(self, id: str, owner: str) -> HttpSession:
+        """The session with this id, created if the id is new.
+
+        `owner` is the name of the calling principal. Raises NotFound if the session has ended or has another owner.
+        """
+        session = self._open.get(id)
+        if session is None:
             if id in self._ended or not _ID.fullmatch(id):
                 raise _unknown()
-            found = self._open[id] = Open(id, owner)
+            session = self._open[id] = HttpSession(id, owner)
             self._make_room()
-        if found.owner != owner:
+        if session.owner != owner:
             raise _unknown()
         self._open.move_to_end(id)
-        found.used = time.monotonic()
-        return found
+        session.used = time.monotonic()
+        return session
 
     def _make_room(self) -> None:
-        """Drops what has not been used for long; of too many the longest unused, those with a stream last."""
+        """Ends idle sessions. If too many are left, ends the least recently used, preferably one without a stream."""
         stale = time.monotonic() - IDLE_SECS
-        for each in [each for each in self._open.values() if each.used < stale and each.stream is None]:
-            self.end(each)
+        for session in [session for session in self._open.values() if session.used < stale and session.stream is None]:
+            self.end(session)
         if len(self._open) > MAX_SESSIONS:
-            idle = next((each for each in self._open.values() if each.stream is None), None)
+            idle = next((session for session in self._open.values() if session.stream is None), None)
             self.end(idle or next(iter(self._open.values())))
 
-    def end(self, found: Open) -> None:
+    def end(self, session: HttpSession) -> None:
         """Ends a session: from now on its id is refused."""
-        if self._open.pop(found.id, None) is None:
+        if self._open.pop(session.id, None) is None:
             return
-        self._ended[found.id] = None
+        self._ended[session.id] = None
         if len(self._ended) > MAX_SESSIONS:
             self._ended.popitem(last=False)
-        found.end()
+        session.end()
 
 
 def _unknown() -> NotFound:
-    return NotFound('there is no such session; begin anew with initialize', code='no-such-session')
+    return NotFound('there is no such session; start a new one with initialize', code='no-such-session')

@@ -1,4 +1,4 @@
-"""The REST front end: routes over the table of operations, health, metrics, OpenAPI, event streams, the dashboard.
+"""The REST front end: a route for every operation, health, metrics, OpenAPI, server-sent events, the dashboard.
 
 Start with `app`.
 """

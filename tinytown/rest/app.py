@@ -1,4 +1,8 @@
-"""REST: the operations table over HTTP, and the few routes beside it."""
+"""The REST application: the table of operations over HTTP, and the few routes beside it.
+
+The HTTP server calls `RestApp.begin` when it has read the head of a request, and `RestApp.handle` when it has read the
+body. The functions at the end read the arguments of an operation from path, query and body.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ from .metrics import Meter
 from .sse_events import EventStreams
 from .sse_logs import LogStreams
 
-MOST_DEPTH: Final = 32
+MAX_DEPTH: Final = 32  # how deep the JSON of a body may nest
 _IDEMPOTENCY_KEY: Final = re.compile(r'[\x21-\x7e]{1,255}')
 
 Plain = Callable[[Request], Answer]
@@ -37,9 +41,9 @@ Plain = Callable[[Request], Answer]
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """A route that is no operation. Only callers who are known come in, unless it `is_open` now.
+    """A route that is not an operation. The caller must authenticate, unless `is_open()`.
 
-    `name` is what it is called in metrics and in the record of a refusal.
+    `name` stands for the route in metrics and in the audit record of a refusal.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Guarded:
 
 
 class RestApp:
-    """The application that `web.Server` serves for a town."""
+    """The application of a `tinytown.http.server.Server`, for one town. An empty `table` leaves out all operations."""
 
     def __init__(
         self,
@@ -73,26 +77,29 @@ class RestApp:
                 if method:
                     self._router.add(method, op.path, op)
         for path, name in ROUTES.items():
-            if table or name != 'openapi':  # which speaks of the table
+            if table or name != 'openapi':  # the OpenAPI document describes the table
                 handle, is_open = partial(self.probes.handle, name), partial(self.probes.is_open, name)
                 self.add('GET', path, Guarded(name, handle, is_open))
 
     def add(self, method: str, path: str, target: Guarded) -> None:
-        """A further route."""
+        """Adds a route."""
         self._router.add(method, path, target)
 
-    # -------------------------------------------------------------------------------------- what the server asks
+    # ------------------------------------------------------------------------------------------ called by the server
 
     def meet(self, sock: socket.socket, address: Any) -> Peer:
-        """Who is at the other end of a connection."""
+        """Identifies the peer of a new connection."""
         return self.access.meet(sock, address)
 
     def refused(self, request: Request, error: TownError) -> None:
-        """Puts a refusal on record that came before the route was known."""
+        """Writes an audit record for a request that was refused before its route was known."""
         self.access.refused(request, '', {}, error)
 
     def begin(self, request: Request) -> None:
-        """Finds the route, and who calls. Raises NotFound, MethodNotAllowed, and what `Access.admit` raises."""
+        """Finds the route of a request, and admits its caller.
+
+        Raises NotFound, MethodNotAllowed, and what `Access.admit` raises.
+        """
         if request.method == 'OPTIONS':
             request.target = options(request, self._router.allow(request.path))
             return
@@ -103,6 +110,7 @@ class RestApp:
             self.access.admit(request, target.name, request.values)
 
     def handle(self, request: Request) -> Answer:
+        """The answer to a request after `begin`. Its steps raise TownError."""
         target = request.target
         if isinstance(target, Op):
             if target.name in self._streams:
@@ -129,12 +137,12 @@ class RestApp:
         return Response(op.status, encode_answer(answer))
 
     def read(self, request: Request, op: Op) -> Generator[Command, Any, dict[str, Any]]:
-        """The arguments of a request, once it is known who calls. Raises TownError."""
+        """Authenticates the caller, and reads the arguments. Raises TownError."""
         yield from self.access.prove(request, op.name, request.values)
         return read_arguments(request, op)
 
-    def ask(self, request: Request, op: Op, arguments: dict[str, Any]) -> Generator[Command, Any, Any]:
-        """What an operation gives, through the door. Raises TownError."""
+    def dispatch(self, request: Request, op: Op, arguments: dict[str, Any]) -> Generator[Command, Any, Any]:
+        """Authenticates the caller, and calls an operation with `dispatch.call`. Raises TownError."""
         by = yield from self.access.prove(request, op.name, request.values)
         return (yield from call(self.town, by, op, arguments, gate=self.access.gate(request)))
 
@@ -143,45 +151,46 @@ class RestApp:
 
 
 def read_arguments(request: Request, op: Op) -> dict[str, Any]:
-    """The arguments of an operation from path, query and body; the door validates them.
+    """The arguments of an operation, from path, query and body. `dispatch.call` validates them later.
 
     Raises BadRequest, UnsupportedMediaType, Invalid.
     """
     arguments: dict[str, Any] = {}
     if request.method == 'POST':
         if request.query:
-            raise Invalid('POST takes its arguments in the body, not in the query', code='query-not-taken')
+            raise Invalid('send the arguments of POST in the body, not in the query', code='query-not-taken')
         arguments = read_body(request)
     else:
         if request.body:
-            raise BadRequest(f'{request.method} takes its arguments in the query; send no body', code='body-not-taken')
+            detail = f'send the arguments of {request.method} in the query, not in the body'
+            raise BadRequest(detail, code='body-not-taken')
         arguments = read_query(request.query, op.parameters)
     for name, value in request.values.items():
         if name in arguments:
-            pointer = {'pointer': f'/{name}', 'detail': 'stands in the path already'}
-            raise Invalid(f'/{name}: stands in the path already', errors=[pointer])
+            error = {'pointer': f'/{name}', 'detail': 'is already given in the path'}
+            raise Invalid(f'/{name}: is already given in the path', errors=[error])
         arguments[name] = value
     return arguments
 
 
 def read_query(query: str, parameters: dict[str, Parameter]) -> dict[str, Any]:
-    """The arguments in a query string. Each name may stand once."""
+    """The arguments in a query string, each converted by its parameter. Raises BadRequest, Invalid."""
     if not query:
         return {}
     arguments: dict[str, Any] = {}
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors='strict', max_num_fields=64)
     except (ValueError, UnicodeDecodeError):
-        raise BadRequest('the query is not UTF-8, or has over 64 fields') from None
+        raise BadRequest('the query is not UTF-8, or has more than 64 fields') from None
     for name, text in pairs:
         if name in arguments:
-            raise BadRequest(f'{name[:60]!r} stands in the query twice')
+            raise BadRequest(f'{name[:60]!r} is in the query twice')
         arguments[name] = parameters[name].read(text) if name in parameters else text
     return arguments
 
 
 def read_body(request: Request) -> dict[str, Any]:
-    """The JSON object of a body; an empty body is an empty one."""
+    """The JSON object in a body, {} for an empty body. Raises BadRequest, UnsupportedMediaType, Invalid."""
     if not request.body:
         return {}
     kind, _, parameters = request.field(b'content-type').partition(';')
@@ -196,9 +205,10 @@ def read_body(request: Request) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """A JSON text, strictly: UTF-8 without BOM, no duplicate names, lone surrogates, NaN or infinities, depth bounded.
+    """Parses JSON strictly: RFC 8259 within the limits of I-JSON (RFC 7493). Raises BadRequest.
 
-    Raises BadRequest.
+    Refuses a byte order mark, duplicate names, lone surrogates, NaN and infinities, numbers out of range, and nesting
+    deeper than MAX_DEPTH.
     """
     try:
         text = data.decode('utf-8')
@@ -206,29 +216,29 @@ def parse_json(data: bytes) -> Any:
         raise BadRequest(f'the body is not UTF-8 (byte {e.start})', code='malformed-json') from None
     if text.startswith('\ufeff'):
         raise BadRequest('the body starts with a byte order mark', code='malformed-json')
-    if _depth(text) > MOST_DEPTH:
-        raise BadRequest(f'the body is nested more than {MOST_DEPTH} deep', code='malformed-json')
+    if _depth(text) > MAX_DEPTH:
+        raise BadRequest(f'the body is nested more than {MAX_DEPTH} levels deep', code='malformed-json')
     try:
         value = _decoder.decode(text)
         if '\\u' in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        raise BadRequest('the body holds half of a surrogate pair', code='malformed-json') from None
+        raise BadRequest('the body contains half of a surrogate pair', code='malformed-json') from None
     except json.JSONDecodeError as e:
         raise BadRequest(
             f'the body is not JSON: {e.msg} (line {e.lineno}, column {e.colno})', code='malformed-json'
         ) from None
     except ValueError as e:
-        raise BadRequest(f'the body is not JSON that can be taken: {e}', code='malformed-json') from None
+        raise BadRequest(f'the body is not acceptable JSON: {e}', code='malformed-json') from None
 
 
 _BRACKETS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.S)
 
 
 def _depth(text: str) -> int:
-    """How deep brackets nest outside of strings; counted before parsing, which would recurse."""
-    if text.count('[') + text.count('{') <= MOST_DEPTH:
+    """How deep brackets nest outside of strings. Counted before parsing, because the parser recurses."""
+    if text.count('[') + text.count('{') <= MAX_DEPTH:
         return 0
     depth = deepest = 0
     for match in _BRACKETS.finditer(text):
@@ -242,11 +252,11 @@ def _depth(text: str) -> int:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'{twice[:60]!r} stands twice in an object')
-    return found
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        [(duplicate, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'{duplicate[:60]!r} is twice in one object')
+    return members
 
 
 def _integer(digits: str) -> int:

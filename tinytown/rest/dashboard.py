@@ -1,4 +1,4 @@
-"""The dashboard: one HTML file that carries its style and script, and a policy under which nothing else runs."""
+"""Serves the dashboard: one HTML file with inline style and script, and a policy that allows no other code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INLINE: Final = re.compile(r'<(style|script)>(.*?)</\1>', re.S)
 
 
 def dashboard_page() -> tuple[bytes, tuple[tuple[str, str], ...]]:
-    """The page, and the header fields that it is served with."""
+    """Returns (page, its header fields)."""
     page = files(__package__).joinpath('dashboard.html').read_text('utf-8')
     return page.encode(), (
         ('Content-Security-Policy', policy(page)),
@@ -25,8 +25,10 @@ def dashboard_page() -> tuple[bytes, tuple[tuple[str, str], ...]]:
 
 
 def policy(page: str) -> str:
-    """The Content Security Policy (W3C, level 3) of a page: its own inline style and script, known by their hashes,
-    requests to its own origin, and no way to make markup out of text.
+    """The Content Security Policy (W3C, level 3) of a page.
+
+    It allows the inline style and script by their hashes, and requests to the page's own origin. Trusted Types forbid
+    the script to turn text into markup.
     """
     hashes = {name: _hash(source) for name, source in _INLINE.findall(page)}
     return (
@@ -44,5 +46,5 @@ _PAGE, _HEADERS = dashboard_page()
 
 
 def answer(_request: Request) -> Response:
-    """GET /. Everyone may have the page; what it shows it asks for with the caller's key."""
+    """GET /. Needs no key, because the page holds no data: its script fetches the data with the user's key."""
     return Response(200, _PAGE, 'text/html; charset=utf-8', _HEADERS)

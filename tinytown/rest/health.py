@@ -1,4 +1,7 @@
-"""What machines ask of a townhall and is no operation: health, readiness, metrics, scaling, the OpenAPI document."""
+"""The routes for monitoring, which are not operations: health, readiness, metrics, scaling, the OpenAPI document.
+
+`app` adds them to its routes. `core.stats` counts tasks and agents; `metrics` renders them for Prometheus.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,20 @@ ROUTES: Final = {
     '/metrics': 'metrics',
     '/api/scaling': 'scaling',
     '/openapi.json': 'openapi',
-}  # all GET: the path, and the name under which it is counted
+}  # path of a GET route → its name in metrics
 
-_NUMBERS: Final = ('metrics', 'scaling')
+_GUARDED: Final = ('metrics', 'scaling')  # these show numbers of the town; townhall.metrics.scope may protect them
 
 Reply = Generator[Command, Any, Response]
 
 
 class HealthRoutes:
-    """Answers them for a town, which `town` gives. `is_draining`, set once there is a server, says that it stops."""
+    """Answers the monitoring routes.
+
+    `town` returns the town, which changes when the configuration is reloaded. `durability` is what Redis promises:
+    always, everysec, none or unknown. `is_draining` says whether the server is shutting down; it is set when the server
+    exists.
+    """
 
     def __init__(self, town: Callable[[], Town], access: Access, durability: str, meter: Meter) -> None:
         self.is_draining: Callable[[], bool] = lambda: False
@@ -43,43 +51,44 @@ class HealthRoutes:
         self._began = time.monotonic()
 
     def is_open(self, name: str) -> bool:
-        """Whether a probe answers callers who are not known: all but the town's numbers, if a scope is set for them."""
-        return name not in _NUMBERS or not self._town().config.townhall.metrics.scope
+        """Whether a route is open to unauthenticated callers: all, except metrics and scaling if they need a scope."""
+        return name not in _GUARDED or not self._town().config.townhall.metrics.scope
 
     def handle(self, name: str, request: Request) -> Answer:
-        """The answer of a probe. Who calls must have been admitted where it is not open."""
+        """The answer of a route. Unless the route is open, `Access.admit` must have admitted the request before."""
         if name == 'health':
             return Response(200, b'{"status":"ok","uptime_secs":%d}' % (time.monotonic() - self._began))
         if name == 'openapi':
-            from . import openapi  # late: few ask for it
+            from . import openapi  # late: rarely requested
 
             settings = self._town().config.townhall
             return Response(200, openapi.document_bytes(settings.auth.mode, settings.metrics.scope))
-        if name in _NUMBERS:
+        if name in _GUARDED:
             step = self._guarded(name, request)
             return Slow(step) if is_slow(request) else step
         return self._ready()
 
     def _ready(self) -> Reply:
-        found: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
-        began = time.monotonic()
+        report: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
+        start = time.monotonic()
         try:
             counted = yield from stats.take_census(self._town())
         except TownError as e:
-            found = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
+            report = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
         else:
-            found['redis_latency_ms'] = round((time.monotonic() - began) * 1000, 3)
-            found['dispatcher'] = stats.dispatcher(counted)
+            report['redis_latency_ms'] = round((time.monotonic() - start) * 1000, 3)
+            report['dispatcher'] = stats.dispatcher(counted)
         if self._access.keys_are_old:
-            found |= {'keys': 'old', 'detail': 'the keys are not taken up, old ones stay in force; the log says why'}
+            detail = 'the API keys could not be reloaded, the old ones stay in force; the log says why'
+            report |= {'keys': 'old', 'detail': detail}
         draining, audit = self.is_draining(), self._access.audit
         if not audit.is_writable():
-            detail = f'the audit can not be written ({audit.path}), so every change is refused'
-            found |= {'status': 'not_ready', 'detail': detail}
+            detail = f'the audit file {audit.path} cannot be written, so every change is refused'
+            report |= {'status': 'not_ready', 'detail': detail}
         if draining:
-            found |= {'status': 'not_ready', 'detail': 'this server stops; it takes no new connections'}
-        found |= {'town': self._town().name, 'durability': self._durability, 'draining': draining}
-        return _readiness(found['status'] == 'ready', encode_answer(found))
+            report |= {'status': 'not_ready', 'detail': 'this server is shutting down and accepts no new connections'}
+        report |= {'town': self._town().name, 'durability': self._durability, 'draining': draining}
+        return _readiness(report['status'] == 'ready', encode_answer(report))
 
     def _guarded(self, name: str, request: Request) -> Reply:
         scope = self._town().config.townhall.metrics.scope
@@ -89,13 +98,13 @@ class HealthRoutes:
         return (yield from self._metrics() if name == 'metrics' else self._scaling())
 
     def _metrics(self) -> Reply:
-        began = time.monotonic()
+        start = time.monotonic()
         counted, error = None, ''
         try:
             counted = yield from stats.take_census(self._town())
         except TownError as e:
             error = e.detail
-        text = render_metrics(self._meter, counted, time.monotonic() - began, error)
+        text = render_metrics(self._meter, counted, time.monotonic() - start, error)
         return _readiness(not error, text.encode(), CONTENT_TYPE)
 
     def _scaling(self) -> Reply:

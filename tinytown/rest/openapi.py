@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document, made from the operations table: what a client may send, and every answer it may get.
+"""Builds the OpenAPI 3.1 document from the table of operations: every request that is accepted, every possible answer.
 
-Names that clients are generated from stay as the original published them. What the document says of callers follows the
-configuration, so that it is true of the townhall that serves it.
+Start with `document`; `health` serves it. The operation ids that were published once never change, because clients are
+generated from them. The authentication part follows the configuration of the townhall that serves the document.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Place(TypedDict):
 
 
 class Problem(TypedDict):
-    """RFC 9457. `code` tells programs what `detail` tells people; `errors` points at what is invalid (RFC 6901)."""
+    """RFC 9457. `code` is for programs, `detail` for people; `errors` points at invalid arguments (RFC 6901)."""
 
     type: str
     title: str
@@ -74,14 +74,14 @@ _SHAPES: Final = {
 _ERRORS: Final = {kind.status: kind.__name__ for kind in TownError.__subclasses__()}
 
 
-def _referring(value: Any) -> Any:
-    """A schema with references where it says what a component says."""
+def _with_refs(value: Any) -> Any:
+    """Replaces every part of a schema that equals a component by a reference to it."""
     for name, shape in _SHAPES.items():
         if value == shape:
             return {'$ref': f'#/components/schemas/{name}'}
     if isinstance(value, dict):
-        return {key: _referring(each) for key, each in value.items()}
-    return [_referring(each) for each in value] if isinstance(value, list) else value
+        return {key: _with_refs(item) for key, item in value.items()}
+    return [_with_refs(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- operations
@@ -104,13 +104,14 @@ _IDS: Final = {
     'message.send': 'sendMessage',
     'recovery.recover_agents': 'recover',
     'recovery.reclaim_tasks': 'reclaim',
-}  # as published
-_NAMES_OTHERS: Final = frozenset(
+}  # published; the ids of other operations follow from their names
+_REFERENCES: Final = frozenset(
     {'agent', 'to', 'from', 'parent_agent_id', 'task_id', 'id'}
-)  # arguments that may be 404
+)  # arguments that name a record, so the answer may be 404
 
 
-# What is served as server-sent events too, where Accept asks for them; and what it takes beside its own arguments.
+# Operations that are also served as server-sent events, if Accept asks for them → the additional parameters of the
+# route.
 _STREAMS: Final[dict[str, Json]] = {
     'events.list': {name: parameter.schema for name, parameter in WAIT.items()},
     'agent.logs': {},
@@ -118,7 +119,7 @@ _STREAMS: Final[dict[str, Json]] = {
 
 
 def operation_id(op: Op, method: str) -> str:
-    """The name of a method in a generated client."""
+    """The operation id: the name of the method in a generated client."""
     if op.also:
         return f'getInbox{method.capitalize()}'
     group, _, verb = op.name.partition('.')
@@ -129,31 +130,31 @@ def _operation(op: Op, method: str, mode: str) -> Json:
     group = op.name.partition('.')[0].capitalize()
     takes_body = method == 'POST'
     inputs = op.input['properties']
-    named = [name for name in inputs if name not in op.placeholders]
-    found: Json = {
+    arguments = [name for name in inputs if name not in op.placeholders]
+    operation: Json = {
         'operationId': operation_id(op, method),
         'tags': [group],
         'summary': op.summary.split('. ')[0].split('; ')[0].rstrip('.'),
-        'description': _described(op),
+        'description': _description(op),
         'x-scope': op.scope,
         'parameters': [_parameter(name, inputs[name], 'path') for name in op.placeholders],
         'responses': {str(op.status): _answer(op.output)} | _errors(_failures(op, method, mode)),
     }
-    if takes_body and named:
-        found['requestBody'] = _body(op, named)
+    if takes_body and arguments:
+        operation['requestBody'] = _body(op, arguments)
     elif not takes_body:
-        found['parameters'] += [_parameter(name, inputs[name], 'query', op) for name in named]
+        operation['parameters'] += [_parameter(name, inputs[name], 'query', op) for name in arguments]
     if op.name in _STREAMS:
-        found['parameters'] += [_parameter(name, schema, 'query') for name, schema in _STREAMS[op.name].items()]
-        found['parameters'] += [{'$ref': '#/components/parameters/LastEventId'}]
-        found['responses'][str(op.status)]['content'][_EVENTS] = {'schema': {'type': 'string'}}
-    found['parameters'] += [{'$ref': '#/components/parameters/RequestId'}]
+        operation['parameters'] += [_parameter(name, schema, 'query') for name, schema in _STREAMS[op.name].items()]
+        operation['parameters'] += [{'$ref': '#/components/parameters/LastEventId'}]
+        operation['responses'][str(op.status)]['content'][_EVENTS] = {'schema': {'type': 'string'}}
+    operation['parameters'] += [{'$ref': '#/components/parameters/RequestId'}]
     if takes_body and op.changes:
-        found['parameters'] += [{'$ref': '#/components/parameters/IdempotencyKey'}]
-    return found | _security(op.scope, mode)
+        operation['parameters'] += [{'$ref': '#/components/parameters/IdempotencyKey'}]
+    return operation | _security(op.scope, mode)
 
 
-def _described(op: Op) -> str:
+def _description(op: Op) -> str:
     paragraphs = inspect.cleandoc(op.function.__doc__ or '').split('\n\n')
     return '\n\n'.join([' '.join(paragraph.split()) for paragraph in paragraphs] + [f'Needs the scope `{op.scope}`.'])
 
@@ -161,16 +162,16 @@ def _described(op: Op) -> str:
 def _parameter(name: str, schema: Json, place: str, op: Op | None = None) -> Json:
     required = place == 'path' or (op is not None and op.parameters[name].required)
     schema = dict(schema)
-    found: Json = {'name': name, 'in': place, 'required': required, 'description': schema.pop('description', name)}
+    parameter: Json = {'name': name, 'in': place, 'required': required, 'description': schema.pop('description', name)}
     if schema['type'] == 'array':
-        found |= {'style': 'form', 'explode': False}  # a,b
+        parameter |= {'style': 'form', 'explode': False}  # a,b
     if schema['type'] == 'boolean':
-        found |= {'allowEmptyValue': True}  # ?deep
-    return found | {'schema': schema}
+        parameter |= {'allowEmptyValue': True}  # ?deep
+    return parameter | {'schema': schema}
 
 
 def _body(op: Op, names: Iterable[str]) -> Json:
-    """The body of a request. What may be left out may be null as well."""
+    """The request body of an operation. Optional arguments may also be null."""
     properties, required = {}, []
     for name in names:
         parameter = op.parameters[name]
@@ -187,13 +188,13 @@ def _nullable(schema: Json) -> Json:
 
 
 def _failures(op: Op, method: str, mode: str) -> set[int]:
-    """What an operation may answer but success. What may meet any request is under `default`."""
-    refers = bool(_NAMES_OTHERS & set(op.parameters))
-    found = {400, 403, 422, 429, 500, 503}
-    found |= {401} if mode != 'none' else set()
-    found |= {404, 409} if refers else set()
-    found |= {409} if op.changes else set()
-    return found | ({413, 415} if method == 'POST' else set())
+    """The error statuses of an operation. Errors that any request may get are under `default` in the document."""
+    refers = bool(_REFERENCES & set(op.parameters))
+    statuses = {400, 403, 422, 429, 500, 503}
+    statuses |= {401} if mode != 'none' else set()
+    statuses |= {404, 409} if refers else set()
+    statuses |= {409} if op.changes else set()
+    return statuses | ({413, 415} if method == 'POST' else set())
 
 
 def _errors(statuses: Iterable[int]) -> Json:
@@ -208,9 +209,10 @@ def _security(scope: str, mode: str) -> Json:
     return {'security': [{scheme: [scope]} for scheme in schemes]}
 
 
-def _answer(schema: Json, content_type: str = _JSON, what: str = 'Done') -> Json:
+def _answer(schema: Json, content_type: str = _JSON, description: str = 'Done') -> Json:
     header = {'X-Request-ID': {'$ref': '#/components/headers/RequestId'}}
-    return {'description': what, 'headers': header, 'content': {content_type: {'schema': _referring(schema)}}}
+    content = {content_type: {'schema': _with_refs(schema)}}
+    return {'description': description, 'headers': header, 'content': content}
 
 
 # --------------------------------------------------------------------------------------------------------- components
@@ -218,11 +220,13 @@ def _answer(schema: Json, content_type: str = _JSON, what: str = 'Done') -> Json
 
 def _components(mode: str) -> Json:
     components: Json = {
-        'schemas': {name: _inside(shape) for name, shape in _SHAPES.items()},
+        'schemas': {name: _component(shape) for name, shape in _SHAPES.items()},
         'parameters': {'RequestId': _REQUEST_ID, 'IdempotencyKey': _IDEMPOTENCY_KEY, 'LastEventId': _LAST_EVENT_ID},
-        'headers': {'RequestId': {'description': 'The one that was sent, or a new one', 'schema': {'type': 'string'}}},
+        'headers': {
+            'RequestId': {'description': 'The id that the request sent, or a new one', 'schema': {'type': 'string'}}
+        },
         'responses': {name: _problem(HTTPStatus(status).phrase, status) for status, name in _ERRORS.items()}
-        | {'Other': _problem('What may be wrong with any request (a path, a method, HTTP itself)', 0)},
+        | {'Other': _problem('An error that any request may get (unknown path, wrong method, malformed HTTP)', 0)},
     }
     bearer = {'type': 'http', 'scheme': 'bearer'}
     if mode == 'api_key':
@@ -233,29 +237,29 @@ def _components(mode: str) -> Json:
     return components
 
 
-def _inside(shape: Json) -> Json:
-    """A component, referring to the others."""
-    return {key: _referring(each) for key, each in shape.items()}
+def _component(shape: Json) -> Json:
+    """A component, with references to the other components."""
+    return {key: _with_refs(item) for key, item in shape.items()}
 
 
 _REQUEST_ID: Final = {
     'name': 'X-Request-ID',
     'in': 'header',
-    'description': 'Stands in the log, in the audit and in the answer: letters, digits, ., _ and -, 128 at most; '
-    'any other is replaced',
+    'description': 'Identifies the request in the log, the audit and the answer. At most 128 letters, digits, ., _ and '
+    '-; any other value is replaced by a new id',
     'schema': {'type': 'string'},
 }
 _IDEMPOTENCY_KEY: Final = {
     'name': 'Idempotency-Key',
     'in': 'header',
-    'description': 'A request that is repeated with its key gets the first answer and changes nothing, for 24 hours',
+    'description': 'For 24 hours, a repeated request with the same key gets the first answer and changes nothing',
     'schema': {'type': 'string', 'pattern': r'^[\x21-\x7e]{1,255}$'},
 }
 _LAST_EVENT_ID: Final = {
     'name': 'Last-Event-ID',
     'in': 'header',
-    'description': 'With Accept: text/event-stream, the id of the last event that was received; the stream goes on '
-    'after it',
+    'description': 'With Accept: text/event-stream, the id of the last event that the client received; the stream '
+    'continues after it',
     'schema': {'type': 'string'},
 }
 _TEXT_HEADER: Final = {'schema': {'type': 'string'}}
@@ -267,13 +271,13 @@ _HEADERS: Final[dict[int, Json]] = {
 }
 
 
-def _problem(what: str, status: int) -> Json:
-    answer = _answer(_SHAPES['Problem'], _PROBLEM, what)
+def _problem(description: str, status: int) -> Json:
+    answer = _answer(_SHAPES['Problem'], _PROBLEM, description)
     answer['headers'] |= _HEADERS.get(status, {})
     return answer
 
 
-# ------------------------------------------------------------------------------------------- what is served beside them
+# --------------------------------------------------------------------------------------------------------- other routes
 
 
 def _plain(name: str, summary: str, description: str, responses: Json) -> Json:
@@ -290,24 +294,29 @@ def _plain(name: str, summary: str, description: str, responses: Json) -> Json:
 def _probes(mode: str, metrics_scope: str) -> Json:
     health = {'200': _answer(_SHAPES['Health'])}
     readiness = _SHAPES['Readiness']
-    ready = {'200': _answer(readiness, what='Ready'), '503': _answer(readiness, what='Not ready')}
+    ready = {'200': _answer(readiness, description='Ready'), '503': _answer(readiness, description='Not ready')}
     text = {'type': 'string'}
     metrics = {'200': _answer(text, CONTENT_TYPE), '503': _answer(text, CONTENT_TYPE, 'Redis does not answer')}
     guarded = _security(metrics_scope, mode) | _failing_guard(mode) if metrics_scope else {}
     scaling = {'200': _answer(_SHAPES['Scaling'])} | {'503': _errors([503])['503']}
     document = {'200': _answer({'type': 'object'})}
     page = {'200': _answer(text, _HTML)}
-    found = {
-        '/': ('dashboard', 'Show the dashboard', 'What it shows it asks for with the key that it is given.', page),
-        '/health': ('healthzCheck', 'Say that the process serves', 'It asks nobody else.', health),
-        '/healthz': ('healthCheck', 'The same as /health', 'It asks nobody else.', health),
-        '/ready': ('readyzCheck', 'Say whether requests can be served', _READY, ready),
+    routes = {
+        '/': ('dashboard', 'Show the dashboard', _DASHBOARD, page),
+        '/health': ('healthzCheck', 'Check that the process serves requests', _HEALTH, health),
+        '/healthz': ('healthCheck', 'The same as /health', _HEALTH, health),
+        '/ready': ('readyzCheck', 'Check whether operations can be served', _READY, ready),
         '/readyz': ('readinessCheck', 'The same as /ready', _READY, ready),
-        '/metrics': ('metrics', 'Show metrics', 'Prometheus text 0.0.4.', metrics),
-        '/api/scaling': ('scalingSignal', 'Say how many agents the town could use', _SCALING, scaling),
-        '/openapi.json': ('openapi', 'Show this document', 'It is made once.', document),
+        '/metrics': ('metrics', 'Show metrics', 'Prometheus text format 0.0.4.', metrics),
+        '/api/scaling': ('scalingSignal', 'Recommend how many agents the town needs', _SCALING, scaling),
+        '/openapi.json': (
+            'openapi',
+            'Show this document',
+            'The document changes only with the configuration.',
+            document,
+        ),
     }
-    paths: Json = {path: {'get': _plain(*described)} for path, described in found.items()}
+    paths: Json = {path: {'get': _plain(*route)} for path, route in routes.items()}
     for path, answers in (('/metrics', metrics), ('/api/scaling', scaling)):
         for key, value in guarded.items():
             paths[path]['get'][key] = value if key != 'responses' else answers | value
@@ -318,29 +327,31 @@ def _failing_guard(mode: str) -> Json:
     return {'responses': _errors({403, 429} | ({401} if mode != 'none' else set()))}
 
 
+_DASHBOARD: Final = 'The page itself needs no key. It fetches its data with the key that the user enters.'
+_HEALTH: Final = 'Does not depend on Redis or any other service.'
 _READY: Final = (
-    'dispatcher is idle where no task is with an agent, stalled where one is and no worker was heard of for a lease. '
-    'durability tells how safe an acknowledged change is: always, everysec or none.'
+    'dispatcher is idle if no agent has a task, and stalled if an agent has one but no worker has reported for the '
+    'length of a lease. durability says how safe an acknowledged change is: always, everysec or none.'
 )
 _SCALING: Final = (
-    'pending_tasks wait in the backlog or in an inbox, in_flight_tasks run, queue_depth is their sum, desired_agents '
-    'the lesser of that and max_agents. scale_up: more are desired than are active. scale_to_zero: none is desired, '
-    'and all that are active have been idle for agent.idle_timeout_secs. scale_down: fewer are desired than are '
-    'active, and nothing is pending.'
+    'pending_tasks wait in the backlog or in an inbox, in_flight_tasks are running, queue_depth is the sum of both. '
+    'desired_agents is the smaller of queue_depth and max_agents. scale_up: more agents are desired than active. '
+    'scale_to_zero: no agent is desired, and all active agents have been idle for agent.idle_timeout_secs. '
+    'scale_down: fewer agents are desired than active, and no task is pending.'
 )
 
 
 def _mcp(mode: str) -> Json:
-    """The endpoint of the Model Context Protocol. What is said there is described by that protocol."""
+    """The endpoint of the Model Context Protocol, whose own specification describes the messages."""
     anything: Json = {'content': {_JSON: {'schema': {}}, _EVENTS: {'schema': {}}, _PROBLEM: {'schema': {}}}}
-    named = (('post', 'Send a message'), ('get', 'Listen to what is told unasked'), ('delete', 'End a session'))
+    methods = (('post', 'Send a message'), ('get', 'Listen to notifications'), ('delete', 'End a session'))
     paths: Json = {}
-    for method, summary in named:
+    for method, summary in methods:
         paths[method] = {
             'operationId': f'mcp{method.capitalize()}',
             'tags': ['MCP'],
             'summary': f'{summary} (Model Context Protocol)',
-            'responses': {'default': {'description': 'As that protocol says'} | anything},
+            'responses': {'default': {'description': 'As specified by the protocol'} | anything},
         } | ({} if mode == 'none' else {'security': _security('', mode)['security']})
     paths['post']['requestBody'] = {'required': True, 'content': {_JSON: {'schema': {'type': ['object', 'array']}}}}
     return {'/mcp': paths}
@@ -350,7 +361,7 @@ def _mcp(mode: str) -> Json:
 
 
 def document(mode: str, metrics_scope: str) -> Json:
-    """The document for an authentication mode and the scope that metrics need ('' for none)."""
+    """The document for an authentication mode and a scope that metrics need ('' if they need none)."""
     paths = _probes(mode, metrics_scope)
     for op in OPERATIONS:
         for method in filter(None, (op.method, op.also)):
@@ -365,9 +376,9 @@ def document(mode: str, metrics_scope: str) -> Json:
 
 
 _ABOUT: Final = (
-    'The control plane of a town of AI coding agents. An agent is meant by its name, its id, or a unique start of the '
-    'id. Lists take `limit` and `cursor`, and give `next_cursor` where there is more. Errors are problem documents '
-    '(RFC 9457) with a stable `code`.'
+    'The control plane of a town of AI coding agents. Name an agent by its name, its id, or a unique prefix of the id. '
+    'Lists take `limit` and `cursor`; if there are more items, the answer has a `next_cursor`. Errors are problem '
+    'documents (RFC 9457) with a stable `code`.'
 )
 
 

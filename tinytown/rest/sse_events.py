@@ -1,8 +1,9 @@
-"""Events over HTTP beyond a page: server-sent events (the HTML standard, 9.2), and a page that waits for an event.
+"""Events of the town over HTTP: as a page, as server-sent events (HTML standard, section 9.2), as a long poll.
 
-Both begin with a page through the door, where it is decided who may see what, and go on from there with the one feed of
-the process. A client that takes slowly is given pages as it takes them, and the feed again once it has caught up: it is
-never more than a page behind in our memory, and misses nothing.
+Start with `EventStreams`, which `app` calls for GET /v1/events. A stream and a long poll begin with a page that is
+dispatched like any operation, so scopes and arguments are checked there. Then they continue with the event feed of the
+process (`state.event_feed`). A client that reads slowly gets pages instead, each when it has read the one before, and
+returns to the feed when it has caught up. So it misses nothing, and at most one page is buffered for it.
 """
 
 from __future__ import annotations
@@ -27,61 +28,64 @@ from ..state.event_feed import PAGE, Event, EventFeed
 from ..state.store import Step, Store
 
 HEARTBEAT: Final = b': \n\n'
-RETRY: Final = b'retry: 1000\n\n'  # ms until a client that lost its stream comes back
-MOST_SECS: Final = 25  # that a page may wait
-MOST_SHOWN: Final = 500  # events on a page
-_MANY: Final = 100  # events that went by unwanted, after which a client is told how far it is
+RETRY: Final = b'retry: 1000\n\n'  # a client reconnects after so many ms
+MAX_WAIT_SECS: Final = 25  # limit for a long poll
+MAX_EVENTS: Final = 500  # default limit for the events on a page
+_ID_EVERY: Final = 100  # after so many unwanted events in a row, the client is sent the id of the last
 
 
-class Door(Protocol):
-    """What a stream needs of the REST front end."""
+class Dispatch(Protocol):
+    """The part of `RestApp` that streams use."""
 
     town: Town
     feed: EventFeed
 
     def read(self, request: Request, op: Op) -> Step[dict[str, Any]]:
-        """The arguments of a request, once it is known who calls. Raises TownError."""
+        """Authenticates the caller, and reads the arguments. Raises TownError."""
         ...
 
-    def ask(self, request: Request, op: Op, arguments: dict[str, Any]) -> Step[Any]:
-        """What an operation gives, through the door. Raises TownError."""
+    def dispatch(self, request: Request, op: Op, arguments: dict[str, Any]) -> Step[Any]:
+        """Authenticates the caller, and calls an operation. Raises TownError."""
         ...
 
 
 def wants_stream(request: Request) -> bool:
     """Whether the Accept field names text/event-stream."""
-    for each in request.field(b'accept').lower().split(','):
-        kind, *parameters = (part.strip(' \t') for part in each.split(';'))
+    for entry in request.field(b'accept').lower().split(','):
+        kind, *parameters = (part.strip(' \t') for part in entry.split(';'))
         if kind == 'text/event-stream':
             return not any(part.rstrip('0.') == 'q=' for part in parameters)
     return False
 
 
 def stream_response(start: Callable[[Stream], None]) -> Response:
-    """A response of server-sent events. Who comes back after it ended resumes by the id of the last one."""
+    """A response of server-sent events. After it ends, a client resumes with the id of the last event it received."""
     headers = (('X-Accel-Buffering', 'no'), ('Vary', 'Accept'))
     return Response(200, b'', 'text/event-stream', headers, start, HEARTBEAT, RETRY)
 
 
 def page_response(answer: Any) -> Response:
-    """The same as a page of JSON."""
+    """A response with one page, as JSON."""
     return Response(200, encode_answer(answer), headers=(('Vary', 'Accept'),))
 
 
 def last_event_id(request: Request, parameter: Parameter) -> Any:
     """The value of Last-Event-ID, None if it was not sent. Raises Invalid."""
-    given = request.field(b'last-event-id')
-    if not given:
+    sent = request.field(b'last-event-id')
+    if not sent:
         return None
     errors: list[dict[str, str]] = []
-    value = parameter.check(parameter.read(given), '/Last-Event-ID', errors)
+    value = parameter.check(parameter.read(sent), '/Last-Event-ID', errors)
     if errors:
         raise Invalid(f'Last-Event-ID: {errors[0]["detail"]}', errors=errors)
     return value
 
 
 def event_frame(event: Event) -> bytes:
-    """An event on the wire. A gap has no id: who comes back without having caught up is to learn of it again."""
+    """An event as a server-sent event.
+
+    A gap has no id, so that a client that reconnects before it has caught up is told of the gap again.
+    """
     if event.is_gap:
         return b'event: gap\ndata: {"type":"gap","after":"%b"}\n\n' % event.id.encode()
     return b'id: %b\nevent: %b\ndata: %b\n\n' % (event.id.encode(), type_of(event)[:-1], event.data)
@@ -91,41 +95,41 @@ def event_frame(event: Event) -> bytes:
 
 
 class EventFollower:
-    """Gives the events after a position to `sink`, in order: pages until it has caught up, then the feed.
+    """Passes the events after a position to `sink`, in order: pages until it has caught up, then the feed.
 
-    `sink` is given what `page` in feed.py gives, and may be given nothing: then only the position has moved.
+    `sink` gets the events of `event_feed.page`. The list may be empty; then only `position` has changed.
     """
 
     def __init__(
-        self, stream: Stream, changes: EventFeed, store: Store, position: str, sink: Callable[[list[Event]], None]
+        self, stream: Stream, feed: EventFeed, store: Store, position: str, sink: Callable[[list[Event]], None]
     ) -> None:
         self._stream = stream
-        self._feed = changes
+        self._feed = feed
         self._store = store
         self._sink = sink
-        self._leave: event_feed.Unsubscribe | None = None
+        self._unsubscribe: event_feed.Unsubscribe | None = None
         self.position = position
         stream.on_close = self._pause
 
     def page(self) -> None:
         """Fetches the next page."""
-        self._stream.run(event_feed.page(self._store, self.position), self._paged)
+        self._stream.run(event_feed.page(self._store, self.position), self._page_fetched)
 
-    def _paged(self, found: tuple[list[Event], str] | None, _error: Exception | None) -> None:
-        if found is None:
-            self._stream.finish()  # Redis is away; the client comes back, and resumes
+    def _page_fetched(self, page: tuple[list[Event], str] | None, _error: Exception | None) -> None:
+        if page is None:
+            self._stream.finish()  # Redis is unavailable; the client reconnects and resumes
         elif self._stream.is_open:
-            events, self.position = found
+            events, self.position = page
             self._sink(events)
             self._stream.when_taken(self.page if len(events) >= PAGE else self.join)
 
     def join(self) -> None:
-        """Goes on with the feed."""
-        leave = self._feed.subscribe(self.position, self._arrived)
-        if leave is None:
+        """Continues with the feed, or with a page if the feed no longer reaches back to the position."""
+        unsubscribe = self._feed.subscribe(self.position, self._arrived)
+        if unsubscribe is None:
             self.page()
             return
-        self._leave = leave
+        self._unsubscribe = unsubscribe
         if not self._stream.is_open or self._stream.is_behind:
             self._fall_back()
 
@@ -133,59 +137,64 @@ class EventFollower:
         if not events[-1].is_gap:
             self.position = events[-1].id
         self._sink(events)
-        if self._leave and self._stream.is_behind:
+        if self._unsubscribe and self._stream.is_behind:
             self._fall_back()
 
     def _fall_back(self) -> None:
+        """Leaves the feed for pages, because the client has not read all that was sent."""
         self._pause()
         self._stream.when_taken(self.page)
 
     def _pause(self) -> None:
-        leave, self._leave = self._leave, None
-        if leave:
-            leave()
+        unsubscribe, self._unsubscribe = self._unsubscribe, None
+        if unsubscribe:
+            unsubscribe()
 
 
 class _Frames:
-    """Writes the wanted events on a stream. A gap at the very beginning is none to who has asked for no event."""
+    """Writes the wanted events to a stream.
 
-    def __init__(self, stream: Stream, wanted: Filter, has_asked: bool) -> None:
+    A gap at the start is only reported if the client `has_position`, an event to continue after: without one it has
+    missed nothing.
+    """
+
+    def __init__(self, stream: Stream, wanted: Filter, has_position: bool) -> None:
         self._stream = stream
         self._wanted = wanted
-        self._tells_gap = has_asked
-        self._passed = 0
+        self._reports_gap = has_position
+        self._skipped = 0
 
     def take(self, events: list[Event]) -> None:
-        told = [
-            event_frame(event) for event in events if (self._tells_gap if event.is_gap else self._wanted.fits(event))
+        frames = [
+            event_frame(event) for event in events if (self._reports_gap if event.is_gap else self._wanted.fits(event))
         ]
-        self._tells_gap = True
-        self._passed = 0 if told else self._passed + len(events)
-        if self._passed >= _MANY:
-            self._passed = 0
-            told = [b'id: %b\n\n' % events[-1].id.encode()]  # so that who comes back need not begin further up
-        self._stream.send(b''.join(told))
+        self._reports_gap = True
+        self._skipped = 0 if frames else self._skipped + len(events)
+        if self._skipped >= _ID_EVERY:
+            self._skipped = 0
+            frames = [b'id: %b\n\n' % events[-1].id.encode()]  # so that a client that reconnects need not reread them
+        self._stream.send(b''.join(frames))
 
 
 # --------------------------------------------------------------------------------------------------------- the route
 
 
 def _wait_parameter(*, wait: WaitSeconds = 0) -> None:
-    """How long to wait for an event where there is none."""
+    """Declares the parameter that this route takes in addition to those of its operation."""
 
 
 _WAITS: Final = re.compile(r'(?:^|&)wait=([0-9]{0,2}[1-9][0-9]?)(?:&|$)')
-WAIT: Final = signature(_wait_parameter)[0]  # which this route takes beside the operation's own
+WAIT: Final = signature(_wait_parameter)[0]
 
 
 class EventStreams:
-    """GET /v1/events in its three forms."""
+    """GET /v1/events in its three forms: page, stream, long poll."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, app: Dispatch) -> None:
+        self._app = app
 
     def answer(self, request: Request, op: Op) -> Answer:
-        """A page, a page that waits, or a stream."""
+        """A stream if Accept asks for one, a long poll if the query has `wait`, otherwise a page."""
         if wants_stream(request):
             step = self._open(request, op)
         elif (waits := _WAITS.search(request.query)) and request.method != 'HEAD':
@@ -195,20 +204,20 @@ class EventStreams:
         return Slow(step) if is_slow(request) else step
 
     def _read(self, request: Request, op: Op) -> Step[dict[str, Any]]:
-        """The arguments of the operation; `wait` is looked at, and left out."""
-        arguments = yield from self._door.read(request, op)
-        given = {name: WAIT[name].read(arguments.pop(name)) for name in WAIT if name in arguments}
-        validate(WAIT, given)
+        """The arguments of the operation. Validates `wait`, and leaves it out."""
+        arguments = yield from self._app.read(request, op)
+        wait = {name: WAIT[name].read(arguments.pop(name)) for name in WAIT if name in arguments}
+        validate(WAIT, wait)
         return arguments
 
     def _page(self, request: Request, op: Op) -> Step[Response]:
         arguments = yield from self._read(request, op)
-        return page_response((yield from self._door.ask(request, op, arguments)))
+        return page_response((yield from self._app.dispatch(request, op, arguments)))
 
     def _wanted(self, arguments: dict[str, Any]) -> Step[Filter]:
-        """What is wanted, by arguments that were found good."""
-        given = arguments.get('agent'), arguments.get('task'), arguments.get('type', ())
-        return (yield from choose(self._door.town.store, *given))
+        """The filter that valid arguments ask for."""
+        criteria = arguments.get('agent'), arguments.get('task'), arguments.get('type', ())
+        return (yield from choose(self._app.town.store, *criteria))
 
     # --------------------------------------------------------------------------------------------------- streams
 
@@ -216,13 +225,14 @@ class EventStreams:
         arguments = yield from self._read(request, op)
         resumed = last_event_id(request, op.parameters['after'])
         after = resumed or arguments.get('after', '')
-        page = yield from self._door.ask(request, op, arguments | {'limit': 1} | ({'after': after} if after else {}))
+        first = arguments | {'limit': 1} | ({'after': after} if after else {})
+        page = yield from self._app.dispatch(request, op, first)
         wanted = yield from self._wanted(arguments)
         position = json.loads(page)['next_after'] if after == '$' else whole(after)
 
         def start(stream: Stream) -> None:
             frames = _Frames(stream, wanted, bool(after))
-            follower = EventFollower(stream, self._door.feed, self._door.town.store, position, frames.take)
+            follower = EventFollower(stream, self._app.feed, self._app.town.store, position, frames.take)
             stream.send(b'%bid: %b\n\n' % (RETRY, position.encode()))
             stream.when_taken(follower.page)
 
@@ -231,38 +241,38 @@ class EventStreams:
     # ------------------------------------------------------------------------------------------------- long polls
 
     def _wait(self, request: Request, op: Op, seconds: int) -> Later:
-        poll = _Poll(self._door, request.id)
+        poll = _LongPoll(self._app, request.id)
 
         def start(stream: Stream) -> None:
             stream.run(
-                self._first(request, op), lambda found, error: poll.begin(stream, found, error), is_slow(request)
+                self._first(request, op), lambda first, error: poll.begin(stream, first, error), is_slow(request)
             )
 
-        return Later(start, lambda: poll.page([], False), min(seconds, MOST_SECS))
+        return Later(start, lambda: poll.page([], False), min(seconds, MAX_WAIT_SECS))
 
     def _first(self, request: Request, op: Op) -> Step[tuple[dict[str, Any], Filter, int]]:
-        """A first page, what is wanted after it, and at most how much of that."""
+        """Returns (the first page, the filter for later events, the limit for a page)."""
         arguments = yield from self._read(request, op)
-        page = yield from self._door.ask(request, op, arguments)
+        page = yield from self._app.dispatch(request, op, arguments)
         wanted = yield from self._wanted(arguments)
-        return json.loads(page), wanted, arguments.get('limit', MOST_SHOWN)
+        return json.loads(page), wanted, arguments.get('limit', MAX_EVENTS)
 
 
-class _Poll:
-    """A page that waits until there is something on it."""
+class _LongPoll:
+    """A request that is answered with a page as soon as there is an event on it."""
 
-    def __init__(self, door: Door, request_id: str) -> None:
-        self._door = door
+    def __init__(self, app: Dispatch, request_id: str) -> None:
+        self._app = app
         self._request_id = request_id
         self._position = ''
-        self._most = MOST_SHOWN
+        self._limit = MAX_EVENTS
 
-    def begin(self, stream: Stream, found: tuple[dict[str, Any], Filter, int] | None, error: Exception | None) -> None:
-        """Takes the first page: the answer, if there is something on it."""
-        if found is None:
+    def begin(self, stream: Stream, first: tuple[dict[str, Any], Filter, int] | None, error: Exception | None) -> None:
+        """Answers with the first page if there is something on it, otherwise waits for events."""
+        if first is None:
             stream.fail(error or ValueError('no answer'))
             return
-        page, wanted, self._most = found
+        page, wanted, self._limit = first
         self._position = page['next_after']
         if page['events'] or 'more' in page or 'gap' in page:
             stream.answer(page_response(page))
@@ -272,18 +282,18 @@ class _Poll:
     def _follow(self, stream: Stream, wanted: Filter) -> None:
         def take(events: list[Event]) -> None:
             self._position = follower.position
-            told = [event for event in events if not event.is_gap and wanted.fits(event)]
+            matching = [event for event in events if not event.is_gap and wanted.fits(event)]
             gap = bool(events) and events[0].is_gap
-            if told or gap:
-                stream.answer(self.page(told, gap))
+            if matching or gap:
+                stream.answer(self.page(matching, gap))
 
-        follower = EventFollower(stream, self._door.feed, self._door.town.store, self._position, take)
+        follower = EventFollower(stream, self._app.feed, self._app.town.store, self._position, take)
         follower.join()
 
     def page(self, events: list[Event], gap: bool) -> Response:
-        """What has come, and from where to go on."""
+        """The response with these events, and the position to continue from."""
         if not self._position:
-            return problem(Unavailable('Redis has not answered in time', code='timeout'), self._request_id)
-        more = len(events) > self._most
-        events = events[: self._most]
+            return problem(Unavailable('Redis did not answer in time', code='timeout'), self._request_id)
+        more = len(events) > self._limit
+        events = events[: self._limit]
         return page_response(as_page(events, events[-1].id if more else self._position, more, gap))
