@@ -138,8 +138,8 @@ def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFi
     ('name', 'part'),
     [
         ('tinytown.townhall', 'townhall'), ('tinytown.http', 'http'),
-        ('tinytown.state', 'redis'), ('tinytown.host', 'notify'), ('tinytown.auth.api_keys', 'townhall'),
-        ('tinytown.worker', 'caretaker'), ('tinytown.worker.steward', 'steward'), ('tinytown.mcp.protocol', 'mcp'),
+        ('tinytown.state', 'redis'), ('tinytown.host', 'notify'), ('tinytown.auth', 'townhall'),
+        ('tinytown.worker', 'caretaker'), ('tinytown.worker.steward', 'steward'), ('tinytown.mcp', 'mcp'),
         ('jwt.api_jwk', 'jwt'),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The repository as a whole: the README tells the truth, and nothing is in it that should not be."""
+"""The repository as a whole: nothing is in it that should not be."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from . import docs
 from .support import REPOSITORY
-
-README = (REPOSITORY / 'README.md').read_text()
-
-
-def test_the_readme_lists_every_operation_as_the_table_has_it() -> None:
-    assert docs.operations() in README
 
 
 def tracked_files() -> list[Path]:

@@ -41,7 +41,7 @@ _LAST_SECS: Final = 0.5  # for a reader to take what waits when the process ends
 _PARTS: Final = {
     'tinytown.state': 'redis',
     'tinytown.host': 'notify',
-    'tinytown.auth.api_keys': 'townhall',
+    'tinytown.auth': 'townhall',
     'tinytown.worker': 'caretaker',
 }
 _RENAMED: Final = {'PART': 'TINYTOWN_PART', 'PRINCIPAL': 'TINYTOWN_PRINCIPAL', 'PATH': 'URL_PATH', 'MS': 'DURATION_MS'}

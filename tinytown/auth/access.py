@@ -35,7 +35,7 @@ from .audit import Audit
 from .peer_uid import CAN_TELL, own_uids, uid_of
 from .rate_limit import Buckets, Throttle
 
-logger = logging.getLogger('tinytown.auth.api_keys')
+logger = logging.getLogger('tinytown.auth')
 
 CHALLENGE: Final = 'Bearer realm="tinytown"'
 _BEARER: Final = re.compile(r'(?i:bearer) +([!-~]+)')

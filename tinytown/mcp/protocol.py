@@ -39,7 +39,7 @@ from .jsonrpc import (
     unsupported,
 )
 
-logger = logging.getLogger('tinytown.mcp.protocol')
+logger = logging.getLogger('tinytown.mcp')
 
 LEVELS: Final = ('debug', 'info', 'notice', 'warning', 'error', 'critical', 'alert', 'emergency')
 _LIST_TTL_MS: Final = 60_000

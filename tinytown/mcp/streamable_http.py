@@ -34,7 +34,7 @@ from .jsonrpc import (
 from .protocol import McpRequest, McpServer, Session, not_batched
 from .sessions import HttpSession, Sessions
 
-logger = logging.getLogger('tinytown.mcp.protocol')
+logger = logging.getLogger('tinytown.mcp')
 
 PATH: Final = '/mcp'
 SSE_PATH: Final = '/sse'

@@ -13,13 +13,13 @@ import pytest
 from tinytown.errors import UsageError
 from tinytown.http.listener import Listener, open_listeners
 
-from .support import PATIENCE, environment
+from ..support import PATIENCE, environment
 
 # Prints what making listeners asks of the system. An audit hook sees every socket, and stays for good.
 WATCHED = """
 import os, sys
 from http.server import HTTPServer
-from tinytown.listen import open_listeners
+from tinytown.http.listener import open_listeners
 bind, count, passed = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 if passed:
     os.dup2(int(passed[0]), 3)
