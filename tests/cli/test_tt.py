@@ -613,7 +613,7 @@ def test_a_new_key_fits_its_hash_and_checksum(tt: Tt, line: str) -> None:
 
 
 def test_a_command_loads_only_what_it_uses(here: Place) -> None:
-    script = 'import sys; from tinytown.cli import main; main(["list"]); print(*sys.modules)'
+    script = 'import sys; from tinytown.cli.main import main; main(["list"]); print(*sys.modules)'
     done = subprocess.run(
         [sys.executable, '-c', script], cwd=here.root, env=environment(), capture_output=True, text=True, check=True
     )

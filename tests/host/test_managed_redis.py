@@ -146,7 +146,7 @@ def test_a_server_whose_socket_was_removed_gets_no_second_one_beside_it(
     pid = redis_pid(place)
     (place.root / '.tt' / 'redis.sock').unlink()
     with monkeypatch.context() as hurried:
-        hurried.setattr(managed_redis, 'START_SECS', 0.2)
+        hurried.setattr(managed_redis, 'REDIS_START_SECS', 0.2)
         with pytest.raises(UsageError, match=f'kill {pid}'):
             start_redis(place)
     assert servers(place) == [pid]

@@ -35,7 +35,7 @@ from tinytown.state.store import Store, scripts, text
 from ..ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
 from ..support import PATIENCE, REPOSITORY, Hall, Place, make_town, redis_pid
 
-LUA = (REPOSITORY / 'tinytown' / 'scripts.lua').read_text()
+LUA = (REPOSITORY / 'tinytown' / 'state' / 'scripts.lua').read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- the text
