@@ -14,7 +14,7 @@ from tests.ground import redis
 from tests.support import make_town
 from tinytown.host import managed_redis
 from tinytown.model import CONDUCTOR_ID, new_id
-from tinytown.state.client import _MORE, Wire
+from tinytown.state.client import RedisConnection
 from tinytown.state.store import Command, scripts
 
 AGENTS, MESSAGES, BACKLOG = 100, 10, 100
@@ -102,24 +102,22 @@ class Stage:
 
     def _run(self, commands: Iterable[Command]) -> None:
         """Runs many commands, a batch with one write."""
-        wire = self.place.store.address.open(timeout=60)
+        connection = self.place.store.endpoint.open(timeout=60)
         try:
             batch: list[Command] = []
             for command in commands:
                 batch.append(command)
                 if len(batch) == _BATCH:
-                    self._send(wire, batch)
+                    self._send(connection, batch)
                     batch = []
-            self._send(wire, batch)
+            self._send(connection, batch)
         finally:
-            wire.close()
+            connection.close()
 
-    def _send(self, wire: Wire, batch: list[Command]) -> None:
-        wire.sock.sendall(b''.join(command.pack(self.place.store) for command in batch))
+    def _send(self, connection: RedisConnection, batch: list[Command]) -> None:
+        connection.redis.send_packed_command([command.pack(self.place.store) for command in batch])
         for command in batch:
-            while (reply := wire.reader.next()) is _MORE:
-                wire.reader.feed(wire.sock.recv(1 << 18))
-            command.result(reply)
+            command.result(connection.redis.read_response(True))
 
 
 def _task(description: str) -> tuple[str, str, str, str, str, int]:

@@ -13,7 +13,7 @@ from tinytown.core.agents import enlist as enlist_step
 from tinytown.core.town import Call, Town
 from tinytown.host.processes import Identity
 from tinytown.model import CONDUCTOR_ID, LIVE, new_id
-from tinytown.state.client import _MORE, Part, RedisError
+from tinytown.state.client import Part
 from tinytown.state.store import Command, text
 
 from .support import OPERATOR, Place
@@ -30,22 +30,14 @@ def redis(place: Place, *parts: Part) -> Any:
 
 def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
     """Runs many commands with one write, so that several fall into one millisecond. Their results."""
-    wire = place.store.address.open(timeout=20)
+    connection = place.store.endpoint.open(timeout=20)
     try:
         sent = {command.script: command for command in reversed(commands)}  # the first of each brings the script
-        wire.sock.sendall(b''.join(each.pack(place.store, whole=sent[each.script] is each) for each in commands))
-        replies: list[Any] = []
-        while len(replies) < len(commands):
-            if (reply := wire.reader.next()) is _MORE:
-                received = wire.sock.recv(1 << 20)
-                assert received, 'Redis closed the connection'
-                wire.reader.feed(received)
-            else:
-                assert not isinstance(reply, RedisError), reply
-                replies.append(reply)
-        return [command.result(reply) for command, reply in zip(commands, replies, strict=True)]
+        packed = [each.pack(place.store, whole=sent[each.script] is each) for each in commands]
+        connection.redis.send_packed_command(packed)
+        return [command.result(connection.redis.read_response(True)) for command in commands]
     finally:
-        wire.close()
+        connection.close()
 
 
 @dataclass

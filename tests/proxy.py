@@ -17,10 +17,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from tinytown.state.client import _MORE, Reader, pack
+import hiredis
+
+from tinytown.state.client import pack
 from tinytown.state.store import scripts, text
+
+_MORE: Final = object()
 
 
 class Fate(NamedTuple):
@@ -84,7 +88,7 @@ class _Passage:
     def __init__(self, proxy: Proxy, client: socket.socket, server: socket.socket) -> None:
         self._proxy, self._client, self._server = proxy, client, server
         self._pid = peer(client)
-        self._requests, self._replies = Reader(), Reader()
+        self._requests, self._replies = (hiredis.Reader(notEnoughData=_MORE) for _ in range(2))
         self._fates: deque[Fate | None] = deque()  # of the commands whose replies are due
 
     def run(self) -> None:
@@ -102,7 +106,7 @@ class _Passage:
     def _ask(self, data: bytes) -> bool:
         """Passes commands on to Redis. Whether the passage is over."""
         self._requests.feed(data)
-        while (command := self._requests.next()) is not _MORE:
+        while (command := self._requests.gets()) is not _MORE:
             fate = self._proxy.judge(self._pid, self._proxy.name_of(command))
             if fate and fate.moment == 'arrived':
                 return self._fulfil(fate)
@@ -114,7 +118,7 @@ class _Passage:
         """Passes replies on to the client; what came together with a reply that is held back is held back, too."""
         self._replies.feed(data)
         fulfilled = None
-        while not fulfilled and self._replies.next() is not _MORE:
+        while not fulfilled and self._replies.gets() is not _MORE:
             fulfilled = self._fates.popleft()
         doomed = fulfilled or next((fate for fate in self._fates if fate), None)
         if not (doomed and doomed.moment == 'executed'):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from tinytown.host import managed_redis
-from tinytown.state.endpoints import Login, Server, Tls
+from tinytown.state.endpoints import Login, RedisServer, Tls
 from tinytown.state.store import text
 
 from .support import LONG, PATIENCE, until
@@ -38,7 +38,9 @@ def _ports() -> tuple[int, int]:
 class Node:
     """One server process. `options` are lines of its configuration."""
 
-    def __init__(self, directory: Path, options: Iterable[str], server: Server, mode: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, options: Iterable[str], server: RedisServer, mode: tuple[str, ...] = ()
+    ) -> None:
         self.port, self.bus = _ports()
         self.directory = directory / str(self.port)
         self.directory.mkdir(parents=True)
@@ -70,11 +72,11 @@ class Node:
 
     def ask(self, *parts: bytes | str | int) -> Any:
         """A reply on a connection of its own."""
-        wire = self.server.open(PATIENCE)
+        connection = self.server.open(PATIENCE)
         try:
-            return wire.ask(*parts, timeout=PATIENCE)
+            return connection.ask(*parts, timeout=PATIENCE)
         finally:
-            wire.close()
+            connection.close()
 
     def info(self, name: str) -> str:
         """A field of INFO; '' if it is not there."""
@@ -99,7 +101,7 @@ class Nodes:
     def __init__(self, directory: Path, *options: str, login: Login = Login(), tls: Tls | None = None) -> None:
         self.directory = directory
         self.options = ['appendonly yes', 'appendfsync always', 'repl-diskless-sync-delay 0', *options]
-        self.server = Server(login=login, tls=tls)
+        self.server = RedisServer(login=login, tls=tls)
         self.all: list[Node] = []
 
     def __enter__(self) -> Any:
@@ -150,7 +152,7 @@ class Sentinels(Nodes):
             'sentinel failover-timeout main 5000',
             *self._watch,
         ]
-        spoken_to = Server(tls=self.server.tls)
+        spoken_to = RedisServer(tls=self.server.tls)
         for _ in range(3):
             self.all.append(Node(self.directory, lines, spoken_to, ('--sentinel',)))
         self.sentinels = self.all[3:]

@@ -19,7 +19,8 @@ from tinytown.errors import TownError, Unavailable, UsageError
 from tinytown.host.town_secrets import exposed, known_secrets
 from tinytown.settings import RedisSettings
 from tinytown.state import endpoints
-from tinytown.state.endpoints import Cluster, Login, Sentinels, Server, Tls, locate
+from tinytown.state.client import RedisConnection
+from tinytown.state.endpoints import Cluster, Login, RedisServer, Sentinels, Tls, endpoint_of
 
 from ..redises import HOST, Node, Nodes
 from ..support import PATIENCE, Place, make_town, until
@@ -55,24 +56,27 @@ ANY_TLS = Tls(None, None, None, True)
 @pytest.mark.parametrize(
     ('url', 'found'),
     [
-        ('redis://db', Server(host='db')),
-        ('redis://me:se%40cret@db:7000/3', Server(host='db', port=7000, db=3, login=Login('me', 'se@cret'))),
-        ('redis://:secret@[::1]:7000?db=2', Server(host='::1', port=7000, db=2, login=Login('', 'secret'))),
-        ('rediss://db', Server(host='db', tls=ANY_TLS)),
-        ('unix:///run/redis@main.sock', Server('/run/redis@main.sock')),
-        ('unix://me:secret@/run/a%20b?db=1', Server('/run/a b', db=1, login=Login('me', 'secret'))),
-        ('unix:///run/a?username=me&password=secret', Server('/run/a', login=Login('me', 'secret'))),
+        ('redis://db', RedisServer(host='db')),
+        ('redis://me:se%40cret@db:7000/3', RedisServer(host='db', port=7000, db=3, login=Login('me', 'se@cret'))),
+        ('redis://:secret@[::1]:7000?db=2', RedisServer(host='::1', port=7000, db=2, login=Login('', 'secret'))),
+        ('rediss://db', RedisServer(host='db', tls=ANY_TLS)),
+        ('unix:///run/redis@main.sock', RedisServer('/run/redis@main.sock')),
+        ('unix://me:secret@/run/a%20b?db=1', RedisServer('/run/a b', db=1, login=Login('me', 'secret'))),
+        ('unix:///run/a?username=me&password=secret', RedisServer('/run/a', login=Login('me', 'secret'))),
         (
             'redis+sentinel://:secret@a,b:7/main/1',
-            Sentinels([('a', 26379), ('b', 7)], Server(), 'main', Server(db=1, login=Login('', 'secret'))),
+            Sentinels([('a', 26379), ('b', 7)], RedisServer(), 'main', RedisServer(db=1, login=Login('', 'secret'))),
         ),
-        ('rediss+sentinel://a/main', Sentinels([('a', 26379)], Server(tls=ANY_TLS), 'main', Server(tls=ANY_TLS))),
-        ('redis+cluster://a,b:7', Cluster([('a', 6379), ('b', 7)], Server(), KEY)),
-        ('rediss+cluster://a', Cluster([('a', 6379)], Server(tls=ANY_TLS), KEY)),
+        (
+            'rediss+sentinel://a/main',
+            Sentinels([('a', 26379)], RedisServer(tls=ANY_TLS), 'main', RedisServer(tls=ANY_TLS)),
+        ),
+        ('redis+cluster://a,b:7', Cluster([('a', 6379), ('b', 7)], RedisServer(), KEY)),
+        ('rediss+cluster://a', Cluster([('a', 6379)], RedisServer(tls=ANY_TLS), KEY)),
     ],
 )
 def test_a_url_names_a_server_or_those_who_know_where_it_is(url: str, found: Any) -> None:
-    assert locate(RedisSettings(url=url), KEY, Path('/town')) == found
+    assert endpoint_of(RedisSettings(url=url), KEY, Path('/town')) == found
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_a_url_names_a_server_or_those_who_know_where_it_is(url: str, found: Any
 )
 def test_a_url_that_can_not_be_used_is_told_by_its_part_and_without_its_password(url: str, told: str) -> None:
     with pytest.raises(UsageError, match=rf'redis\.url: .*{told}') as caught:
-        locate(RedisSettings(url=url), KEY, Path('/town'))
+        endpoint_of(RedisSettings(url=url), KEY, Path('/town'))
     assert 'secr' not in str(caught.value)
 
 
@@ -118,7 +122,7 @@ def test_settings_of_redis_that_do_not_fit_together_are_told(
 ) -> None:
     (tmp_path / 'file').write_text('something')
     with pytest.raises(UsageError, match=told):
-        locate(RedisSettings(**settings), KEY, tmp_path)  # type: ignore[arg-type]
+        endpoint_of(RedisSettings(**settings), KEY, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_password_file_that_others_may_change_or_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -127,9 +131,9 @@ def test_a_password_file_that_others_may_change_or_that_is_none_is_refused(tmp_p
     os.mkfifo(tmp_path / 'pipe', 0o600)
     for name, told in (('file', 'run  chmod go-w .*file'), ('pipe', 'pipe is no regular file')):
         with pytest.raises(UsageError, match=rf'redis\.password_file: .*{told}'):
-            locate(RedisSettings(url='redis://db', password_file=name), KEY, tmp_path)
+            endpoint_of(RedisSettings(url='redis://db', password_file=name), KEY, tmp_path)
         with pytest.raises(Unavailable, match=r'chmod go-w|no regular file'):
-            Login(file=tmp_path / name).words()
+            Login(file=tmp_path / name).get_credentials()
 
 
 def test_passwords_that_every_user_may_read_are_told_of(tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_passwords_that_every_user_may_read_are_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(('key', 'slot'), [('tt:{123456789}:town', 12739), ('tt:{foo}:town', 12182)])
 def test_the_slot_of_a_town_is_that_of_its_name(key: str, slot: int) -> None:
-    assert Cluster([], Server(), key).slot == slot
+    assert Cluster([], RedisServer(), key).slot == slot
 
 
 # -------------------------------------------------------------------------------------------------------- the server
@@ -253,9 +257,16 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, '_ASK_SECS', PATIENCE)
 
 
+def port_of(connection: RedisConnection) -> int:
+    assert connection.sock
+    host, port = connection.sock.getpeername()
+    assert host == HOST
+    return int(port)
+
+
 def watcher(directory: Path, stack: ExitStack, master: Node) -> Node:
     lines = [f'sentinel monitor main {HOST} {master.port} 1', 'sentinel down-after-milliseconds main 60000']
-    made = Node(directory / 'sentinels', lines, Server(), ('--sentinel',))
+    made = Node(directory / 'sentinels', lines, RedisServer(), ('--sentinel',))
     stack.callback(made.kill)
     return made
 
@@ -270,10 +281,10 @@ def test_of_many_sentinels_those_that_do_not_know_the_master_are_passed_over(
     ignorant.ask('SENTINEL', 'REMOVE', 'main')
     dead.kill()
     url = f'redis+sentinel://{dead.place},{ignorant.place},{knows.place}'
-    wire = locate(RedisSettings(url=f'{url}/main'), KEY, directory).open(PATIENCE)
-    assert wire.sock.getpeername() == (HOST, master.port)
+    connection = endpoint_of(RedisSettings(url=f'{url}/main'), KEY, directory).open(PATIENCE)
+    assert port_of(connection) == master.port
     with pytest.raises(Unavailable, match=rf'no master other .*{dead.port}.*refused.*{knows.port}.*is not known there'):
-        locate(RedisSettings(url=f'{url}/other'), KEY, directory).open()
+        endpoint_of(RedisSettings(url=f'{url}/other'), KEY, directory).open()
 
 
 @pytest.mark.usefixtures('_patient')
@@ -283,9 +294,12 @@ def test_a_sentinel_that_still_names_a_dead_master_does_not_end_connections_to_t
     former, master = nodes.add(), nodes.add()
     late, right = watcher(directory, stack, former), watcher(directory, stack, master)
     former.kill()
-    wire = locate(RedisSettings(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory).open(PATIENCE)
-    assert wire.sock.getpeername() == (HOST, master.port)
-    assert select.select([wire.sock], [], [], 0.8)[0] == []
+    connection = endpoint_of(
+        RedisSettings(url=f'redis+sentinel://{late.place},{right.place}/main'), KEY, directory
+    ).open(PATIENCE)
+    assert port_of(connection) == master.port
+    assert connection.sock
+    assert select.select([connection.sock], [], [], 0.8)[0] == []
 
 
 @pytest.mark.usefixtures('_patient')
@@ -294,15 +308,15 @@ def test_a_master_that_sentinels_name_must_say_itself_that_it_is_one(
 ) -> None:
     former, master = nodes.add(), nodes.add()
     sentinel = watcher(directory, stack, former)
-    address = locate(RedisSettings(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
-    wire = address.open(PATIENCE)
+    endpoint = endpoint_of(RedisSettings(url=f'redis+sentinel://{sentinel.place}/main'), KEY, directory)
+    connection = endpoint.open(PATIENCE)
     demote(former, master)
     with pytest.raises(Unavailable, match='is named as the master, and says that it is none'):
-        address.open(PATIENCE)
+        endpoint.open(PATIENCE)
     sentinel.ask('SENTINEL', 'REMOVE', 'main')
     sentinel.ask('SENTINEL', 'MONITOR', 'main', HOST, master.port, 1)
-    until(wire.is_stale)  # it is cut, though its server would keep it
-    assert address.open(PATIENCE).sock.getpeername() == (HOST, master.port)
+    until(connection.is_stale)  # it is cut, though its server would keep it
+    assert port_of(endpoint.open(PATIENCE)) == master.port
 
 
 def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_it_when_it_moves(
@@ -310,14 +324,14 @@ def test_a_town_is_found_on_the_node_of_a_cluster_that_has_its_slot_and_follows_
 ) -> None:
     nodes.options += ['cluster-enabled yes', 'cluster-config-file nodes']
     first, second = nodes.add(), nodes.add()
-    slot = Cluster([], Server(), KEY).slot
+    slot = Cluster([], RedisServer(), KEY).slot
     first.ask('CLUSTER', 'ADDSLOTSRANGE', 0, 16383)
     first.ask('CLUSTER', 'MEET', HOST, second.port, second.bus)
     ids = [each.ask('CLUSTER', 'MYID') for each in (first, second)]
     until(lambda: all(name in each.ask('CLUSTER', 'NODES') for each in (first, second) for name in ids))
-    address = locate(RedisSettings(url=f'redis+cluster://{second.place}'), KEY, directory)
-    wire = until(address.open)
-    assert wire.sock.getpeername() == (HOST, first.port)
+    endpoint = endpoint_of(RedisSettings(url=f'redis+cluster://{second.place}'), KEY, directory)
+    connection = until(endpoint.open)
+    assert port_of(connection) == first.port
     place = settle(stack, directory, url=f'redis+cluster://{second.place}')
     hall = place.hall()
     home = second.ask('CLUSTER', 'MYID')

@@ -1,4 +1,4 @@
-"""The scripts as a worker meets them, the wire, and a fuzz that holds the state to its invariants."""
+"""The scripts as a worker meets them, connections, and a fuzz that holds the state to its invariants."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tinytown.errors import REFUSALS, Conflict, NotFound, TownError, Unavailable
 from tinytown.host import managed_redis
 from tinytown.model import CONDUCTOR_ID, lua_sets, new_id
 from tinytown.state import store
-from tinytown.state.client import _MORE, Address, Reader, RedisError, as_town_error, pack
-from tinytown.state.endpoints import Server, locate
+from tinytown.state.client import ErrorReply
+from tinytown.state.endpoints import Endpoint, RedisServer, endpoint_of
 from tinytown.state.store import Store, scripts, text
 
 from ..ground import STATES, Puppet, check, enlist, pipeline, redis, snapshot
@@ -558,7 +558,7 @@ def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
                 happened |= {event['type'] for event in ground.history()}
                 if step >= 3000 and fuzz.refused >= refused and happened >= wanted:
                     break
-        except (AssertionError, TownError, RedisError) as e:
+        except (AssertionError, TownError, ErrorReply) as e:
             e.add_note(f'after {step} operations; again with  FUZZ_SEED={seed}')
             raise
     assert fuzz.refused >= refused
@@ -593,90 +593,7 @@ def test_the_checker_sees_what_is_broken(ground: Place) -> None:
         check(ground)
 
 
-# -------------------------------------------------------------------------------------------------------------- wire
-
-REPLIES: list[tuple[bytes, Any]] = [
-    (b'+OK\r\n', b'OK'),
-    (b'+\r\n', b''),
-    (b':0\r\n', 0),
-    (b':-42\r\n', -42),
-    (b':9223372036854775807\r\n', 2**63 - 1),
-    (b'$0\r\n\r\n', b''),
-    (b'$-1\r\n', None),
-    (b'$4\r\na\r\nb\r\n', b'a\r\nb'),
-    (b'*0\r\n', []),
-    (b'*-1\r\n', None),
-    (b'*3\r\n:1\r\n$1\r\nx\r\n*2\r\n$-1\r\n*1\r\n+in\r\n', [1, b'x', [None, [b'in']]]),
-    (b'*2\r\n*1\r\n*2\r\n*0\r\n$-1\r\n:5\r\n', [[[[], None]], 5]),
-    (b'$200000\r\n' + b'x' * 200_000 + b'\r\n', b'x' * 200_000),
-]
-
-
-@pytest.mark.parametrize('size', [1, 2, 7, 1 << 20])
-def test_replies_are_read_however_they_are_cut(size: int) -> None:
-    stream = b''.join(raw for raw, _ in REPLIES if size > 2 or len(raw) < 1000) * 2
-    reader, found = Reader(), []
-    for at in range(0, len(stream), size):
-        reader.feed(stream[at : at + size])
-        while (reply := reader.next()) is not _MORE:
-            found.append(reply)
-    assert found == [reply for raw, reply in REPLIES if size > 2 or len(raw) < 1000] * 2
-
-
-def test_a_large_reply_in_small_pieces_is_read_once() -> None:
-    rows = b''.join(b'*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nf\r\n$100\r\n%b\r\n' % (b'x' * 100) for _ in range(20_000))
-    reply = b'*20000\r\n' + rows
-
-    def seconds(size: int) -> float:
-        reader, began = Reader(), time.process_time()
-        for at in range(0, len(reply), size):
-            reader.feed(reply[at : at + size])
-            found = reader.next()
-        assert found == [[b'1-0', [b'f', b'x' * 100]]] * 20_000
-        return time.process_time() - began
-
-    assert min(seconds(4096) for _ in range(3)) < 5 * max(seconds(len(reply)) for _ in range(3))
-
-
-def test_an_error_reply_tells_its_kind_alone_or_inside_an_array() -> None:
-    reader = Reader()
-    reader.feed(b'-NOSCRIPT No matching script.\r\n*2\r\n-OOM full\r\n:1\r\n')
-    alone, inside = reader.next(), reader.next()
-    assert (alone.kind, str(alone)) == ('NOSCRIPT', 'NOSCRIPT No matching script.')
-    assert (inside[0].kind, inside[1]) == ('OOM', 1)
-
-
-@pytest.mark.parametrize(
-    'raw', [b'HTTP/1.1 400 Bad Request\r\n', b'$abc\r\n', b':1_0\r\n', b'*\r\n', b'%1\r\n+a\r\n', b':+1\r\n']
-)
-def test_what_is_not_the_protocol_of_redis_is_unavailable(raw: bytes) -> None:
-    reader = Reader()
-    reader.feed(raw)
-    with pytest.raises(Unavailable, match='something else than its protocol'):
-        reader.next()
-
-
-def test_a_command_is_packed_by_bytes_and_not_by_characters() -> None:
-    assert pack(['SET', 'ä', b'\xff\r\n', -5]) == b'*4\r\n$3\r\nSET\r\n$2\r\n\xc3\xa4\r\n$3\r\n\xff\r\n\r\n$2\r\n-5\r\n'
-
-
-@pytest.mark.parametrize(
-    ('said', 'status', 'phrase'),
-    [
-        ('LOADING Redis is loading the dataset in memory', 503, 'Nothing was changed'),
-        ("OOM command not allowed when used memory > 'maxmemory'.", 503, 'out of memory'),
-        ('MISCONF Errors writing to the AOF file', 503, 'disk'),
-        ("READONLY You can't write against a read only replica.", 503, 'replica'),
-        ('NOAUTH Authentication required.', 503, 'refused us'),
-        ("ERR The user executing the script can't run this command or subcommand", 503, 'docs/redis.md lists'),
-        ('WRONGTYPE Operation against a key', 500, 'WRONGTYPE'),
-    ],
-)
-def test_an_error_of_redis_is_told_as_what_it_means_for_the_caller(said: str, status: int, phrase: str) -> None:
-    error = as_town_error(RedisError(said))
-    assert error.status == status
-    assert phrase in error.detail
-    assert (error.retry_after is not None) == (status == 503)
+# ------------------------------------------------------------------------------------------------------- connections
 
 
 def test_scripts_that_redis_forgot_are_sent_again_as_text(ground: Place) -> None:
@@ -739,8 +656,8 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
 
 
 @contextmanager
-def cutter(place: Place) -> Iterator[tuple[Address, list[bytes]]]:
-    """A way to the town's Redis that loses every reply: its address, and the commands that it handed on."""
+def cutter(place: Place) -> Iterator[tuple[Endpoint, list[bytes]]]:
+    """A way to the town's Redis that loses every reply: its endpoint, and the commands that it handed on."""
     seen: list[bytes] = []
     with socket.create_server(('127.0.0.1', 0)) as server:
 
@@ -760,7 +677,7 @@ def cutter(place: Place) -> Iterator[tuple[Address, list[bytes]]]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield Server(host='127.0.0.1', port=server.getsockname()[1]), seen
+            yield RedisServer(host='127.0.0.1', port=server.getsockname()[1]), seen
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -769,8 +686,8 @@ def cutter(place: Place) -> Iterator[tuple[Address, list[bytes]]]:
 def test_a_write_whose_reply_was_lost_is_not_sent_again(ground: Place) -> None:
     pipeline(ground, [ground.store.backlog_add((new_id(), '{"task_id":"t","description":"d"', '"d"', '[]', '', 3))])
     ground.do('backlog.add', description='so that the script is known')
-    with cutter(ground) as (address, seen):
-        through = Store(address, ground.town.name)
+    with cutter(ground) as (endpoint, seen):
+        through = Store(endpoint, ground.town.name)
         command = through.backlog_add((new_id(), '{"task_id":"t","description":"d"', '"d"', '[]', CONDUCTOR_ID, 3))
         with pytest.raises(Unavailable, match='whether the change was made is not known'):
             through.call(command)
@@ -807,13 +724,6 @@ def test_threads_share_a_store_with_a_connection_each(ground: Place) -> None:
     for thread in threads:
         thread.join()
     assert len(answers) == ground.do('backlog.list')['count'] == 160
-
-
-def test_a_wire_is_closed_after_a_timeout_so_that_a_late_reply_meets_no_other_command(ground: Place) -> None:
-    wire = ground.store.address.open()
-    with pytest.raises(Unavailable):
-        wire.request(pack(['BLPOP', 'nothing', 1]), 0.05)
-    assert wire.is_stale()
 
 
 # -------------------------------------------------------------------------------------------------------------- town
@@ -864,7 +774,7 @@ def test_a_second_town_of_the_same_name_is_refused_by_a_redis(ground: Place) -> 
 def test_a_password_is_not_shown_in_the_address_of_redis(tmp_path: Path, url: str, shown: str) -> None:
     make_town(tmp_path, redis={'url': url})
     loaded = config.load(tmp_path)
-    town = Town(tmp_path, loaded, Store(locate(loaded.redis, 'key', tmp_path), loaded.name))
+    town = Town(tmp_path, loaded, Store(endpoint_of(loaded.redis, 'key', tmp_path), loaded.name))
     assert town.redis_url == shown
 
 

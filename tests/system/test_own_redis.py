@@ -25,8 +25,8 @@ import pytest
 
 from tinytown.errors import TownError, Unavailable
 from tinytown.settings import RedisSettings
-from tinytown.state.endpoints import Cluster as ClusterAddress
-from tinytown.state.endpoints import Login, Tls, locate
+from tinytown.state.endpoints import Cluster as ClusterEndpoint
+from tinytown.state.endpoints import Login, Tls, endpoint_of
 from tinytown.state.store import text
 from tinytown.worker.main import install_tt
 
@@ -37,7 +37,7 @@ from ..support import LONG, REPOSITORY, Hall, Place, environment, make_town, she
 
 RUNS = shell_cli('cat >/dev/null; echo "$TINYTOWN_TASK_ID $TINYTOWN_ATTEMPT" >>runs')
 DOCS = (REPOSITORY / 'docs' / 'redis.md').read_text()
-SLOT = ClusterAddress([], Nodes(Path()).server, 'tt:{test}:town').slot
+SLOT = ClusterEndpoint([], Nodes(Path()).server, 'tt:{test}:town').slot
 
 
 @pytest.fixture
@@ -153,12 +153,12 @@ def test_a_redis_or_a_client_without_the_right_certificate_is_refused(
         changed = {'tls_ca_path': str(Authority(directory / 'other').path)}
     nodes = stack.enter_context(Nodes(directory / 'redis', *papers.options, tls=papers.tls))
     settings = RedisSettings(url=f'rediss://{host}:{nodes.add().port}', **(papers.settings | changed))
-    address = locate(settings, 'tt:{test}:town', directory)
+    endpoint = endpoint_of(settings, 'tt:{test}:town', directory)
     if not told:
-        assert address.open().ask('PING') == b'PONG'
+        assert endpoint.open().ask('PING') == b'PONG'
         return
     with pytest.raises(Unavailable, match=told):
-        address.open()
+        endpoint.open()
 
 
 ACL = re.search(r'^user townhall .*$', DOCS, re.M)
@@ -182,9 +182,9 @@ def test_a_user_with_the_rights_that_the_docs_name_is_enough(directory: Path, st
         assert hall.post(f'/v1/{path}').status == 200, path
     assert hall.post('/v1/town/reset', {'force': True}).status == 200
     assert node.ask('ACL', 'LOG') == []
-    wire = replace(node.server, login=Login('townhall', 'a-long-secret')).open()
+    connection = replace(node.server, login=Login('townhall', 'a-long-secret')).open()
     with pytest.raises(TownError, match='NOPERM'):
-        wire.ask('HGET', 'tt:{another}:town', 'id')
+        connection.ask('HGET', 'tt:{another}:town', 'id')
 
 
 def test_what_the_docs_say_of_tls_works_as_written(directory: Path, papers: Papers, stack: ExitStack) -> None:
@@ -263,7 +263,7 @@ def test_sentinels_and_servers_behind_tls_and_passwords_are_found(
 def test_a_redis_without_tls_is_told_from_one_that_is_away(directory: Path, stack: ExitStack) -> None:
     node = stack.enter_context(Nodes(directory / 'redis')).add()
     with pytest.raises(Unavailable, match='does not answer to TLS; without TLS write redis in the place of rediss'):
-        locate(RedisSettings(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
+        endpoint_of(RedisSettings(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
 
 
 # ----------------------------------------------------------------------------------------------------------- failovers

@@ -39,6 +39,7 @@ from ..host.townhalls import running_townhalls, stop_townhalls, tell_townhalls
 from ..model import ALL_SCOPES, Principal
 from ..redaction import masked
 from ..settings import Config
+from ..state.endpoints import read_url
 from ..state.store import Step
 from ..toml_edit import change, to_toml
 from .format import as_json, counted
@@ -280,8 +281,6 @@ def _without_password(path: str, value: Any) -> Any:
 def _check_url(path: str, value: Any) -> None:
     """Raises UsageError for a redis.url that can't be one."""
     if path == 'redis.url' and value:
-        from ..state.endpoints import read_url  # late: it is seldom changed
-
         read_url(value)
 
 

@@ -78,7 +78,7 @@ def join(root: Path, check: Callable[[Town], None]) -> Town:
 def _connect(root: Path, config: Config) -> Town:
     name_host(config.host)
     managed_redis.ensure(root, config)
-    return Town(root, config, Store(managed_redis.address(root, config), config.name, config.retention.events))
+    return Town(root, config, Store(managed_redis.endpoint(root, config), config.name, config.retention.events))
 
 
 def _identity(root: Path) -> str:

@@ -19,7 +19,8 @@ from typing import Final, TextIO
 from ..errors import TownError, UsageError
 from ..files import write_atomically
 from ..settings import Config
-from ..state.client import Address, RedisError, UnixSocket, pack
+from ..state.client import ErrorReply, pack
+from ..state.endpoints import Endpoint, RedisServer, endpoint_of
 from . import bundled, spawner
 from .processes import identify, reap, start_time, verdict
 from .town_dir import TownDir
@@ -30,17 +31,15 @@ STOP_SECS: Final = 30.0
 _LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 103 on macOS
 
 
-def address(root: Path, config: Config) -> Address:
+def endpoint(root: Path, config: Config) -> Endpoint:
     """Where the town's Redis is. Raises UsageError for a `redis.url` that can't be used."""
     if config.redis.url:
-        from ..state.endpoints import locate  # late: a town with its own Redis starts faster without it
-
-        return locate(config.redis, f'tt:{{{config.name}}}:town', root)
+        return endpoint_of(config.redis, f'tt:{{{config.name}}}:town', root)
     return _own(root)
 
 
-def _own(root: Path) -> UnixSocket:
-    return UnixSocket(str(socket_path(root)))
+def _own(root: Path) -> RedisServer:
+    return RedisServer(str(socket_path(root)))
 
 
 def socket_path(root: Path) -> Path:
@@ -84,18 +83,18 @@ def ensure(root: Path, config: Config) -> None:
 def stop_redis(root: Path) -> bool:
     """Ends the managed Redis, its data saved, though redis.url may name another by now. Says whether there was one."""
     try:
-        wire = _own(root).open()
-        pid = int(re.search(rb'process_id:(\d+)', wire.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]
+        connection = _own(root).open()
+        pid = int(re.search(rb'process_id:(\d+)', connection.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]
     except TownError:
         return False
     server = identify(pid)
     try:
-        said = wire.request(pack(['SHUTDOWN']), STOP_SECS)
+        said = connection.request(pack(['SHUTDOWN']), STOP_SECS)
     except TownError:
         said = 'nothing'  # it closes the connection when it goes
     deadline = time.monotonic() + STOP_SECS
     while verdict(server) == 'alive':
-        if isinstance(said, RedisError) or time.monotonic() > deadline:
+        if isinstance(said, ErrorReply) or time.monotonic() > deadline:
             raise TownError(f'Redis (process {pid}) did not end and said: {said}; see {TownDir(root).redis_log}')
         reap()
         time.sleep(0.01)
@@ -116,18 +115,18 @@ class _Lock:
         self._open.close()
 
 
-def _answers(where: UnixSocket) -> bool:
+def _answers(where: RedisServer) -> bool:
     """Whether a server is there. One that is still loading its data is waited for."""
     if not _listens(Path(where.path)):
         return False
     deadline = time.monotonic() + REDIS_START_SECS
     while time.monotonic() < deadline:
         try:
-            wire = where.open()
-            said = wire.request(pack(['PING']))
+            connection = where.open()
+            said = connection.request(pack(['PING']))
         except TownError:
             return True  # it is there, and slow or stopped: no second server on the same files
-        wire.close()
+        connection.close()
         if said == b'PONG':
             break
         time.sleep(0.05)
@@ -147,7 +146,7 @@ def _listens(path: Path) -> bool:
         return True
 
 
-def _start(root: Path, config: Config, where: UnixSocket) -> None:
+def _start(root: Path, config: Config, where: RedisServer) -> None:
     server = find_server()
     directory = TownDir(root)
     sock = Path(where.path)

@@ -27,7 +27,8 @@ from .. import log
 from ..errors import Internal, TownError, Unavailable
 from ..model import rfc3339
 from ..settings import TownhallSettings
-from ..state import client
+from ..state.client import TIMEOUT
+from ..state.link import Link, PendingCommand
 from ..state.store import Command, Store
 from .connection import IN, OUT, Application, Connection, Sock
 from .http1 import Peer, Request, Response, problem
@@ -104,7 +105,7 @@ class Server:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self.link = client.Link(store.address, self.call_soon, self._watch_redis, prepare)
+        self.link = Link(store.endpoint, self.call_soon, self._watch_redis, prepare)
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -143,7 +144,7 @@ class Server:
 
     def _await_redis(self) -> None:
         """Leaves clients in the backlog until Redis is connected, or was given its time: no needless 503 at start."""
-        deadline = time.monotonic() + client.TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
         while not self.link.is_up and not self._stops and time.monotonic() < deadline:
             self._turn()
 
@@ -414,7 +415,7 @@ class _Drive(Generic[T]):
 
     __slots__ = ('_command', '_done', '_link', '_step', '_store')
 
-    def __init__(self, link: client.Link, store: Store, step: Generator[Command, Any, T], done: Done[T]) -> None:
+    def __init__(self, link: Link, store: Store, step: Generator[Command, Any, T], done: Done[T]) -> None:
         self._link = link
         self._store = store
         self._step = step
@@ -431,7 +432,7 @@ class _Drive(Generic[T]):
         except Exception as e:  # a request must not end the server
             _finish(self._done, None, e)
         else:
-            self._link.submit(client.Request(data, self._whole if command.script else None, self._resume))
+            self._link.submit(PendingCommand(data, self._whole if command.script else None, self._resume))
 
     def _resume(self, reply: Any) -> None:
         try:

@@ -217,7 +217,7 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     town_secrets.ready_log(root, config)
     settings = config.townhall
     town = _LazyTown(root, flags, supervise=not settings.read_only)
-    store = Store(managed_redis.address(root, config), config.name, config.retention.events)
+    store = Store(managed_redis.endpoint(root, config), config.name, config.retention.events)
     catalog = Catalog(town, EventFeed(store), settings.mcp.tools, settings.mcp.read_only)
     try:
         by = _caller(town, settings.read_only)

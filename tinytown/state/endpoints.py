@@ -1,9 +1,9 @@
 """Where a town's Redis is: what `redis.url` says, and how the one server is found that may be written to.
 
 That is the server itself, or the master that sentinels name, or the node of a Cluster that holds the town: all its
-keys have one hash tag, so it lives in one slot, and one connection serves it. Whoever opens a connection looks anew,
-so after a failover it is enough to connect again. Passwords and certificates are read then, too: they may be replaced
-while a town is open.
+keys have one hash tag, so it lives in one slot, and one connection serves it. Each new connection begins with a new
+look, so after a failover it is enough to connect again. Passwords and certificates are read then, too: they may be
+replaced while a town is open.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import binascii
 import os
 import re
 import socket
+import ssl
 import stat
 import threading
 import time
@@ -21,15 +22,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote
 
-from ..errors import TownError, Unavailable, UsageError
-from ..settings import RedisSettings
-from .client import TIMEOUT, Address, RedisError, Wire, as_town_error, gone, pack
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
+from redis.credentials import CredentialProvider
+from redis.retry import Retry
 
-if TYPE_CHECKING:
-    import ssl
+from ..errors import TownError, UsageError
+from ..settings import RedisSettings
+from .client import TIMEOUT, ErrorReply, RedisConnection, ReplyParser, as_town_error, cause_of, gone, pack
 
 _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
@@ -37,6 +41,7 @@ _SLOTS: Final = 16384
 _WATCH_SECS: Final = 0.25
 _MOVES: Final = 5  # redirections in a row that are followed
 _MOST_SECRET: Final = 65_536
+_READ_SIZE: Final = 1 << 16
 _ASK_SECS: Final = 0.5  # for a sentinel: the next one may know more
 
 T = TypeVar('T')
@@ -59,7 +64,7 @@ _HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5})
 
 
 @dataclass(frozen=True)
-class Login:
+class Login(CredentialProvider):
     """Who we are to a server. A `file` holds the password, and is read at each connection.
 
     `settings` are those that say all this.
@@ -70,7 +75,12 @@ class Login:
     file: Path | None = None
     settings: str = field(default='redis.url and redis.password_file', compare=False)
 
-    def words(self) -> tuple[str, ...]:
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is a password to be told."""
+        return bool(self.password or self.file)
+
+    def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override]
         """What AUTH is given; nothing where there is no password. Raises Unavailable."""
         password = self.password
         if self.file:
@@ -105,14 +115,46 @@ class Tls:
     check_hostname: bool
 
     def context(self) -> ssl.SSLContext:
-        """Raises OSError (ssl.SSLError is one)."""
-        from .redis_tls import client_context  # late: it costs time and memory
+        """TLS 1.2 or newer. Raises OSError (ssl.SSLError is one)."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname = self.check_hostname
+        if self.ca:
+            context.load_verify_locations(self.ca)
+        else:
+            context.load_default_certs()
+        if self.cert:
+            context.load_cert_chain(self.cert, self.key, password='')  # an encrypted key is an error, and no question
+        return context
 
-        return client_context(self.ca, self.cert, self.key, self.check_hostname)
+
+class _TlsConnection(SSLConnection):
+    """With a context of ours: that of `redis` trusts the machine's authorities beside the one that is named."""
+
+    def __init__(self, tls: Tls, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._tls = tls
+
+    def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        return self._tls.context().wrap_socket(sock, server_hostname=self.host)
+
+
+class _UnixConnection(UnixDomainSocketConnection):
+    """With the host and the port that `redis` reads when it counts a fault, and forgets to give to it."""
+
+    host = 'localhost'
+    port = 0
+
+
+class Endpoint(Protocol):
+    """Where a Redis is that may be written to."""
+
+    def open(self, timeout: float = TIMEOUT) -> RedisConnection:
+        """A connection to it, looked for anew. Raises Unavailable, or TownError where it does not want us."""
 
 
 @dataclass(frozen=True)
-class Server:
+class RedisServer:
     """One server, at a path or at a host and port."""
 
     path: str = ''
@@ -131,37 +173,56 @@ class Server:
         """Who we are and where, for messages."""
         return f'{self.login.user}@{self.name}' if self.login.user else self.name
 
-    def at(self, place: Place) -> Server:
+    def at(self, place: Place) -> RedisServer:
         """A server elsewhere that is spoken to in the same way."""
         return replace(self, host=place[0], port=place[1])
 
-    def open(self, timeout: float = TIMEOUT) -> Wire:
+    def open(self, timeout: float = TIMEOUT) -> RedisConnection:
         """A connection that may be used. Raises Unavailable, TownError where the server does not want us."""
-        words = self.login.words()
+        connection = self._prepare(timeout)
         try:
-            wire = Wire(self._dial(timeout), self.about)
-        except OSError as e:
+            connection.connect()
+        except redis.RedisError as e:
             raise gone(self._why_not(e)) from None
+        except BaseException:
+            connection.disconnect()
+            raise
+        return RedisConnection(connection, self.about)
+
+    def _prepare(self, timeout: float) -> AbstractConnection:
+        """A connection that is still to be made. It never repeats a command, and says nothing of its own accord."""
+        settings: dict[str, Any] = {
+            'db': self.db,
+            'credential_provider': self.login,
+            'socket_timeout': timeout,
+            'socket_connect_timeout': timeout,
+            'socket_read_size': _READ_SIZE,
+            'encoding_errors': 'replace',  # of error replies; nothing else is decoded
+            'parser_class': ReplyParser,
+            'protocol': 2,
+            'driver_info': None,
+            'retry': Retry(NoBackoff(), 0),
+            'redis_connect_func': self._greet,
+        }
+        if self.path:
+            return _UnixConnection(self.path, **settings)  # type: ignore[no-untyped-call]
+        settings |= {'host': self.host, 'port': self.port}
+        return _TlsConnection(self.tls, **settings) if self.tls else Connection(**settings)
+
+    def _greet(self, connection: AbstractConnection) -> None:
+        """Says who we are and which database we want. Raises TownError."""
         try:
-            reply = self._greet(wire, words)
-        except Unavailable as e:
-            raise gone(f'at {self.name} let us not in: {e.detail}{self._hint}') from None
-        if isinstance(reply, RedisError):
-            wire.close()
-            raise as_town_error(reply, self.about, login=self.login.settings)
-        return wire
+            connection.on_connect()
+            if self.tls and not self.login.is_needed:
+                _ping(connection)  # a client certificate that is not wanted is refused at the first read
+        except ErrorReply as e:
+            raise as_town_error(e, self.about, login=self.login.settings) from None
+        except redis.RedisError as e:
+            raise gone(f'at {self.name} let us not in: Redis did not answer: {cause_of(e)}{self._hint}') from None
 
-    def _greet(self, wire: Wire, words: tuple[str, ...]) -> Any:
-        """Says who we are and which database we want. The last reply, or a RedisError. Raises Unavailable."""
-        reply = wire.answer('AUTH', *words) if words else None
-        if self.db and not isinstance(reply, RedisError):
-            reply = wire.answer('SELECT', self.db)
-        if self.tls and not words:
-            wire.answer('PING')  # a client certificate that is not wanted is refused at the first read
-        return reply
-
-    def _why_not(self, e: OSError) -> str:
+    def _why_not(self, error: redis.RedisError) -> str:
         """Why there is no connection, and the mend."""
+        e = error.__context__
         if untrusted := getattr(e, 'verify_message', ''):
             mend = 'name a file with the certificate of its authority in redis.tls_ca_path'
             if 'mismatch' in untrusted:
@@ -171,28 +232,17 @@ class Server:
             return f'at {self.name} does not answer to TLS; without TLS write redis in the place of rediss in redis.url'
         if handshake := getattr(e, 'reason', ''):  # of an ssl.SSLError
             return f'at {self.name} broke off the handshake of TLS: {handshake}{self._hint}'
-        return f'is not there: {self.name}: {e.strerror or e}'
+        return f'is not there: {self.name}: {getattr(e, "strerror", None) or cause_of(error)}'
 
     @property
     def _hint(self) -> str:
         return '; it may want a certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
 
-    def _dial(self, timeout: float) -> socket.socket:
-        """A connected socket. Raises OSError."""
-        if not self.path:
-            sock = socket.create_connection((self.host, self.port), timeout)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        else:
-            sock = socket.socket(socket.AF_UNIX)
-        try:
-            if self.path:
-                sock.settimeout(timeout)
-                sock.connect(self.path)
-            return self.tls.context().wrap_socket(sock, server_hostname=self.host) if self.tls else sock
-        except BaseException:
-            sock.close()
-            raise
+
+def _ping(connection: AbstractConnection) -> None:
+    connection.send_command('PING')
+    with suppress(ErrorReply):
+        connection.read_response()
 
 
 # ------------------------------------------------------------------------------------------- sentinels and clusters
@@ -207,22 +257,22 @@ class Sentinels:
     """
 
     places: list[Place]
-    sentinel: Server  # how they are spoken to
+    sentinel: RedisServer  # how they are spoken to
     master: str
-    server: Server  # how the master is
-    _opened: list[tuple[weakref.ref[Wire], Place]] = field(default_factory=list)
+    server: RedisServer  # how the master is
+    _opened: list[tuple[weakref.ref[RedisConnection], Place]] = field(default_factory=list)
     _watched_by: int = 0  # the process that has the thread: a forked one has it not
 
-    def open(self, timeout: float = TIMEOUT) -> Wire:
+    def open(self, timeout: float = TIMEOUT) -> RedisConnection:
         """A connection to the master, which says itself that it is one. Raises Unavailable."""
-        wire, place = self._first(partial(self._open_master, timeout))
-        self._opened.append((weakref.ref(wire), place))
+        connection, place = self._first(partial(self._open_master, timeout))
+        self._opened.append((weakref.ref(connection), place))
         if self._watched_by != os.getpid():
             self._watched_by = os.getpid()
             threading.Thread(target=self._watch, name='sentinels', daemon=True).start()
-        return wire
+        return connection
 
-    def _first(self, ask: Callable[[Wire], T]) -> T:
+    def _first(self, ask: Callable[[RedisConnection], T]) -> T:
         """What is asked of the first sentinel that knows an answer."""
         faults = []
         for place in list(self.places):
@@ -236,20 +286,20 @@ class Sentinels:
             return found
         raise gone(f'has no master {self.master} that can be reached. {"; ".join(faults)}')
 
-    def _open_master(self, timeout: float, sentinel: Wire) -> tuple[Wire, Place]:
+    def _open_master(self, timeout: float, sentinel: RedisConnection) -> tuple[RedisConnection, Place]:
         place = self._master_of(sentinel)
         sentinel.close()
         where = self.server.at(place)
-        wire = where.open(timeout)
-        role = wire.ask('ROLE')[0]
+        connection = where.open(timeout)
+        role = connection.ask('ROLE')[0]
         if role == b'master':
-            return wire, place
-        wire.close()
+            return connection, place
+        connection.close()
         raise gone(f'at {where.name} is named as the master, and says that it is none ({role.decode()})')
 
-    def _master_of(self, sentinel: Wire) -> Place:
+    def _master_of(self, sentinel: RedisConnection) -> Place:
         found = sentinel.answer('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
-        if isinstance(found, RedisError):
+        if isinstance(found, ErrorReply):
             sentinel.close()
             raise as_town_error(found, sentinel.about, login=self.sentinel.login.settings)
         if found is None:
@@ -263,20 +313,20 @@ class Sentinels:
             time.sleep(_WATCH_SECS)
             try:
                 if sentinel is None or place != self.places[0]:  # one that was cut off may name a dead master for ever
-                    sentinel, place = self._first(lambda wire: wire), self.places[0]
+                    sentinel, place = self._first(lambda connection: connection), self.places[0]
                 self._leave_all_but(self._master_of(sentinel))
             except TownError:
                 sentinel = None
 
     def _leave_all_but(self, master: Place) -> None:
         for entry in list(self._opened):
-            wire = entry[0]()
-            if wire is None or wire.sock.fileno() < 0:
+            connection = entry[0]()
+            if connection is None or connection.sock is None:
                 with suppress(ValueError):  # two threads may have been started
                     self._opened.remove(entry)
             elif entry[1] != master:
-                with suppress(OSError):  # whoever uses it finds it closed by the server, as it were
-                    socket.socket.shutdown(wire.sock, socket.SHUT_RDWR)
+                with suppress(OSError):
+                    connection.cut()
 
 
 @dataclass
@@ -284,7 +334,7 @@ class Cluster:
     """The node of a Cluster that holds the slot of a key. Who is asked first is who held it last."""
 
     places: list[Place]
-    server: Server
+    server: RedisServer
     key: str
     last: Place | None = None
 
@@ -294,26 +344,26 @@ class Cluster:
         tag = re.sub(r'.*?\{([^}]+)\}.*', r'\1', self.key)
         return binascii.crc_hqx(tag.encode(), 0) % _SLOTS
 
-    def open(self, timeout: float = TIMEOUT) -> Wire:
+    def open(self, timeout: float = TIMEOUT) -> RedisConnection:
         """A connection to the node that holds the slot. Raises Unavailable."""
         faults = []
         for place in [self.last, *self.places] if self.last else self.places:
             try:
-                wire, self.last = self._follow(place, timeout)
+                connection, self.last = self._follow(place, timeout)
             except TownError as e:
                 faults.append(e.detail.removeprefix('Redis '))
             else:
-                return wire
+                return connection
         raise gone(f'has no node that can be reached and holds slot {self.slot}: {"; ".join(faults)}')
 
-    def _follow(self, place: Place, timeout: float) -> tuple[Wire, Place]:
+    def _follow(self, place: Place, timeout: float) -> tuple[RedisConnection, Place]:
         """From a node to the one that holds the slot: any other one answers MOVED."""
         for _ in range(_MOVES):
-            wire = self.server.at(place).open(timeout)
-            reply = wire.request(pack(['EXISTS', self.key]), timeout)
-            if not isinstance(reply, RedisError) or reply.kind in ('ASK', 'TRYAGAIN'):  # being moved, it still has it
-                return wire, place
-            wire.close()
+            connection = self.server.at(place).open(timeout)
+            reply = connection.request(pack(['EXISTS', self.key]), timeout)
+            if not isinstance(reply, ErrorReply) or reply.kind in ('ASK', 'TRYAGAIN'):  # being moved, it still has it
+                return connection, place
+            connection.close()
             if reply.kind != 'MOVED':
                 raise as_town_error(reply)
             host, _, port = str(reply).split(' ')[2].rpartition(':')
@@ -324,18 +374,18 @@ class Cluster:
 # ------------------------------------------------------------------------------------------------ what the URL says
 
 
-def locate(settings: RedisSettings, key: str, root: Path) -> Address:
+def endpoint_of(settings: RedisSettings, key: str, root: Path) -> Endpoint:
     """Where the settings say that Redis is. `key` is one of the town's, and paths are taken from `root`.
 
     Raises UsageError that names the part that is wrong, and never shows a password.
     """
     url = read_url(settings.url)
     login = _login(url.user, url.password, settings, root)
-    server = Server(path=url.path, login=login, db=url.db, tls=_tls(url.is_tls, settings, root))
+    server = RedisServer(path=url.path, login=login, db=url.db, tls=_tls(url.is_tls, settings, root))
     if url.kind == 'sentinel':
         file = _secret_file('sentinel_password_file', settings, root)
         ours = Login(settings.sentinel_user, '', file, 'redis.sentinel_user and redis.sentinel_password_file')
-        return Sentinels(url.places, Server(login=ours, tls=server.tls), url.master, server)
+        return Sentinels(url.places, RedisServer(login=ours, tls=server.tls), url.master, server)
     if url.kind == 'cluster':
         return Cluster(url.places, server, key)
     return server if url.path else server.at(url.places[0])

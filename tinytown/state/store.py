@@ -53,12 +53,12 @@ from typing import Any, Final, Generic, TypeVar
 
 from ..errors import TownError, refusal
 from ..model import lua_sets
-from .client import ASTRAY, TIMEOUT, Address, Part, RedisError, Wire, as_town_error, bulks, pack
+from .client import NOT_PRIMARY, TIMEOUT, ErrorReply, Part, RedisConnection, as_town_error, pack
+from .endpoints import Endpoint
 
 T = TypeVar('T')
 
 IDEMPOTENCY_SECS: Final = 86400
-_FEW: Final = 16  # arguments of a script call; the beginnings of calls with more are not kept
 # Where an agent starts: a host that is not told; else host, and for an order its two times in ms.
 NOWHERE: Final[tuple[Part, ...]] = ('',)
 NO_RUN: Final[tuple[Part, ...]] = ('', '', '')  # of a task; else the task, its attempt, and where its log ends
@@ -174,14 +174,12 @@ class Command:
         script = self.script
         if script is None:
             return pack(self.args)
-        rest = bulks((self.key, self.fingerprint, self.by, store.events, *self.args))
-        if whole:
-            return b'*%d\r\n%b%b' % (len(self.args) + 8, bulks((b'EVAL', script.text, 1, store.prefix)), rest)
-        return store.head(script, len(self.args)) + rest
+        call = (b'EVAL', script.text) if whole else (b'EVALSHA', script.digest)
+        return pack((*call, 1, store.prefix, self.key, self.fingerprint, self.by, store.events, *self.args))
 
     def result(self, reply: Any) -> Any:
         """What a step is sent for a reply. Raises the TownError that a refusal or an error reply stands for."""
-        if isinstance(reply, RedisError):
+        if isinstance(reply, ErrorReply):
             raise as_town_error(reply)
         if isinstance(reply, TownError):
             raise reply
@@ -206,28 +204,18 @@ def text(value: Any) -> str:
 class Store:
     """A town's state in one Redis. Threads may share it; each gets a connection of its own."""
 
-    def __init__(self, address: Address, town: str, events: int = 100_000) -> None:
-        self.address = address
+    def __init__(self, endpoint: Endpoint, town: str, events: int = 100_000) -> None:
+        self.endpoint = endpoint
         self.prefix = f'tt:{{{town}}}:'.encode()
         self.events = events
         self._by = self._key = self._fingerprint = ''
         self._local = threading.local()
-        self._heads: dict[tuple[str, int], bytes] = {}
 
     def acting_as(self, by: str, key: str = '', fingerprint: str = '') -> Store:
         """This store, connections and all, for one who asks: every command that it makes carries these."""
         view = Store.__new__(Store)
         view.__dict__.update(self.__dict__, _by=by, _key=key, _fingerprint=fingerprint)
         return view
-
-    def head(self, script: Script, count: int) -> bytes:
-        """How a call of a script with so many arguments begins, packed."""
-        head = self._heads.get((script.name, count))
-        if head is None:
-            head = b'*%d\r\n%b' % (count + 8, bulks((b'EVALSHA', script.digest, 1, self.prefix)))
-            if count < _FEW:
-                self._heads[script.name, count] = head
-        return head
 
     def run(self, step: Step[T]) -> T:
         """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable."""
@@ -247,37 +235,37 @@ class Store:
     def call(self, command: Command) -> Any:
         """One round trip on this thread's connection."""
         reply = self._exchange(command)
-        if isinstance(reply, RedisError) and reply.kind in ASTRAY:
-            self.close()  # the next connection finds the one to ask
+        if isinstance(reply, ErrorReply) and reply.kind in NOT_PRIMARY:
+            self.close()  # the next connection finds the server to ask
             if reply.kind == 'MOVED':  # it was not executed
                 reply = self._exchange(command)
-        if isinstance(reply, RedisError):
-            wire: Wire | None = getattr(self._local, 'wire', None)
-            raise as_town_error(reply, wire.about if wire else '', self.prefix.decode())
+        if isinstance(reply, ErrorReply):
+            connection: RedisConnection | None = getattr(self._local, 'connection', None)
+            raise as_town_error(reply, connection.about if connection else '', self.prefix.decode())
         return command.result(reply)
 
     def _exchange(self, command: Command) -> Any:
-        wire = self._wire()
+        connection = self._connection()
         timeout = TIMEOUT + command.block
-        reply = wire.request(command.pack(self), timeout)
-        if isinstance(reply, RedisError) and reply.kind == 'NOSCRIPT':
-            reply = wire.request(command.pack(self, whole=True), timeout)
+        reply = connection.request(command.pack(self), timeout)
+        if isinstance(reply, ErrorReply) and reply.kind == 'NOSCRIPT':
+            reply = connection.request(command.pack(self, whole=True), timeout)
         return reply
 
-    def _wire(self) -> Wire:
-        wire: Wire | None = getattr(self._local, 'wire', None)
-        if wire is None or wire.is_stale():
-            if wire is not None:
-                wire.close()
-            self._local.wire = wire = self.address.open()
-        return wire
+    def _connection(self) -> RedisConnection:
+        connection: RedisConnection | None = getattr(self._local, 'connection', None)
+        if connection is None or connection.is_stale():
+            if connection is not None:
+                connection.close()
+            self._local.connection = connection = self.endpoint.open()
+        return connection
 
     def close(self) -> None:
         """Closes this thread's connection."""
-        wire: Wire | None = getattr(self._local, 'wire', None)
-        if wire is not None:
-            wire.close()
-            self._local.wire = None
+        connection: RedisConnection | None = getattr(self._local, 'connection', None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None
 
     # ----------------------------------------------------------------------------------------------------- verbs
     # One line each; what a script takes and gives stands above it in scripts.lua.

@@ -65,7 +65,7 @@ def _stop_workers(root: Path, config: Config) -> list[str]:
     if not config.redis.url and not managed_redis.socket_path(root).exists():
         return []
     managed_redis.ensure(root, config)
-    town = Town(root, config, Store(managed_redis.address(root, config), config.name, config.retention.events))
+    town = Town(root, config, Store(managed_redis.endpoint(root, config), config.name, config.retention.events))
     call = Call(town, Principal('service', ALL_SCOPES))
     comes_back = config.agent.restart != 'never'
 

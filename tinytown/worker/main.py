@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             root = Path(told['root'])
             config = from_values(told['settings'], root)
             name_host(config.host)
-            store = Store(managed_redis.address(root, config), config.name, config.retention.events)
+            store = Store(managed_redis.endpoint(root, config), config.name, config.retention.events)
             worker = open_here(Town(root, config, store), told['agent_id'], arguments.name, told['instance'])
         except (TownError, UsageError) as e:
             starter.sendall(str(e).encode())
