@@ -24,7 +24,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 REPOSITORY: Final = Path(__file__).parents[1]
 PROGRAMS: Final = {'townhall.pyz': 'tinytown.townhall.main', 'tt.pyz': 'tinytown.cli.main'}
-PURE: Final = ('tomli-w',)
+PURE: Final = ('async-timeout', 'redis', 'tomli-w')  # the first for the second, on Python 3.11.0 to 3.11.2
 # What is compiled: of which package which file, and the name that it has in native/ (tinytown/host/bundled.py).
 COMPILED: Final = {
     'argon2-cffi-bindings': ('_argon2_cffi_bindings/_ffi.abi3.so', 'argon2.so'),

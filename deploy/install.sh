@@ -88,7 +88,7 @@ if [ ! -e "$release/complete" ] || ! "$release/bin/townhall" --version >/dev/nul
     mkdir -p "$prefix/releases"
     "$python" -m venv --without-pip "$release"
     "$release/bin/python" -I "$(echo wheels/pip-*.whl)/pip" --isolated install --quiet --no-index --find-links wheels \
-        --no-cache-dir --disable-pip-version-check --root-user-action ignore "tinytown[embedded]==$version"
+        --no-cache-dir --disable-pip-version-check --root-user-action ignore "tinytown[embedded,fast]==$version"
     "$release/bin/townhall" --version >/dev/null
     : >"$release/complete"
 fi
