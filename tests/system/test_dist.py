@@ -169,6 +169,13 @@ def test_one_file_is_all_that_a_town_needs(bare: Bare, dist: Path) -> None:
     assert argon2id.matches(made['key'].encode(), made['hash'])
 
 
+def test_what_redis_needs_on_the_first_releases_of_python_3_11_is_in_it(bare: Bare) -> None:
+    bare.tt('--version')
+    code = "import sys; sys.version_info = (3, 11, 2, 'final', 0); import redis, async_timeout; print(redis.__file__)"
+    done = bare.python('-c', code, PYTHONPATH=str(bare.unpacked()))
+    assert done.stdout.startswith(str(bare.unpacked())), done.stderr
+
+
 @pytest.mark.parametrize('damage', ['replaced', 'removed'])
 def test_a_townhall_goes_on_when_its_file_is_replaced_or_removed(bare: Bare, dist: Path, damage: str) -> None:
     program = Path(shutil.copy(dist / 'townhall.pyz', bare.town))
