@@ -1,3 +1,3 @@
 """Tinytown runs a town of AI coding agents; Townhall is its control plane."""
 
-__version__ = '0.1.0'
+__version__ = '1.0.0'
