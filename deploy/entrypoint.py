@@ -82,7 +82,7 @@ def ready_key(root: Path, words: list[str]) -> None:
     """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
     flags = {'townhall.bind': townhall_parser().parse_args(words).bind}
     config = configuration.load(root, flags)
-    town_secrets.ready_log(root, config)
+    town_secrets.configure_log(root, config)
     is_chosen = config.townhall.auth.mode != 'none' or 'TINYTOWN_TOWNHALL_AUTH_MODE' in os.environ
     if is_chosen or is_local(config.townhall.bind):
         return

@@ -1,10 +1,12 @@
-"""`make chaos`: a town under sabotage, and a ledger that says whether anything was lost, done twice or done wrongly.
+"""`make chaos`: runs a town under sabotage and checks that nothing was lost, done twice or done wrongly.
 
-Producers add tasks and send messages over REST and write down each acknowledgement. Workers run a CLI that notes each
-of its runs; some tasks leave processes behind, and some are poison: their run kills its own worker. A saboteur, seeded,
-kills and pauses workers, CLIs, townhalls and Redis, drops replies, cuts connections and flushes scripts. Then the town
-is given time to finish, and the sets are compared. Prints the seed, the counts and the times; on a failure what is
-wrong, with its history, and where the town was kept; and exits with status 1.
+Producers create tasks and send messages over REST, and record every acknowledgement in a ledger. Workers run a CLI that
+records each of its runs. Some tasks leave processes behind; "poison" tasks kill their own worker. A saboteur with a
+seeded random generator kills and pauses workers, CLIs, townhalls and Redis, drops replies, cuts connections and flushes
+scripts. Then the town gets time to finish, and the ledger is compared with the state of the town.
+
+Prints the seed, the counts and the times. On a failure it also prints what is wrong, with the history of the task, and
+the directory of the town, and exits with status 1. Start with `campaign`.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ from .support import Hall, Place, make_town
 
 AGENTS = 4
 PRODUCERS = 3
-MOST_WAITING = 60  # tasks and messages: producers pause while more than these wait, so that the end is near at any time
+MAX_WAITING = 60  # tasks and messages; producers pause while more of them wait, so that the town can finish soon
 LEASE_SECS = 6
 ATTEMPTS = 3
-LONGEST_REQUEUE = LEASE_SECS + 25  # lease + 5 s is promised while a townhall runs; it and Redis are killed, too
+MAX_REQUEUE_SECS = LEASE_SECS + 25  # lease + 5 s is the promise while townhall and Redis run; both are killed here
 EVENTS = 'task.completed', 'task.failed', 'task.dead_lettered', 'task.cancelled'
 CLI = r"""
 prompt=$(cat)
@@ -65,8 +67,8 @@ echo "by attempt $TINYTOWN_ATTEMPT"
 """
 
 
-class Made(NamedTuple):
-    """What a producer asked for, and the id that was acknowledged; '' if it was refused for good."""
+class Order(NamedTuple):
+    """A producer's request, and the id in its acknowledgement ('' if the request was refused)."""
 
     path: str
     body: dict[str, Any]
@@ -75,25 +77,26 @@ class Made(NamedTuple):
 
 @dataclass
 class Ledger:
-    """What was asked and acknowledged, what was broken, and what was seen on the way."""
+    """What was requested and acknowledged, what was sabotaged, and what was observed."""
 
-    made: dict[str, Made] = field(default_factory=dict)  # by idempotency key
-    again: int = 0  # requests repeated because their outcome was unknown
-    repeated: int = 0  # acknowledged requests sent once more
+    orders: dict[str, Order] = field(default_factory=dict)  # by idempotency key
+    retries: int = 0  # requests sent again because their outcome was unknown
+    repeated: int = 0  # acknowledged requests sent once more on purpose
     wrong: list[str] = field(default_factory=list)
     deeds: Counter[str] = field(default_factory=Counter)
-    worker_kills: list[tuple[float, str]] = field(default_factory=list)  # when, whose
+    worker_kills: list[tuple[float, str]] = field(default_factory=list)  # time, agent
     cli_kills: set[str] = field(default_factory=set)  # 'task attempt'
     outages: list[float] = field(default_factory=list)  # seconds from kill -9 of Redis to ready
-    events: list[str] = field(default_factory=list)  # the ids that an onlooker was shown
-    marks: set[str] = field(default_factory=set)
+    events: list[str] = field(default_factory=list)  # the ids that a subscriber received
+    marks: set[str] = field(default_factory=set)  # of processes; see `host.processes`
 
     def acknowledged(self, path: str) -> dict[str, str]:
-        return {key: made.id for key, made in self.made.items() if made.id and made.path.startswith(path)}
+        """The acknowledged orders for paths that start with `path`: {idempotency key: id}."""
+        return {key: order.id for key, order in self.orders.items() if order.id and order.path.startswith(path)}
 
 
 class Process(NamedTuple):
-    """A process of the town: one whose working directory is the town's."""
+    """A process of the town."""
 
     pid: int
     parent: int
@@ -102,12 +105,12 @@ class Process(NamedTuple):
 
     @property
     def agent(self) -> str:
-        """Whose worker it is; '' if it is none."""
+        """The name of the agent whose worker it is; '' if it is not a worker."""
         return self.argv[4] if self.argv[2:4] == ['-m', 'tinytown.worker'] else ''
 
 
 def processes(root: Path, marks: set[str]) -> Iterator[Process]:
-    """The live processes below a directory, and those that carry a mark that was seen on one of these."""
+    """The live processes whose working directory is below `root`, and those with one of the marks."""
     for entry in Path('/proc').glob('[0-9]*'):
         try:
             fields = (entry / 'stat').read_text().rpartition(')')[2].split()
@@ -122,7 +125,10 @@ def processes(root: Path, marks: set[str]) -> Iterator[Process]:
 
 
 class Town:
-    """The town of a campaign: two townhalls, some agents, and a proxy that keeps taking Redis' place on its socket."""
+    """The town of a campaign: two townhalls, some agents, and a proxy on the socket of the managed Redis.
+
+    Every restarted Redis creates its socket anew; a thread then puts a new proxy in its place.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -153,14 +159,14 @@ class Town:
         self._watcher.start()
 
     def open_hall(self) -> Hall:
-        """A townhall, in spite of everything."""
+        """Starts a townhall. Tries again when the sabotage makes the start fail."""
         for _ in range(20):
             with suppress(AssertionError):
                 return self.place.hall()
         raise AssertionError('no townhall could be opened')
 
     def doom(self, fate: Fate) -> None:
-        """Lets the next command, whoever sends it, meet a fate."""
+        """Injects a fault into the next command of any client."""
         self._fates.append(fate)
 
     def _judge(self, pid: int, _name: str) -> Fate | None:
@@ -172,7 +178,7 @@ class Town:
                 self._take_place()
 
     def _take_place(self) -> None:
-        """Puts a proxy on the socket of a new Redis, so that at each moment one of both listens there."""
+        """Puts a proxy on the socket of a new Redis. The rename is atomic: Redis or the proxy listens there always."""
         if accepts(self.socket) in (0, os.getpid()):
             return
         if self._proxy:
@@ -188,36 +194,36 @@ class Town:
         return accepts(self.socket.with_name('real.sock'))
 
     def close(self) -> str:
-        """Ends the town as a user does; what `tt stop` had to complain."""
+        """Stops the town as a user does. Returns the error output of `tt stop`."""
         self._over.set()
         self._watcher.join()
         for hall in self.place.halls:
             hall.kill()
-        said = self.place.tt('stop', '--redis', check=False).stderr
+        errors = self.place.tt('stop', '--redis', check=False).stderr
         self.place.store.close()
         if self._proxy:
             self._proxy.close()
-        return said
+        return errors
 
 
 # ----------------------------------------------------------------------------------------------------------- producing
 
 
 class Producers:
-    """Those who use the town, until `over`."""
+    """The clients of the town, each in a thread, until `over` is set."""
 
     def __init__(self, town: Town, ledger: Ledger, seed: int, over: threading.Event) -> None:
         self._town, self._ledger, self._seed, self._over = town, ledger, seed, over
         self._room = threading.Event()
         self._threads = [self._thread(self._produce, number) for number in range(PRODUCERS)]
-        self._threads += [self._thread(self._distribute), self._thread(self._look_on)]
+        self._threads += [self._thread(self._distribute), self._thread(self._follow_events)]
 
-    def _thread(self, what: Callable[..., None], *arguments: Any) -> threading.Thread:
+    def _thread(self, function: Callable[..., None], *arguments: Any) -> threading.Thread:
         def guarded() -> None:
             try:
-                what(*arguments)
-            except Exception as e:  # a producer that ended early would make the ledger small and the result worthless
-                self._ledger.wrong.append(f'driver: {what.__name__} ended: {e!r}')
+                function(*arguments)
+            except Exception as e:  # if a producer ended unnoticed, the ledger would be small and the result worthless
+                self._ledger.wrong.append(f'driver: {function.__name__} ended: {e!r}')
 
         thread = threading.Thread(target=guarded, daemon=True)
         thread.start()
@@ -228,7 +234,7 @@ class Producers:
             thread.join()
 
     def _produce(self, number: int) -> None:
-        """Asks for things; what is not answered is asked again under the same key, and some of what was, too."""
+        """Sends requests. Repeats some acknowledged ones with the same idempotency key: their ids must be the same."""
         choice = random.Random(f'{self._seed} producer {number}')
         count = 0
         while not self._over.wait(choice.uniform(0, 0.4)):
@@ -246,16 +252,19 @@ class Producers:
                 body = {'to': agent, 'message': f'letter {key}', 'kind': 'query', 'urgent': urgent}
             elif choice.random() < 0.7:
                 path, body = '/v1/tasks/assign', {'agent': agent, 'task': f'{kind} {key}'}
-            made = Made(path, body, self._insist(path, body, key, choice))
-            self._ledger.made[key] = made
-            if made.id and choice.random() < 0.1:
+            order = Order(path, body, self._insist(path, body, key, choice))
+            self._ledger.orders[key] = order
+            if order.id and choice.random() < 0.1:
                 self._ledger.repeated += 1
-                again = self._insist(path, body, key, choice)
-                if again != made.id:
-                    self._ledger.wrong.append(f'double: {key} was acknowledged as {made.id} and as {again}')
+                second = self._insist(path, body, key, choice)
+                if second != order.id:
+                    self._ledger.wrong.append(f'double: {key} was acknowledged as {order.id} and as {second}')
 
     def _insist(self, path: str, body: dict[str, Any], key: str, choice: random.Random) -> str:
-        """The id that is acknowledged; '' if it was refused. An unknown outcome is asked again, of any townhall."""
+        """Sends a request to either townhall, again and again until its outcome is known.
+
+        Returns the acknowledged id, or '' if the request was refused.
+        """
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
@@ -268,12 +277,12 @@ class Producers:
                     return ''
             except (OSError, ValueError, http.client.HTTPException):
                 pass
-            self._ledger.again += 1
+            self._ledger.retries += 1
             self._over.wait(0.05)
         raise AssertionError(f'{key} was not answered for a minute')
 
     def _distribute(self) -> None:
-        """Gives the backlog to the agents, again and again, and tells the producers when too much waits."""
+        """Assigns the backlog to the agents, again and again. Pauses the producers while too much waits."""
         number = 0
         while not self._over.wait(0.2):
             number += 1
@@ -283,17 +292,17 @@ class Producers:
                 status = hall.get('/v1/status')
                 if status.status == 200:
                     waits = sum(agent['inbox_len'] + agent['urgent_len'] for agent in status.json['agents'])
-                    (self._room.set if waits < MOST_WAITING else self._room.clear)()
+                    (self._room.set if waits < MAX_WAITING else self._room.clear)()
 
-    def _look_on(self) -> None:
-        """Follows the events as anyone may, and notes whether their ids rise."""
+    def _follow_events(self) -> None:
+        """Reads the stream of events, and checks that the ids increase."""
         store = self._town.place.store
         seen = self._ledger.events
         while not self._over.is_set():
             last = seen[-1] if seen else '0-0'
             with suppress(TownError):
-                found = store.call(Command(None, ('XREAD', 'COUNT', 1000, 'STREAMS', store.prefix + b'events', last)))
-                new = [text(entry) for entry, _ in found[0][1]] if found else []
+                reply = store.call(Command(None, ('XREAD', 'COUNT', 1000, 'STREAMS', store.prefix + b'events', last)))
+                new = [text(entry) for entry, _ in reply[0][1]] if reply else []
                 if [last, *new] != sorted({last, *new}, key=_numbers):
                     self._ledger.wrong.append(f'events: after {last} came {new}')
                 seen += new
@@ -308,7 +317,7 @@ def _numbers(event_id: str) -> list[int]:
 
 
 class Saboteur:
-    """Does something bad, again and again; what, when and to whom comes from the seed."""
+    """Injects faults at random; the seed decides which ones, when and where."""
 
     DEEDS: Final = {  # by weight
         'kill_worker': 8,
@@ -341,30 +350,31 @@ class Saboteur:
         for thread in self._pauses + self._waits:
             thread.join()
 
-    def _one(self, fits: Callable[[Process], object]) -> Process | None:
-        all_of_them = list(processes(self._town.root, set()))
-        self._ledger.marks |= {process.environ.get(INSTANCE_VARIABLE, '') for process in all_of_them} - {''}
-        workers = {process.pid for process in all_of_them if process.agent}
-        found = sorted(
-            # what a worker has forked looks like one until it is the coding CLI
-            (each for each in all_of_them if fits(each) and not (each.agent and each.parent in workers)),
+    def _pick(self, fits: Callable[[Process], object]) -> Process | None:
+        """Picks one of the processes that fit. Records the marks of all processes."""
+        running = list(processes(self._town.root, set()))
+        self._ledger.marks |= {process.environ.get(INSTANCE_VARIABLE, '') for process in running} - {''}
+        workers = {process.pid for process in running if process.agent}
+        fitting = sorted(
+            # a child of a worker looks like a worker between fork and exec
+            (process for process in running if fits(process) and not (process.agent and process.parent in workers)),
             key=lambda process: process.pid,
         )
-        return self._choice.choice(found) if found else None
+        return self._choice.choice(fitting) if fitting else None
 
     def _kill_worker(self) -> bool:
-        if process := self._one(lambda each: each.agent):
+        if process := self._pick(lambda process: process.agent):
             self._ledger.worker_kills.append((time.time(), process.agent))
             os.kill(process.pid, signal.SIGKILL)
         return process is not None
 
     def _pause_worker(self) -> bool:
-        """Long enough, at times, for its lease to run out."""
-        process = self._one(lambda each: each.agent)
+        """Pauses a worker, sometimes for so long that its lease expires."""
+        process = self._pick(lambda process: process.agent)
         return process is not None and self._pause(process.pid, self._choice.choice([0.2, 1, LEASE_SECS + 3]))
 
     def _kill_cli(self) -> bool:
-        process = self._one(lambda each: not each.agent and 'TINYTOWN_TASK_ID' in each.environ)
+        process = self._pick(lambda process: not process.agent and 'TINYTOWN_TASK_ID' in process.environ)
         if process:
             self._ledger.cli_kills.add(f'{process.environ["TINYTOWN_TASK_ID"]} {process.environ["TINYTOWN_ATTEMPT"]}')
             os.kill(process.pid, signal.SIGKILL)
@@ -377,7 +387,7 @@ class Saboteur:
         return True
 
     def _pause_townhall(self) -> bool:
-        """Long enough, at times, for the other one to become the caretaker."""
+        """Pauses a townhall, sometimes for so long that the other one's supervisor takes over."""
         return self._pause(self._choice.choice(self._town.halls).process.pid, self._choice.choice([0.5, 7]))
 
     def _kill_redis(self) -> bool:
@@ -389,7 +399,7 @@ class Saboteur:
         return pid != 0
 
     def _time_outage(self, began: float) -> None:
-        """Notes how long it took until a townhall said that it is ready."""
+        """Records the time until a townhall answers that it is ready."""
         idle = threading.Event()
         while time.monotonic() - began < 60:
             idle.wait(0.01)
@@ -431,7 +441,7 @@ class Saboteur:
 
 
 class Verdict:
-    """What became of everything, read from Redis, from the CLI's notes and from the process table."""
+    """The final state, from Redis, from the CLI's records and from the process table; compared with the ledger."""
 
     def __init__(self, town: Town, ledger: Ledger) -> None:
         self._town, self._ledger = town, ledger
@@ -440,7 +450,7 @@ class Verdict:
         self.requeues: list[float] = []
 
     def settle(self, patience: float = 180) -> None:
-        """Gives the town time to finish what it has, now that nobody disturbs it."""
+        """Waits, after the sabotage, until the town has finished its work and its processes have ended."""
         began = time.monotonic()
         deadline = began + patience
         idle = threading.Event()
@@ -448,7 +458,7 @@ class Verdict:
             idle.wait(0.3)
         self.settled = time.monotonic() - began
         self._left_behind = self._leftovers()
-        while self._left_behind and time.monotonic() < deadline:  # a worker that was fenced ends after its round
+        while self._left_behind and time.monotonic() < deadline:  # a replaced worker ends after its round
             idle.wait(0.3)
             self._left_behind = self._leftovers()
 
@@ -463,16 +473,17 @@ class Verdict:
             return True
         waits = sum(agent['inbox_len'] + agent['urgent_len'] for agent in status['agents'])
         at_rest = all(agent['state'] == 'Idle' for agent in status['agents'])
-        return bool(waits or not at_rest or sum(status['tasks'][each] for each in ('pending', 'assigned', 'running')))
+        open_tasks = sum(status['tasks'][state] for state in ('pending', 'assigned', 'running'))
+        return bool(waits or not at_rest or open_tasks)
 
     def _leftovers(self) -> list[str]:
-        """Processes of the town that are neither a live agent's worker nor its Redis."""
+        """The processes of the town except its agents' workers and its Redis."""
         known = {agent['pid'] for agent in self._town.place.do('agent.list')['agents']} | {self._town.redis_pid()}
-        found = processes(self._town.root, self._ledger.marks)
-        return [f'{each.pid} {" ".join(each.argv)}' for each in found if each.pid not in known]
+        running = processes(self._town.root, self._ledger.marks)
+        return [f'{process.pid} {" ".join(process.argv)}' for process in running if process.pid not in known]
 
     def judge(self) -> None:
-        """Compares the sets; what is wrong goes into the ledger."""
+        """Compares the state of the town with the ledger. Adds what is wrong to the ledger."""
         place = self._town.place
         self.tasks = {task['task_id']: task for task in self._all('task.list', 'tasks')}
         self.dead = {letter['id']: letter for letter in self._all('deadletter.list', 'dead_letters')}
@@ -488,7 +499,7 @@ class Verdict:
             self._judge_task(task_id, by_task[task_id])
         self.wrong += [f'twice: {line} ran {count} times' for line, count in self.runs.items() if count > 1]
         missing = set(self._ledger.events) - {event['id'] for event in self.history}
-        self.wrong += [f'events: {each} was shown and is gone' for each in sorted(missing)]
+        self.wrong += [f'events: {each} was received and is gone' for each in sorted(missing)]
         self.wrong += [f'left behind: {line}' for line in self._left_behind]
         for agent in place.do('agent.list')['agents']:
             if agent['state'] != 'Idle':
@@ -496,16 +507,17 @@ class Verdict:
         self._time_requeues(by_task)
 
     def _all(self, operation: str, name: str) -> Iterator[dict[str, Any]]:
-        following: dict[str, Any] = {}
+        """All items of a paginated operation."""
+        cursor: dict[str, Any] = {}
         while True:
-            page = self._town.place.do(operation, **following)
+            page = self._town.place.do(operation, **cursor)
             yield from page[name]
             if 'next_cursor' not in page:
                 return
-            following = {'cursor': page['next_cursor']}
+            cursor = {'cursor': page['next_cursor']}
 
     def _history(self) -> list[dict[str, Any]]:
-        """Every event, in pages."""
+        """Every event of the town."""
         store, events = self._town.place.store, []
         start = '-'
         while rows := store.call(Command(None, ('XRANGE', store.prefix + b'events', start, '+', 'COUNT', 5000))):
@@ -514,7 +526,7 @@ class Verdict:
         return events
 
     def _judge_acknowledged(self) -> None:
-        """Acknowledged is present, once; refused is not."""
+        """Every acknowledged task exists exactly once, and no other task exists."""
         present = Counter(task['description'].split()[1] for task in self.tasks.values())
         acknowledged = self._ledger.acknowledged('/v1/tasks') | self._ledger.acknowledged('/v1/backlog')
         for key, task_id in acknowledged.items():
@@ -527,14 +539,14 @@ class Verdict:
                 self.wrong.append(f'wrong: {key} is there and was not acknowledged')
 
     def _judge_messages(self) -> None:
-        """Each acknowledged message was read in a round, or is a dead letter that tells why."""
+        """Every acknowledged message was read in a round or is a dead letter."""
         read = set((self._town.root / 'letters').read_text().splitlines())
         for key, message_id in self._ledger.acknowledged('/v1/messages').items():
             if key not in read and message_id not in self.dead:
                 self.wrong.append(f'lost: message {key} {message_id} was acknowledged and nobody read it')
 
     def _judge_task(self, task_id: str, history: list[dict[str, Any]]) -> None:
-        """One end, of the attempt that was current; attempts rise; what is given up was tried often enough."""
+        """A task has exactly one end, by its last attempt; its attempts are 1, 2, 3; a dead letter used all of them."""
         task, wrong = self.tasks[task_id], []
         kind = task['description'].split()[0]
         started = [event['attempt'] for event in history if event['type'] == 'task.started']
@@ -548,19 +560,19 @@ class Verdict:
             wrong.append('it was ended by an attempt that was not the last')
         if task['state'] == 'completed':
             if kind == 'poison' or self.runs[f'end {current}'] != 1 or task['result'] != f'by attempt {started[-1]}':
-                wrong.append(f'it was completed without a run that ended well: {task["result"]}')
+                wrong.append(f'it was completed without a successful run: {task["result"]}')
         elif task['state'] != 'failed':
             wrong.append(f'it is {task["state"]}')
         elif task_id in self.dead:
             if len(started) != ATTEMPTS:
-                wrong.append(f'it was given up after {len(started)} attempts')
+                wrong.append(f'it became a dead letter after {len(started)} attempts')
         elif current not in self._ledger.cli_kills:
             wrong.append(f'it failed by itself: {task["error"]}')
-        self.wrong += [f'wrong: {task["description"]}: {what}: {json.dumps(history)}' for what in wrong]
+        self.wrong += [f'wrong: {task["description"]}: {fault}: {json.dumps(history)}' for fault in wrong]
 
     def _time_requeues(self, by_task: dict[str, list[dict[str, Any]]]) -> None:
-        """From each kill -9 of a worker that held a task to the event that freed the task."""
-        held: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by agent: from when to when it held a task
+        """Measures the time from each kill -9 of a worker that held a task to the event that freed the task."""
+        held: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by agent: start and end of holding a task
         for history in by_task.values():
             for event, following in pairwise(history):
                 if event['type'] == 'task.started' and following['type'] in ('task.requeued', 'task.dead_lettered'):
@@ -570,7 +582,7 @@ class Verdict:
             index = bisect_right(spans, (when, 0.0)) - 1
             if index >= 0 and spans[index][1] > when:
                 self.requeues.append(spans[index][1] - when)
-        if self.requeues and max(self.requeues) > LONGEST_REQUEUE:
+        if self.requeues and max(self.requeues) > MAX_REQUEUE_SECS:
             self.wrong.append(f'late: a task was freed {max(self.requeues):.1f} s after its worker was killed')
 
 
@@ -582,7 +594,7 @@ def _when(event: dict[str, Any]) -> float:
 
 
 def campaign(root: Path, seed: int, seconds: float) -> list[str]:
-    """One campaign in a new town in `root`; prints its numbers. What was wrong."""
+    """Runs a campaign in a new town in `root` and prints its numbers. Returns what was wrong."""
     town, ledger = Town(root), Ledger()
     try:
         town.halls = [town.open_hall(), town.open_hall()]
@@ -597,24 +609,24 @@ def campaign(root: Path, seed: int, seconds: float) -> list[str]:
         verdict.settle()
         verdict.judge()
     finally:
-        said = town.close()
-    ledger.wrong += [f'tt stop: {said}'] if said else []
-    after = [f'{each.pid} {" ".join(each.argv)}' for each in processes(root, ledger.marks)]
-    ledger.wrong += [f'left behind by tt stop: {line}' for line in after]
-    tell(ledger, verdict)
+        errors = town.close()
+    ledger.wrong += [f'tt stop: {errors}'] if errors else []
+    left = [f'{process.pid} {" ".join(process.argv)}' for process in processes(root, ledger.marks)]
+    ledger.wrong += [f'left behind by tt stop: {line}' for line in left]
+    print_numbers(ledger, verdict)
     return ledger.wrong
 
 
-def tell(ledger: Ledger, verdict: Verdict) -> None:
+def print_numbers(ledger: Ledger, verdict: Verdict) -> None:
     """Prints the numbers of a campaign."""
     letters = ledger.acknowledged('/v1/messages')
-    acknowledged = sum(bool(made.id) for made in ledger.made.values())
+    acknowledged = sum(bool(order.id) for order in ledger.orders.values())
     states = Counter(task['state'] for task in verdict.tasks.values())
     poison = [task for task in verdict.tasks.values() if task['description'].startswith('poison')]
     attempts = sum(line.startswith('start ') for line in verdict.runs)
     kinds = Counter(re.split(r'\W', line)[0] for line in ledger.wrong)
-    print(f'acknowledged  {acknowledged} ({len(letters)} messages); refused {len(ledger.made) - acknowledged}')
-    print(f'              asked again because the outcome was unknown {ledger.again}, though known {ledger.repeated}')
+    print(f'acknowledged  {acknowledged} ({len(letters)} messages); refused {len(ledger.orders) - acknowledged}')
+    print(f'              sent again: outcome unknown {ledger.retries}, on purpose {ledger.repeated}')
     print(f'sabotage      {", ".join(f"{deed} {count}" for deed, count in sorted(ledger.deeds.items()))}')
     print(f'tasks         {dict(states)}, dead letters {len(verdict.dead)}, poison {len(poison)}, runs {attempts}')
     print(f'settled       {verdict.settled:.1f} s after the sabotage')

@@ -1,4 +1,4 @@
-"""A town whose workers are played by the test, calling scripts as a worker does; and the invariants of its state."""
+"""Helpers for tests that play an agent's worker (`Puppet`), and the invariants of a town's state (`check`)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tinytown.state.store import Command, text
 from .support import OPERATOR, Place
 
 STATES = ('pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')
-DELIVERIES = 3  # of one message
-ELSEWHERE = Identity('host', 'boot', 7, '1')  # of which nothing can be told here
+DELIVERIES = 3  # of one message, before it becomes a dead letter
+ELSEWHERE = Identity('host', 'boot', 7, '1')  # a process on another host; its verdict is unknown here
 
 
 def redis(place: Place, *parts: Part) -> Any:
-    """A plain command."""
+    """Runs a plain Redis command. Returns its reply."""
     return place.store.call(Command(None, parts))
 
 
 def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
-    """Runs many commands with one write, so that several fall into one millisecond. Their results."""
+    """Sends commands in one write, so that several run in the same millisecond. Returns their results."""
     connection = place.store.endpoint.open(timeout=20)
     try:
-        sent = {command.script: command for command in reversed(commands)}  # the first of each brings the script
+        sent = {command.script: command for command in reversed(commands)}  # the first use of a script sends its text
         packed = [each.pack(place.store, whole=sent[each.script] is each) for each in commands]
         connection.redis.send_packed_command(packed)
         return [command.result(connection.redis.read_response(True)) for command in commands]
@@ -42,7 +42,7 @@ def pipeline(place: Place, commands: Sequence[Command]) -> list[Any]:
 
 @dataclass
 class Puppet:
-    """An agent whose worker is the test."""
+    """An agent whose worker the test plays: the methods call the scripts that a worker calls."""
 
     place: Place
     id: str
@@ -50,23 +50,23 @@ class Puppet:
     instance: str
 
     def hello(self, process: Identity = ELSEWHERE) -> None:
-        """Its worker is up, as that process."""
+        """Starts the worker, as that process."""
         hello = self.place.store.hello(self.id, self.instance, process.host, process.boot, process.pid, process.start)
         self.place.store.call(hello)
 
     def pickup(self, most: int = 100) -> list[Any]:
-        found: list[Any] = self.place.store.call(self.place.store.pickup(self.id, self.instance, most, DELIVERIES))
-        return found
+        reply: list[Any] = self.place.store.call(self.place.store.pickup(self.id, self.instance, most, DELIVERIES))
+        return reply
 
     def take(self) -> tuple[str, int]:
-        """Takes the next task: its id and attempt."""
-        found = self.pickup()
-        assert found[0] == b'work', found
-        assert found[1], 'a round without a task'
-        return text(found[1][0]), found[1][1]
+        """Takes the next task. Returns its id and attempt."""
+        reply = self.pickup()
+        assert reply[0] == b'work', reply
+        assert reply[1], 'a round without a task'
+        return text(reply[1][0]), reply[1][1]
 
     def beat(self, *held: Part) -> list[str]:
-        """The tasks of `held` (task, attempt, …) that are lost."""
+        """Sends a heartbeat that holds tasks (task, attempt, …). Returns those that the agent has lost."""
         return [text(task) for task in self.place.store.call(self._beat(held))[1]]
 
     def _beat(self, held: Iterable[Part]) -> Command:
@@ -84,17 +84,17 @@ class Puppet:
         return [text(each) for each in reply[0]]
 
     def revive(self, instance: str) -> None:
-        """A new process for an agent that is at rest."""
+        """Starts a new worker for an agent whose worker has ended."""
         self.place.store.call(self.place.store.restarting(self.id, 100, instance))
         self.instance = instance
         self.hello()
 
     def dies(self, again: int = 0, why: str = 'its process died', pauses: Iterable[int] = (0,)) -> None:
-        """Its process is proven dead; it is started again so often in a row."""
+        """Records that the worker's process died. The agent is restarted unless it crashed more than `again` times."""
         self.place.store.call(self.place.store.died(self.id, self.instance, why, pauses, again))
 
     def die_of(self, task: str) -> str:
-        """Takes a task and dies, attempt by attempt, until the task is given up; then it is up once more."""
+        """Dies in each attempt of a task until the task is a dead letter, and then runs again. Returns the task."""
         while self.take()[0] == task:
             self.dies(9, 'it was poison')
             self.revive(new_id())
@@ -104,20 +104,20 @@ class Puppet:
         raise AssertionError(f'{self.name} took another task')
 
     def becomes(self, process: Identity) -> None:
-        """Its record says that its worker is that process."""
+        """Changes the agent's record: its worker is that process."""
         fields = ('host', process.host, 'boot', process.boot, 'pid', process.pid, 'start', process.start)
         redis(self.place, 'HSET', self.place.store.prefix + f'agent:{self.id}'.encode(), *fields)
 
     def is_started_by(self, process: Identity) -> None:
-        """Its record says that this process is starting its worker."""
+        """Changes the agent's record: that process is starting its worker."""
         redis(self.place, 'HSET', self.place.store.prefix + f'agent:{self.id}'.encode(), 'starter', process.line)
 
     def messages(self) -> list[str]:
-        """What the messages of its next round say."""
+        """Picks up a round. Returns the texts of its messages."""
         return [json.loads(message[3])['summary'] for message in self.pickup()[2]]
 
     def again(self) -> Puppet:
-        """The worker that has been started for it meanwhile."""
+        """The agent's present worker, if the agent was restarted since."""
         key = self.place.store.prefix + f'agent:{self.id}'.encode()
         return Puppet(self.place, self.id, self.name, text(redis(self.place, 'HGET', key, 'instance')))
 
@@ -127,7 +127,7 @@ class Puppet:
 
 
 def enlist(place: Place, name: str, hello: bool = True) -> Puppet:
-    """A new agent; with `hello` its worker is up."""
+    """Creates an agent. With `hello` its worker runs."""
     puppet = Puppet(place, '', name, '')
 
     def start(_town: Town, agent_id: str, _name: str, instance: str) -> None:
@@ -151,7 +151,10 @@ _READ = {
 
 
 def snapshot(place: Place) -> dict[str, Any]:
-    """Every key of the town but its events, without prefix: dict, {member: score}, set, [(id, fields)] or a length."""
+    """Every key of the town except its events, without the prefix of the town.
+
+    A hash becomes a dict, a sorted set {member: score}, a set a set, a stream [(id, fields)], a list its length.
+    """
     prefix = text(place.store.prefix)
     keys = [key for key in redis(place, 'KEYS', prefix.replace('[', '\\[') + '*') if not key.endswith(b':events')]
     kinds = pipeline(place, [Command(None, ('TYPE', key)) for key in keys])
@@ -175,7 +178,7 @@ def _plain(kind: bytes, reply: Any) -> Any:
 
 
 def check(place: Place) -> dict[str, Any]:
-    """Asserts that indexes, inboxes, leases and rendered records of a town agree. Returns the snapshot it looked at."""
+    """Asserts that a town's indexes, inboxes, leases and rendered records agree. Returns the checked snapshot."""
     state = snapshot(place)
     tasks = {key[5:]: value for key, value in state.items() if key.startswith('task:') and key.count(':') == 1}
     agents = {key[6:]: value for key, value in state.items() if key.startswith('agent:') and key.count(':') == 1}
@@ -208,8 +211,8 @@ def _check_task_indexes(state: dict[str, Any], tasks: dict[str, Any]) -> None:
     letters = {key[5:] for key in state if key.startswith('dead:')}
     assert set(state.get('dead', {})) == letters | {task_id for task_id, task in tasks.items() if task['dead'] == '1'}
     totals = state.get('totals', {})
-    given_up = {'failed': int(totals.get('task.dead_lettered', 0))}  # such a task is failed, and counted apart
-    assert all(int(totals.get(f'task.{end}', 0)) + given_up.get(end, 0) >= count for end, count in ended.items())
+    dead = {'failed': int(totals.get('task.dead_lettered', 0))}  # a dead letter's state is failed; it has its own total
+    assert all(int(totals.get(f'task.{end}', 0)) + dead.get(end, 0) >= count for end, count in ended.items())
 
 
 def _check_agent_indexes(state: dict[str, Any], agents: dict[str, Any]) -> None:
@@ -238,11 +241,11 @@ def _check_inboxes(state: dict[str, Any], tasks: dict[str, Any], agents: dict[st
     running = {task_id for task_id, task in tasks.items() if task['state'] == 'running'}
     assert set(state.get('leases', {})) == running
     taken = {key.split(':')[1]: value for key, value in state.items() if re.fullmatch('agent:[^:]+:running', key)}
-    assert {(agent, task) for agent, found in taken.items() for task in found} == {
+    assert {(agent, task) for agent, held_tasks in taken.items() for task in held_tasks} == {
         (tasks[task]['agent'], task) for task in running
     }
-    for agent, found in taken.items():
-        assert len(found) == 1, f'{agent} runs {found}'
+    for agent, held_tasks in taken.items():
+        assert len(held_tasks) == 1, f'{agent} runs {held_tasks}'
         assert agents[agent]['state'] in LIVE
 
 

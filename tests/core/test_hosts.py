@@ -490,9 +490,9 @@ def answers(place: Place, order: str) -> dict[str, str]:
 
 def look(watch: Watch) -> None:
     """One look, and all that follows from it."""
-    watch.steward.look(10)
+    watch.steward.take_orders(10)
     for thread in threading.enumerate():
-        if thread.name.startswith('steward-'):
+        if thread.name.startswith('host-orders-'):
             thread.join()
 
 

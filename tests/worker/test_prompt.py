@@ -10,13 +10,13 @@ import pytest
 
 from tinytown.clis import registry
 from tinytown.settings import Config
-from tinytown.worker.prompt import Letter, Work, compose, fits_role
+from tinytown.worker.prompt import Message, Work, compose, fits_role
 
 WORK = Work('t-1', 2, 'Mend the parser.\n\nIt drops the last line.', ['parser', 'bug'])
 
 
 def prompt(
-    work: Work | None = None, *letters: Letter, role: str | None = None, backlog: list[dict[str, Any]] | None = None
+    work: Work | None = None, *letters: Message, role: str | None = None, backlog: list[dict[str, Any]] | None = None
 ) -> str:
     return compose('my-town', 'w', role, work, letters, backlog or [])
 
@@ -28,7 +28,7 @@ def section(text: str, title: str) -> list[str]:
     return rest.partition('\n## ')[0].strip().splitlines()
 
 
-def test_a_prompt_says_who_where_and_what() -> None:
+def test_a_prompt_names_the_agent_the_town_the_task_and_how_to_report() -> None:
     text = prompt(WORK, role='reviewer')
     assert text.startswith('You are w, an agent of the town my-town. You review:')
     assert section(text, 'Task') == WORK.description.splitlines()
@@ -38,40 +38,40 @@ def test_a_prompt_says_who_where_and_what() -> None:
     assert text.endswith('\n')
 
 
-def test_a_task_without_tags_and_a_role_of_ones_own_are_told_plainly() -> None:
+def test_a_prompt_leaves_out_missing_tags_and_the_text_of_an_unknown_role() -> None:
     text = prompt(Work('t-1', 1, 'do it', []), role='gardener')
     assert text.startswith('You are w, an agent of the town my-town.\n')
     assert section(text, 'About the task') == ['Task t-1, attempt 1.']
 
 
-def test_a_round_of_messages_alone_has_no_task_to_report() -> None:
-    text = prompt(None, Letter('query', 'ann', 'Why?', False))
+def test_a_round_without_a_task_says_nothing_about_reporting_one() -> None:
+    text = prompt(None, Message('query', 'ann', 'Why?', False))
     assert '## Task' not in text
     assert 'tt task' not in text
 
 
-def test_messages_are_work_a_summary_or_a_count_and_urgent_ones_come_first() -> None:
+def test_requests_are_listed_information_is_shortened_acks_are_counted_and_urgent_messages_come_first() -> None:
     text = prompt(
         None,
-        Letter('info', 'ann', 'lunch  is\nready', False),
-        Letter('query', 'ann', 'Why?', False),
-        Letter('ack', 'ann', 'fine', False),
-        Letter('task', 'bob', 'Stop!', True),
-        Letter('info', 'bob', 'x' * 400, True),
-        Letter('ack', 'bob', 'good', True),
+        Message('info', 'ann', 'lunch  is\nready', False),
+        Message('query', 'ann', 'Why?', False),
+        Message('ack', 'ann', 'fine', False),
+        Message('task', 'bob', 'Stop!', True),
+        Message('info', 'bob', 'x' * 400, True),
+        Message('ack', 'bob', 'good', True),
     )
     assert section(text, 'Messages to act on') == ['- urgent: a request from bob: Stop!', '- a question from ann: Why?']
     assert section(text, 'For your information') == ['- from bob: ' + 'x' * 299 + '…', '- from ann: lunch is ready']
     assert section(text, 'Confirmations') == ['2 received.']
 
 
-def test_much_information_is_cut_and_counted() -> None:
-    lines = section(prompt(None, *[Letter('info', 'ann', str(i), False) for i in range(25)]), 'For your information')
+def test_information_beyond_the_limit_is_only_counted() -> None:
+    lines = section(prompt(None, *[Message('info', 'ann', str(i), False) for i in range(25)]), 'For your information')
     assert len(lines) == 21
     assert lines[-1] == '- and 5 more'
 
 
-def test_the_backlog_that_fits_is_listed_and_bounded() -> None:
+def test_backlog_tasks_that_fit_the_role_are_listed_up_to_a_limit() -> None:
     backlog = [{'task_id': f't{i}', 'description': f'number\n{i}', 'tags': ['reviewer', 'x']} for i in range(10)]
     title = 'Backlog that fits your role (not yours to do; claim with tt backlog claim)'
     lines = section(prompt(WORK, role='reviewer', backlog=backlog), title)
@@ -80,7 +80,7 @@ def test_the_backlog_that_fits_is_listed_and_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ('role', 'tags', 'fit'),
+    ('role', 'tags', 'fits'),
     [
         ('reviewer', [], True),
         ('reviewer', ['parser'], True),
@@ -93,8 +93,8 @@ def test_the_backlog_that_fits_is_listed_and_bounded() -> None:
         (None, ['worker'], False),
     ],
 )
-def test_a_task_fits_a_role_unless_it_is_tagged_for_others(role: str | None, tags: list[str], fit: bool) -> None:
-    assert fits_role(role, tags) is fit
+def test_a_task_fits_a_role_unless_it_is_tagged_for_others(role: str | None, tags: list[str], fits: bool) -> None:
+    assert fits_role(role, tags) is fits
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIs
@@ -109,15 +109,15 @@ def run_demo(task: str) -> subprocess.CompletedProcess[str]:
 def test_the_demo_does_what_its_task_says() -> None:
     done = run_demo('say hello\n\nto everyone')
     assert (done.returncode, done.stdout) == (0, 'demo: done: say hello\n\nto everyone\n')
-    napped = run_demo('sleep 0.01 and go on')
-    assert (napped.returncode, napped.stdout.splitlines()[0]) == (0, 'demo: sleeping for 0.01 s')
+    slept = run_demo('sleep 0.01 and go on')
+    assert (slept.returncode, slept.stdout.splitlines()[0]) == (0, 'demo: sleeping for 0.01 s')
     failed = run_demo('please fail')
     assert (failed.returncode, failed.stdout, failed.stderr) == (1, '', 'demo: failed, as the task asked\n')
 
 
-def test_the_demo_runs_on_messages_alone() -> None:
+def test_the_demo_runs_without_a_task() -> None:
     demo = registry.find_cli(Config(name='t'), None if Config().default_cli == 'demo' else 'demo')
-    text = prompt(None, Letter('query', 'ann', 'can you fail? sleep 99', False))
+    text = prompt(None, Message('query', 'ann', 'can you fail? sleep 99', False))
     done = subprocess.run(demo.argv, input=text, capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stdout) == (0, 'demo: done: the messages\n')
 
@@ -136,7 +136,7 @@ def test_a_towns_own_cli_replaces_a_built_in_one() -> None:
     assert [part.replace('/x', '{prompt_file}') for part in found.argv] == ['sh', '-c', 'cat {prompt_file}']
 
 
-def test_a_cli_sees_an_allow_list_of_the_environment_and_what_the_town_passes_on() -> None:
+def test_a_cli_gets_only_allowed_environment_variables() -> None:
     config = Config(name='t')
     given = {'HOME': '/h', 'LC_TIME': 'C', 'XDG_CACHE_HOME': '/c', 'ANTHROPIC_API_KEY': 'k', 'https_proxy': 'p'}
     secret = {'DATABASE_URL': 's', 'TINYTOWN_REDIS_URL': 's', 'PYTHONPATH': 's', 'LD_PRELOAD': 's', 'AWS_SECRET': 's'}

@@ -1,4 +1,4 @@
-"""The caretaker: first with a clock that the test turns and workers that it plays, then with real ones."""
+"""The supervisor: first with a clock that the test sets and workers that the test plays, then with real ones."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ DAY = 86_400_000
 
 
 def gone() -> Identity:
-    """A process that is no more."""
+    """The identity of a process that has ended."""
     with subprocess.Popen(['cat'], stdin=subprocess.PIPE) as process:
         return identify(process.pid)
 
 
 class Watch:
-    """A caretaker whose clock stands still until the test lets time pass; `starts` are the workers it has started."""
+    """A supervisor whose clock stands still until the test lets time pass.
+
+    `starts` are the times at which it started a worker. `start` plays that worker; by default it says hello.
+    """
 
     def __init__(self, place: Place, start: Callable[[Puppet], None] | None = None, **agent: Any) -> None:
         self.now = 1000.0
@@ -46,15 +49,15 @@ class Watch:
         self._start = start or Puppet.hello
         config = place.town.config
         town = Town(place.root, config.but(agent=config.agent.but(**agent)), place.store)
-        self.caretaker = Supervisor(town, lambda: self.now, self.start)
-        self.caretaker.tick(self.now)
+        self.supervisor = Supervisor(town, lambda: self.now, self.start)
+        self.supervisor.tick(self.now)
 
     def start(self, _town: Town, agent_id: str, name: str, instance: str) -> None:
         self.starts.append(self.now)
         self._start(Puppet(self.place, agent_id, name, instance))
 
     def passes(self, seconds: float, doing: Callable[[], object] = lambda: None, step: float = 1) -> None:
-        """Time passes, and the caretaker looks every `step` seconds; the worker does something before each look."""
+        """Lets time pass. The supervisor looks every `step` seconds; `doing` is called before each look."""
         end = self.now + seconds
         while self.now < end:
             self.now = min(self.now + step, end)
@@ -62,24 +65,24 @@ class Watch:
             self.look()
 
     def look(self) -> None:
-        """One look, and all that follows from it."""
-        self.caretaker.tick(self.now)
+        """One look of the supervisor. Waits for the threads that it starts."""
+        self.supervisor.tick(self.now)
         for thread in threading.enumerate():
-            if thread.name.startswith('caretaker-'):
+            if thread.name.startswith('supervisor-'):
                 thread.join()
 
     def until(self, condition: Callable[[], object], most: float = 100) -> float:
-        """How long it takes, looking every second, until something is so."""
+        """Lets time pass, a second at a time, until a condition is true. Returns the seconds."""
         began = self.now
         while not condition():
-            assert self.now - began < most, f'not so after {most} s'
+            assert self.now - began < most, f'the condition is not true after {most} s'
             self.passes(1)
         return self.now - began
 
 
 @pytest.fixture
 def hall(ground: Place) -> Iterator[Hall]:
-    """A townhall of this town. Its own caretaker leaves the town to one that the test has before it."""
+    """A townhall of this town. Its supervisor stays passive, because a supervisor of the test is in charge."""
     Watch(ground)
     started = ground.hall()
     yield started
@@ -97,7 +100,7 @@ def assign(place: Place, name: str = 'a') -> str:
 
 
 def held(agent: Puppet) -> str:
-    """A new task that an agent runs."""
+    """Assigns a task to an agent, which starts to run it."""
     task_id = assign(agent.place, agent.name)
     assert agent.take() == (task_id, 1)
     return task_id
@@ -113,7 +116,7 @@ def state(place: Place, task_id: str) -> str:
 
 
 def kept(place: Place) -> dict[str, Any]:
-    """What a town holds, without what a townhall that only looks on writes down every second."""
+    """The state of a town, without the keys that every townhall writes once a second."""
     return {key: value for key, value in snapshot(place).items() if not key.startswith(('caretaker', 'host'))}
 
 
@@ -125,14 +128,14 @@ def history(place: Place, task_id: str) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------- leases
 
 
-def test_the_task_of_a_lost_holder_moves_after_the_lease_and_not_before(ground: Place, a: Puppet) -> None:
+def test_the_task_of_a_silent_holder_is_freed_after_the_lease_and_not_before(ground: Place, a: Puppet) -> None:
     watch, task_id = Watch(ground), held(a)
     watch.passes(LEASE)
     assert state(ground, task_id) == 'running'
     watch.passes(2)
     assert state(ground, task_id) == 'pending'
     last = history(ground, task_id)[-1]
-    assert last.pop('secs') >= 0  # that it was running
+    assert last.pop('secs') >= 0  # for how long it was running
     assert last | {'at': ''} == {
         'type': 'task.requeued',
         'at': '',
@@ -147,7 +150,7 @@ def test_the_task_of_a_lost_holder_moves_after_the_lease_and_not_before(ground: 
     check(ground)
 
 
-def test_a_holder_that_beats_keeps_its_task(ground: Place, a: Puppet) -> None:
+def test_a_holder_that_sends_heartbeats_keeps_its_task(ground: Place, a: Puppet) -> None:
     watch, task_id = Watch(ground), held(a)
     for _ in range(10):
         watch.passes(LEASE - 1, step=3)
@@ -155,7 +158,7 @@ def test_a_holder_that_beats_keeps_its_task(ground: Place, a: Puppet) -> None:
     assert state(ground, task_id) == 'running'
 
 
-def test_a_task_that_nobody_has_taken_moves_never(ground: Place, a: Puppet) -> None:
+def test_a_task_that_no_worker_has_taken_has_no_lease(ground: Place, a: Puppet) -> None:
     watch, queued = Watch(ground), assign(ground)
     waiting = ground.do('backlog.add', description='x')['task_id']
     watch.passes(20 * LEASE, step=3)
@@ -165,7 +168,9 @@ def test_a_task_that_nobody_has_taken_moves_never(ground: Place, a: Puppet) -> N
 
 @pytest.mark.parametrize('shift', [DAY, -DAY])
 @pytest.mark.parametrize('beats', [True, False])
-def test_a_clock_that_is_set_by_a_day_moves_nothing(ground: Place, a: Puppet, shift: int, beats: bool) -> None:
+def test_setting_the_clock_by_a_day_expires_no_lease_and_extends_none(
+    ground: Place, a: Puppet, shift: int, beats: bool
+) -> None:
     watch, task_id = Watch(ground), held(a)
     prefix = ground.store.prefix.decode()
     now = int(time.time() * 1000) + shift
@@ -182,11 +187,11 @@ def test_a_clock_that_is_set_by_a_day_moves_nothing(ground: Place, a: Puppet, sh
     assert state(ground, task_id) == ('running' if beats else 'pending')
 
 
-def test_only_silence_that_the_caretaker_has_witnessed_counts(ground: Place, a: Puppet) -> None:
+def test_only_silence_that_the_supervisor_has_observed_counts(ground: Place, a: Puppet) -> None:
     unborn = enlist(ground, 'b', hello=False)
     watch, task_id = Watch(ground), held(a)
     watch.passes(LEASE - 10)
-    watch.now += 3600  # it was stopped, or Redis was away: nobody could be heard
+    watch.now += 3600  # its process was stopped, or Redis was unreachable
     watch.look()
     assert state(ground, task_id) == 'running'
     watch.passes(GAP_SECS)
@@ -197,14 +202,14 @@ def test_only_silence_that_the_caretaker_has_witnessed_counts(ground: Place, a: 
     assert state(ground, task_id) == 'pending'
 
 
-def test_an_attempt_is_not_judged_by_the_silence_of_the_one_before(ground: Place, a: Puppet) -> None:
+def test_the_silence_of_one_attempt_does_not_count_for_the_next(ground: Place, a: Puppet) -> None:
     b = enlist(ground, 'b')
     watch, task_id = Watch(ground), held(a)
     a.beat(task_id, 1)
     watch.until(lambda: state(ground, task_id) == 'pending')
     ground.do('backlog.claim', task_id=task_id, agent='b')
     assert b.take() == (task_id, 2)
-    b.beat(task_id, 2)  # as often as the holder before
+    b.beat(task_id, 2)  # as often as the previous holder
     watch.passes(LEASE - 1)
     assert state(ground, task_id) == 'running'
 
@@ -233,7 +238,7 @@ def test_a_report_that_comes_after_the_lease_is_a_stale_attempt_and_changes_noth
 
 
 def test_pauses_between_attempts_grow_and_after_the_last_a_task_is_a_dead_letter(ground: Place, a: Puppet) -> None:
-    """Its agent lives and beats, but not for the task: the task returns to the same inbox."""
+    """The agent sends heartbeats, but none for the task, so the task returns to the same inbox."""
     watch, task_id = Watch(ground, max_attempts=3), held(a)
     waited = []
     for attempt in (1, 2):
@@ -241,10 +246,10 @@ def test_pauses_between_attempts_grow_and_after_the_last_a_task_is_a_dead_letter
         found = task(ground, task_id)
         assert (found['state'], found['agent_name'], found['attempt']) == ('assigned', 'a', attempt)
         began = watch.now
-        while (found_now := a.pickup())[0] == b'rest':
+        while (reply := a.pickup())[0] == b'rest':
             watch.passes(0.5, a.beat)
         waited.append(watch.now - began)
-        assert found_now[1][1] == attempt + 1
+        assert reply[1][1] == attempt + 1
     assert waited == [pytest.approx(pause, abs=1) for pause in PAUSES[:2]]
     assert [each['pause'] for each in history(ground, task_id) if 'pause' in each] == PAUSES[:2]
     watch.passes(LEASE + 1, a.beat)
@@ -260,15 +265,15 @@ def test_pauses_between_attempts_grow_and_after_the_last_a_task_is_a_dead_letter
 
 # ----------------------------------------------------------------------------------------------------- dead workers
 
-REUSED = Identity(this_host(), this_boot(), os.getpid(), '1')  # the right pid, and another process
+REUSED = Identity(this_host(), this_boot(), os.getpid(), '1')  # a pid that another process has now
 
 
 @pytest.mark.parametrize(
     'process',
     [gone(), REUSED, Identity(this_host(), 'another boot', os.getpid(), '1')],
-    ids=['gone', 'its pid is used again', 'the machine was booted'],
+    ids=['gone', 'its pid was reused', 'the machine was rebooted'],
 )
-def test_what_a_dead_worker_held_is_free_at_once(ground: Place, a: Puppet, process: Identity) -> None:
+def test_what_a_dead_worker_held_is_freed_at_once(ground: Place, a: Puppet, process: Identity) -> None:
     watch, task_id = Watch(ground), held(a)
     a.becomes(process)
     watch.look()
@@ -291,14 +296,16 @@ def test_what_a_dead_worker_held_is_free_at_once(ground: Place, a: Puppet, proce
     ],
     ids=['another host', 'this boot id on another host', 'alive', 'without a start time'],
 )
-def test_what_can_not_be_proven_dead_is_left_its_lease(ground: Place, a: Puppet, process: Identity) -> None:
+def test_a_worker_that_is_not_provably_dead_keeps_its_lease(ground: Place, a: Puppet, process: Identity) -> None:
     watch, task_id = Watch(ground), held(a)
     a.becomes(process)
     watch.passes(LEASE - 1)
     assert (a.show()['state'], state(ground, task_id)) == ('Working', 'running')
 
 
-def test_of_another_container_of_this_host_a_lease_of_silence_has_to_tell(ground: Place, a: Puppet) -> None:
+def test_a_worker_in_another_container_of_this_host_counts_as_dead_after_a_lease_of_silence(
+    ground: Place, a: Puppet
+) -> None:
     watch, task_id = Watch(ground), held(a)
     a.becomes(Identity(this_host(), f'{this_boot()}1', gone().pid, '1'))
     watch.passes(LEASE - 1)
@@ -307,7 +314,7 @@ def test_of_another_container_of_this_host_a_lease_of_silence_has_to_tell(ground
     assert (a.show()['state'], state(ground, task_id)) == ('Error', 'pending')
 
 
-def test_an_agent_that_never_came_up_is_freed_and_one_that_comes_late_is_refused(ground: Place) -> None:
+def test_a_worker_that_does_not_start_in_time_is_given_up_and_its_late_hello_is_refused(ground: Place) -> None:
     late = enlist(ground, 'late', hello=False)
     queued = assign(ground, 'late')
     watch = Watch(ground)
@@ -321,17 +328,17 @@ def test_an_agent_that_never_came_up_is_freed_and_one_that_comes_late_is_refused
     assert state(ground, queued) == 'pending'
 
 
-def test_an_agent_whose_starter_died_before_its_worker_ran_is_given_up_at_once(ground: Place) -> None:
+def test_a_start_is_given_up_at_once_if_its_starter_died_before_the_worker_ran(ground: Place) -> None:
     agent = enlist(ground, 'a', hello=False)
     watch = Watch(ground)
     watch.passes(5)
-    assert agent.show()['state'] == 'Starting'  # its starter, this process, is at it
+    assert agent.show()['state'] == 'Starting'  # its starter, this process, is alive
     agent.is_started_by(gone())
     watch.passes(1)
     assert agent.show()['state'] == 'Error'
 
 
-def test_a_worker_that_is_coming_up_is_waited_for_though_its_starter_died(ground: Place) -> None:
+def test_a_start_is_not_given_up_while_the_worker_runs_even_if_its_starter_died(ground: Place) -> None:
     agent = enlist(ground, 'a', hello=False)
     agent.is_started_by(gone())
     with subprocess.Popen(['cat'], stdin=subprocess.PIPE, env={'TINYTOWN_INSTANCE': agent.instance}) as process:
@@ -343,7 +350,7 @@ def test_a_worker_that_is_coming_up_is_waited_for_though_its_starter_died(ground
     assert agent.show()['state'] == 'Error'
 
 
-def test_a_draining_agent_is_left_to_whoever_stops_it_for_half_a_minute(ground: Place, a: Puppet) -> None:
+def test_the_supervisor_leaves_a_draining_agent_alone_for_half_a_minute(ground: Place, a: Puppet) -> None:
     watch, task_id = Watch(ground, restart='on-failure'), held(a)
     a.becomes(gone())
     ground.do('agent.close', agent='a')
@@ -356,10 +363,10 @@ def test_a_draining_agent_is_left_to_whoever_stops_it_for_half_a_minute(ground: 
     check(ground)
 
 
-def test_an_agent_that_is_being_stopped_while_it_is_buried_is_not_started_again(ground: Place, a: Puppet) -> None:
+def test_an_agent_that_is_closed_just_before_its_death_is_recorded_is_not_restarted(ground: Place, a: Puppet) -> None:
     task_id = held(a)
     a.becomes(gone())
-    ground.do('agent.close', agent='a')  # after the look at it, and before its burial
+    ground.do('agent.close', agent='a')  # after the supervisor's look, and before it records the death
     a.dies(again=5)
     assert (a.show()['state'], state(ground, task_id)) == ('Stopped', 'pending')
     watch = Watch(ground, restart='on-failure')
@@ -367,8 +374,8 @@ def test_an_agent_that_is_being_stopped_while_it_is_buried_is_not_started_again(
     assert watch.starts == []
 
 
-@pytest.mark.parametrize('way', ['kill', 'who killed it died', 'its lease ends first'])
-def test_who_stops_an_agent_makes_no_dead_letter(ground: Place, a: Puppet, way: str) -> None:
+@pytest.mark.parametrize('way', ['kill', 'its killer died', 'its lease ends first'])
+def test_stopping_an_agent_never_makes_its_task_a_dead_letter(ground: Place, a: Puppet, way: str) -> None:
     task_id = held(a)
     for _ in range(2):
         a.depart(to='inbox')
@@ -388,7 +395,7 @@ def test_who_stops_an_agent_makes_no_dead_letter(ground: Place, a: Puppet, way: 
     check(ground)
 
 
-def test_a_task_that_pauses_while_its_agent_is_stopped_returns_to_the_backlog(ground: Place, a: Puppet) -> None:
+def test_a_delayed_task_returns_to_the_backlog_when_its_agent_is_closed(ground: Place, a: Puppet) -> None:
     watch, task_id = Watch(ground), held(a)
     watch.until(lambda: state(ground, task_id) == 'assigned' or a.beat())
     ground.do('agent.close', agent='a')
@@ -401,11 +408,11 @@ def test_a_task_that_pauses_while_its_agent_is_stopped_returns_to_the_backlog(gr
 
 
 def revived(agent: Puppet) -> None:
-    """The worker of an agent that is started again has died when it is next looked at."""
+    """Plays a restarted worker that dies at once."""
     agent.becomes(gone())
 
 
-def test_a_crashed_agent_is_started_again_after_growing_pauses_up_to_its_cap(ground: Place, a: Puppet) -> None:
+def test_a_crashed_agent_is_restarted_with_growing_backoff_up_to_its_cap(ground: Place, a: Puppet) -> None:
     watch = Watch(ground, revived, restart='on-failure', restart_cap=4)
     began = watch.now
     a.becomes(gone())
@@ -416,7 +423,7 @@ def test_a_crashed_agent_is_started_again_after_growing_pauses_up_to_its_cap(gro
     assert len([event for event in ground.history() if event['type'] == 'agent.error']) == 5
 
 
-def test_a_completed_task_ends_a_row_of_crashes(ground: Place, a: Puppet) -> None:
+def test_a_completed_task_resets_the_count_of_crashes(ground: Place, a: Puppet) -> None:
     def once_more(agent: Puppet) -> None:
         agent.hello()
         agent.finish(*agent.take())
@@ -427,11 +434,11 @@ def test_a_completed_task_ends_a_row_of_crashes(ground: Place, a: Puppet) -> Non
         assign(ground)
     a.becomes(gone())
     watch.passes(40)
-    assert len(watch.starts) == 6  # one each, and one more that finds no task
+    assert len(watch.starts) == 6  # one for each task, and one more that finds no task
     assert max(b - a for a, b in zip(watch.starts, watch.starts[1:], strict=False)) < PAUSES[1]
 
 
-def test_the_task_of_an_agent_that_is_started_again_waits_for_it_in_its_inbox(ground: Place, a: Puppet) -> None:
+def test_the_task_of_a_restarted_agent_stays_in_its_inbox(ground: Place, a: Puppet) -> None:
     watch, task_id = Watch(ground, restart='on-failure'), held(a)
     a.becomes(gone())
     watch.passes(5)
@@ -444,7 +451,7 @@ def test_the_task_of_an_agent_that_is_started_again_waits_for_it_in_its_inbox(gr
     check(ground)
 
 
-def test_a_crashed_agent_that_is_killed_is_not_started_again(ground: Place, a: Puppet) -> None:
+def test_a_crashed_agent_that_is_killed_is_not_restarted(ground: Place, a: Puppet) -> None:
     watch = Watch(ground, restart='on-failure')
     a.becomes(gone())
     watch.look()
@@ -456,7 +463,7 @@ def test_a_crashed_agent_that_is_killed_is_not_started_again(ground: Place, a: P
 
 
 @pytest.mark.parametrize('fault', [Unavailable('no CLI'), OSError('no more processes'), ZeroDivisionError()])
-def test_a_restart_that_fails_counts_as_a_crash_and_frees_the_tasks_in_the_end(
+def test_a_failed_restart_counts_as_a_crash_and_the_last_one_frees_the_tasks(
     ground: Place, a: Puppet, fault: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: Puppet) -> None:
@@ -469,18 +476,17 @@ def test_a_restart_that_fails_counts_as_a_crash_and_frees_the_tasks_in_the_end(
     assert len(watch.starts) == 3
     assert (a.show()['state'], state(ground, task_id)) == ('Error', 'pending')
     assert state(ground, never_taken) == 'assigned'
-    said = capsys.readouterr().err
-    assert said.count(str(fault) or 'ZeroDivisionError') >= 1
+    assert capsys.readouterr().err.count(str(fault) or 'ZeroDivisionError') >= 1
     assert task(ground, task_id)['attempt'] == 1
     check(ground)
 
 
-def test_an_agent_that_finds_no_place_is_started_when_there_is_one_and_this_is_said_once(
+def test_a_restart_waits_while_the_town_has_max_agents_and_this_is_logged_once(
     ground: Place, a: Puppet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ground.town.config
     watch = Watch(ground, restart='on-failure')
-    watch.caretaker.town = Town(ground.root, watch.caretaker.town.config.but(max_agents=1), ground.store)
+    watch.supervisor.town = Town(ground.root, watch.supervisor.town.config.but(max_agents=1), ground.store)
     assert config.max_agents > 1
     a.becomes(gone())
     watch.look()
@@ -496,9 +502,7 @@ def test_an_agent_that_finds_no_place_is_started_when_there_is_one_and_this_is_s
 # ----------------------------------------------------------------------------------------------------- dead letters
 
 
-def test_dead_letters_are_listed_retried_and_dropped_over_rest_and_on_the_command_line(
-    ground: Place, hall: Hall, a: Puppet
-) -> None:
+def test_dead_letters_are_listed_retried_and_dropped_over_rest_and_by_tt(ground: Place, hall: Hall, a: Puppet) -> None:
     first, second = (a.die_of(assign(ground)) for _ in range(2))
     page = hall.get('/v1/deadletter').json
     assert [letter['id'] for letter in page['dead_letters']] == [first, second]
@@ -517,12 +521,12 @@ def test_dead_letters_are_listed_retried_and_dropped_over_rest_and_on_the_comman
     a.dies(9)
     a.revive(new_id())
     ground.store.call(ground.store.due(first))
-    assert a.die_of(first) == first  # it had three attempts again
+    assert a.die_of(first) == first  # a retried task has three more attempts
     assert task(ground, first)['attempt'] == 6
     check(ground)
 
 
-def test_messages_are_delivered_again_urgent_first_and_in_order_and_poison_ones_become_dead_letters(
+def test_messages_are_redelivered_in_order_urgent_first_and_after_three_attempts_become_dead_letters(
     ground: Place, hall: Hall, a: Puppet
 ) -> None:
     for number in range(2):
@@ -549,7 +553,7 @@ def test_messages_are_delivered_again_urgent_first_and_in_order_and_poison_ones_
     check(ground)
 
 
-def test_what_ended_long_ago_is_deleted_and_the_rest_is_kept(ground: Place, a: Puppet) -> None:
+def test_tasks_past_their_retention_are_deleted_and_no_others(ground: Place, a: Puppet) -> None:
     watch = Watch(ground)
     prefix = ground.store.prefix.decode()
     long_ago = int(time.time() * 1000) - 31 * DAY
@@ -575,7 +579,7 @@ def test_what_ended_long_ago_is_deleted_and_the_rest_is_kept(ground: Place, a: P
     check(ground)
 
 
-def test_much_that_ended_long_ago_is_deleted_a_bounded_number_at_a_look(ground: Place) -> None:
+def test_one_look_deletes_a_limited_number_of_old_tasks(ground: Place) -> None:
     watch = Watch(ground)
     for _ in range(250):
         ground.do('task.cancel', task_id=ground.do('backlog.add', description='x')['task_id'])
@@ -588,10 +592,10 @@ def test_much_that_ended_long_ago_is_deleted_a_bounded_number_at_a_look(ground: 
     assert ground.do('task.list', limit=1)['count'] == 0
 
 
-# ------------------------------------------------------------------------------------------------- many caretakers
+# ------------------------------------------------------------------------------------------------ many supervisors
 
 
-def test_one_of_two_caretakers_acts_and_the_other_follows_when_it_falls_silent(ground: Place, a: Puppet) -> None:
+def test_one_of_two_supervisors_acts_and_the_other_takes_over_when_it_falls_silent(ground: Place, a: Puppet) -> None:
     first, second = Watch(ground), Watch(ground)
     for _ in range(20):
         first.passes(1)
@@ -609,12 +613,12 @@ def test_one_of_two_caretakers_acts_and_the_other_follows_when_it_falls_silent(g
     assert a.show()['state'] == 'Error'
     a.revive(new_id())
     a.becomes(gone())
-    first.look()  # it comes back, and is not the one any more
+    first.look()  # it continues, but is no longer in charge
     assert a.show()['state'] == 'Idle'
     assert len([event for event in ground.history() if event['type'] == 'agent.error']) == 2
 
 
-def test_a_caretaker_that_ends_is_followed_at_once_and_no_fault_ends_it(
+def test_no_exception_ends_a_supervisor_and_another_takes_over_at_once_when_it_is_closed(
     ground: Place, a: Puppet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr('tinytown.worker.supervisor.TICK_SECS', 0.01)
@@ -647,7 +651,7 @@ HANG_ONCE = f'if [ $TINYTOWN_ATTEMPT = 1 ]; then echo $$ >up; read word <never; 
 
 @pytest.fixture
 def place(directory: Path) -> Iterator[Place]:
-    """A town whose leases are short and whose agents are started again."""
+    """A town with short leases whose agents are restarted."""
     made = make_town(
         directory,
         agent={'lease_secs': 6, 'restart': 'on-failure', 'retry_backoff_secs': [0]},
@@ -665,27 +669,29 @@ def gate(place: Place) -> Iterator[Gate]:
 
 
 def kill(pid: int) -> float:
-    """When a process was killed."""
+    """Kills a process. Returns the time."""
     os.kill(pid, signal.SIGKILL)
     return time.monotonic()
 
 
 def kinds(place: Place, *wanted: str) -> list[str]:
-    """The events of some types, in order."""
+    """The types of the town's events in order, limited to the wanted ones."""
     return [event['type'] for event in place.history() if event['type'] in wanted]
 
 
-def await_truth(what: Callable[[], object], of: str) -> Any:
-    """What something gives once it gives something; it may fail until then."""
+def await_truth(function: Callable[[], object], name: str) -> Any:
+    """Calls a function until it returns something true. Returns that. The function may raise until then."""
     deadline = time.monotonic() + PATIENCE
     while True:
         with suppress(OSError, TownError):
-            if found := what():
-                return found
-        assert time.monotonic() < deadline, f'{of} did not come about'
+            if result := function():
+                return result
+        assert time.monotonic() < deadline, f'waited in vain for {name}'
 
 
-def test_a_killed_workers_task_is_done_by_the_restarted_one_once_whoever_looks_on(place: Place, gate: Gate) -> None:
+def test_with_two_townhalls_a_killed_workers_task_is_done_once_more_by_its_restarted_agent(
+    place: Place, gate: Gate
+) -> None:
     halls = [place.hall(), place.hall()]
     worker = spawn(place)
     task_id = give(place, f'echo $TINYTOWN_ATTEMPT >>runs; setsid sh -c "echo \\$\\$ >up; exec sleep 500" & {GATE}')
@@ -712,8 +718,8 @@ def test_a_killed_workers_task_is_done_by_the_restarted_one_once_whoever_looks_o
         'task.completed',
     ]
     assert [hall.get('/v1/status').status for hall in halls] == [200, 200]
-    told = halls[0].get(f'/v1/tasks/{task_id}/history').json['history']
-    assert [(each['type'], each.get('attempt'), each.get('by')) for each in told] == [
+    changes = halls[0].get(f'/v1/tasks/{task_id}/history').json['history']
+    assert [(each['type'], each.get('attempt'), each.get('by')) for each in changes] == [
         ('task.created', None, 'operator'),
         ('task.assigned', None, 'operator'),
         ('task.started', 1, 'w'),
@@ -722,15 +728,17 @@ def test_a_killed_workers_task_is_done_by_the_restarted_one_once_whoever_looks_o
         ('task.started', 2, 'w'),
         ('task.completed', 2, 'w'),
     ]
-    assert told[3] == {name: value for name, value in requeued.items() if name != 'id'} | {'secs': told[3]['secs']}
-    assert told[3]['why'] == 'its process died'
+    assert changes[3] == {name: value for name, value in requeued.items() if name != 'id'} | {
+        'secs': changes[3]['secs']
+    }
+    assert changes[3]['why'] == 'its process died'
     why = place.tt('task', 'why', task_id).stdout
     assert len(why.splitlines()) == 12  # a heading and seven changes; a blank line, a heading and two attempts
-    for words in (r'task.requeued +w +1 +caretaker +its process died', r'task.completed +w +2 +w', told[3]['at']):
+    for words in (r'task.requeued +w +1 +caretaker +its process died', r'task.completed +w +2 +w', changes[3]['at']):
         assert re.search(words, why)
 
 
-def test_a_paused_worker_loses_its_task_after_the_lease_and_what_it_says_then_is_refused(
+def test_a_worker_that_hangs_loses_its_task_after_the_lease_and_its_late_report_is_refused(
     place: Place, gate: Gate
 ) -> None:
     place.hall()
@@ -769,10 +777,10 @@ def test_a_paused_worker_loses_its_task_after_the_lease_and_what_it_says_then_is
     assert kinds(place, 'task.completed', 'agent.error') == ['task.completed'] * 4
 
 
-def test_workers_go_on_without_a_townhall_and_the_next_one_adopts_them(place: Place, gate: Gate) -> None:
+def test_workers_continue_without_a_townhall_and_the_next_one_supervises_them(place: Place, gate: Gate) -> None:
     hall = place.hall()
-    caretaker = place.store.prefix + b'caretaker'
-    first = await_truth(lambda: redis(place, 'HGET', caretaker, 'token'), 'a caretaker')
+    record = place.store.prefix + b'caretaker'
+    first = await_truth(lambda: redis(place, 'HGET', record, 'token'), 'a supervisor')
     spawn(place)
     killed = spawn(place, 'dies')
     working = give(place, GATE)
@@ -783,12 +791,12 @@ def test_workers_go_on_without_a_townhall_and_the_next_one_adopts_them(place: Pl
     gate.go('without a townhall')
     assert place.await_end(working)['result'] == 'without a townhall'
     kill(killed)
-    assert redis(place, 'HGET', caretaker, 'token') == first
+    assert redis(place, 'HGET', record, 'token') == first
     place.hall()
     began = time.monotonic()
     place.await_event('agent.error', agent_name='dies')
     took = time.monotonic() - began
-    assert took < 15, f'adopted {took:.2f} s after the start of a townhall'
+    assert took < 15, f'freed {took:.2f} s after the start of a townhall'
     await_exit(cli)
     gate.pid()
     gate.go('again')
@@ -815,9 +823,7 @@ def test_a_killed_redis_is_back_within_seconds_and_has_all_that_was_acknowledged
     assert kinds(place, 'task.completed', 'task.requeued') == ['task.completed']
 
 
-def test_the_report_that_a_killed_worker_kept_is_delivered_and_its_work_not_done_again(
-    place: Place, gate: Gate
-) -> None:
+def test_a_killed_workers_report_on_disk_is_delivered_and_its_task_is_not_run_again(place: Place, gate: Gate) -> None:
     worker = spawn(place)
     task_id = give(place, f'echo ran >>runs; {GATE}')
     gate.pid()

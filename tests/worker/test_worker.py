@@ -1,4 +1,4 @@
-"""Workers: what runs when an agent is spawned, what becomes of its tasks, and what is left when it is gone."""
+"""Workers: real worker processes, the outcomes of their tasks, and what remains when they end."""
 
 from __future__ import annotations
 
@@ -34,26 +34,29 @@ CLIS = {
     'literal': "printf %s '$(touch pwned); `touch pwned`' '*'",
     'own': './own-cli --flag',
 }
-GATE = 'echo $$ >up; read word <down; echo "$word"'  # says its pid, and waits to be told to go on
+GATE = 'echo $$ >up; read word <down; echo "$word"'  # a script that writes its pid to `Gate` and waits for its `go`
 LEASE = 6
 BEAT = LEASE / 3  # seconds between two heartbeats
 
 
 class Gate:
-    """Named pipes between a CLI and a test: it says its pid on `up`, goes on when told on `down`, or `never`."""
+    """Named pipes between a CLI and a test.
+
+    The CLI writes its pid to `up` and waits for a line on `down`. A CLI that reads `never` waits for ever.
+    """
 
     def __init__(self, root: Path) -> None:
         for name in ('up', 'down', 'never'):
             os.mkfifo(root / name)
         self._up, self._down = (os.open(root / name, os.O_RDWR) for name in ('up', 'down'))
-        self._heard = b''
+        self._received = b''
 
     def pid(self) -> int:
-        """The next process id that a CLI says."""
-        while b'\n' not in self._heard:
-            assert select.select([self._up], [], [], PATIENCE)[0], 'the CLI said nothing'
-            self._heard += os.read(self._up, 4096)
-        line, _, self._heard = self._heard.partition(b'\n')
+        """Waits for the next pid that a CLI writes."""
+        while b'\n' not in self._received:
+            assert select.select([self._up], [], [], PATIENCE)[0], 'the CLI wrote no pid'
+            self._received += os.read(self._up, 4096)
+        line, _, self._received = self._received.partition(b'\n')
         return int(line)
 
     def go(self, word: str = 'done') -> None:
@@ -66,7 +69,7 @@ class Gate:
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for all tests here; take `place`."""
+    """One town for all tests of this module; tests use it through `place`."""
     made = make_town(
         tmp_path_factory.mktemp('w'),
         max_agents=4,
@@ -80,7 +83,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture
 def place(shared: Place) -> Iterator[Place]:
-    """The town; afterwards it is emptied of agents, tasks, events, logs and files."""
+    """The town. After the test its agents, tasks, events, logs and files are deleted."""
     assert shared.town
     yield shared
     for hall in shared.halls:
@@ -101,7 +104,7 @@ def gate(place: Place) -> Iterator[Gate]:
 
 
 def spawn(place: Place, name: str = 'w', cli: str = 'runs', **more: Any) -> int:
-    """A new agent; the pid of its worker."""
+    """Spawns an agent. Returns the pid of its worker."""
     place.do('agent.spawn', name=name, cli=cli, **more)
     return worker_pid(place, name)
 
@@ -127,7 +130,7 @@ def agent(place: Place, name: str = 'w') -> dict[str, Any]:
 
 
 def await_exit(pid: int) -> None:
-    """Waits until a process is no more, or a zombie."""
+    """Waits until a process has ended, or is a zombie."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -152,21 +155,21 @@ def await_rest(place: Place) -> None:
 
 
 def await_idle(place: Place, name: str = 'w') -> None:
-    """Waits until an agent's round is over: from here on its worker says nothing until it takes something new."""
+    """Waits until an agent's round is over: its worker then logs nothing until it takes new work."""
     until(lambda: agent(place, name)['state'] == 'Idle')
 
 
 def command_lines() -> Iterator[bytes]:
-    """The command line of each process that does not end while it is looked at."""
+    """The command line of each process."""
     for directory in Path('/proc').glob('[0-9]*'):
         with suppress(OSError):
             yield (directory / 'cmdline').read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------- life
+# ----------------------------------------------------------------------------------------------------------- rounds
 
 
-def test_a_worker_runs_when_its_spawn_is_answered(hall: Hall, place: Place) -> None:
+def test_spawn_answers_once_the_worker_runs(hall: Hall, place: Place) -> None:
     spawned = hall.post('/v1/agents', {'name': 'w', 'cli': 'cat', 'role_id': 'worker', 'nickname': 'Wanda'})
     found = hall.get('/v1/agents/w').json
     assert spawned.status == 201
@@ -185,17 +188,17 @@ def test_a_worker_runs_when_its_spawn_is_answered(hall: Hall, place: Place) -> N
 
 def test_a_task_is_taken_at_once_by_a_worker_that_does_not_poll(place: Place) -> None:
     def calls() -> int:
-        said = place.store.call(place.store.info('commandstats')).decode()
-        return sum(map(int, re.findall(r'cmdstat_(?:evalsha|xread|eval):calls=(\d+)', said)))
+        stats = place.store.call(place.store.info('commandstats')).decode()
+        return sum(map(int, re.findall(r'cmdstat_(?:evalsha|xread|eval):calls=(\d+)', stats)))
 
     spawn(place)
     await_rest(place)
     began, before = time.monotonic(), calls()
     assert place.store.call(place.store.next_event(place.history()[-1]['id'], 3000)) is None  # three idle seconds
-    asked, beats = calls() - before, (time.monotonic() - began) // BEAT + 1
-    assert asked <= 3 * beats + 2, 'heartbeats of three commands each, and what this test asked'
+    made, beats = calls() - before, (time.monotonic() - began) // BEAT + 1
+    assert made <= 3 * beats + 2, 'three commands for each heartbeat, and two of this test'
     waited = []
-    for _ in range(4):  # one of them may have met a busy machine
+    for _ in range(4):  # the machine may be busy during some of them
         await_rest(place)
         task_id = give(place, 'echo quick')
         assert place.await_end(task_id)['result'] == 'quick'
@@ -205,7 +208,7 @@ def test_a_task_is_taken_at_once_by_a_worker_that_does_not_poll(place: Place) ->
 
 
 @pytest.mark.parametrize('cli', ['stdin', 'file'])
-def test_a_prompt_is_read_by_its_cli_and_shown_to_nobody(place: Place, gate: Gate, cli: str) -> None:
+def test_a_cli_reads_its_prompt_and_no_command_line_shows_it(place: Place, gate: Gate, cli: str) -> None:
     spawn(place, cli=cli)
     task_id = give(place, 'the secret of the-blue-door')
     gate.pid()
@@ -215,7 +218,7 @@ def test_a_prompt_is_read_by_its_cli_and_shown_to_nobody(place: Place, gate: Gat
     assert 'the secret of the-blue-door' in place.await_end(task_id)['result']
 
 
-def test_a_cli_sees_who_it_is_and_none_of_townhalls_secrets(
+def test_a_cli_gets_its_own_variables_and_none_of_townhalls_secrets(
     place: Place, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('DATABASE_PASSWORD', 'hunter2-hunter2')
@@ -240,7 +243,7 @@ def test_a_cli_sees_who_it_is_and_none_of_townhalls_secrets(
     }
 
 
-def test_no_shell_reads_a_task_or_a_command_line(place: Place) -> None:
+def test_no_shell_interprets_a_task_or_a_command_line(place: Place) -> None:
     text = '$(touch pwned); `touch pwned` && touch pwned > pwned | "touch" \'pwned\' \\ * ~ \t{prompt_file}'
     spawn(place, 'a', 'cat')
     spawn(place, 'b', 'literal')
@@ -251,7 +254,7 @@ def test_no_shell_reads_a_task_or_a_command_line(place: Place) -> None:
     assert not (place.root / 'pwned').exists()
 
 
-def test_the_end_of_a_run_is_the_end_of_its_task(place: Place) -> None:
+def test_the_exit_status_and_output_of_a_run_decide_the_outcome_of_its_task(place: Place) -> None:
     cases = {
         'echo out; echo err >&2': ('completed', 'out', None),
         'true': ('completed', '', None),
@@ -272,7 +275,7 @@ def test_the_end_of_a_run_is_the_end_of_its_task(place: Place) -> None:
     assert agent(place)['tasks_completed'] == 4
 
 
-def test_a_towns_own_python_files_are_not_imported_by_its_workers(place: Place) -> None:
+def test_workers_do_not_import_python_files_from_the_towns_directory(place: Place) -> None:
     for name in ('json.py', 'redis.py', 'tinytown/__init__.py', 'select.py'):
         (place.root / name).parent.mkdir(exist_ok=True)
         (place.root / name).write_text('raise SystemExit("a file of the town was imported")')
@@ -280,27 +283,27 @@ def test_a_towns_own_python_files_are_not_imported_by_its_workers(place: Place) 
     assert place.await_end(give(place, 'tt task complete --result fine'))['result'] == 'fine'
 
 
-def test_a_log_is_rotated_once_it_is_full(place: Place) -> None:
+def test_a_full_log_is_rotated(place: Place) -> None:
     spawn(place)
     logs = place.root / '.tt' / 'logs'
 
-    def said() -> str:
+    def both_logs() -> str:
         await_idle(place)
-        return (logs / 'w.log.1').read_text() + place.log('w')  # a last line may just have begun a new one
+        return (logs / 'w.log.1').read_text() + place.log('w')  # the last line may have caused a rotation
 
     place.await_end(give(place, 'yes line | head -c 300000; echo the last'))
-    assert 'the last' in said()
+    assert 'the last' in both_logs()
     assert 0 < (logs / 'w.log').stat().st_size <= 65536
     assert 0 < (logs / 'w.log.1').stat().st_size <= 65536
-    (logs / 'w.log').unlink()  # as a person may; the work goes on
+    (logs / 'w.log').unlink()  # a person may do that; the work must go on
     assert place.await_end(give(place, 'yes line | head -c 300000; echo more'))['state'] == 'completed'
-    assert 'more' in said()
+    assert 'more' in both_logs()
 
 
 # --------------------------------------------------------------------------------------------------------- steering
 
 
-def test_interrupt_resume_and_close_are_obeyed_between_rounds(place: Place, gate: Gate) -> None:
+def test_interrupt_resume_and_close_take_effect_between_rounds(place: Place, gate: Gate) -> None:
     spawn(place)
     first, second, third = (give(place, GATE) for _ in range(3))
     gate.pid()
@@ -314,13 +317,13 @@ def test_interrupt_resume_and_close_are_obeyed_between_rounds(place: Place, gate
     assert place.await_end(second)['state'] == 'completed'
     stopped = place.await_event('agent.stopped')
     ended = place.await_event('task.completed', task_id=second)
-    assert when(stopped) - when(ended) < BEAT, 'no heartbeat is waited for'
+    assert when(stopped) - when(ended) < BEAT, 'it does not wait for a heartbeat'
     resumed = next(e['id'] for e in place.history() if e['type'] in ('agent.idle', 'agent.working'))
     assert place.await_event('task.started', task_id=second)['id'] > resumed
     assert task(place, third)['state'] == 'assigned'
 
 
-def test_an_idle_agent_is_closed_at_once_and_waited_for(place: Place) -> None:
+def test_closing_an_idle_agent_stops_it_at_once_and_wait_returns(place: Place) -> None:
     pid = spawn(place)
     assert place.do('agent.wait', agent='w', timeout=0) == {'agent': 'w', 'state': 'Idle', 'done': False}
 
@@ -348,13 +351,13 @@ def test_max_rounds_stops_a_worker_and_leaves_the_rest_queued(place: Place, gate
     assert [task(place, each)['state'] for each in tasks] == ['completed', 'completed', 'assigned']
 
 
-def test_queries_become_work_and_information_waits_for_it(place: Place, gate: Gate) -> None:
+def test_a_query_starts_a_round_and_information_waits_for_one(place: Place, gate: Gate) -> None:
     spawn(place, cli='stdin')
     place.do('message.send', to='w', message='the sky is blue', kind='info')
     place.do('message.send', to='w', message='all is well', kind='ack')
     place.do('message.send', to='w', message='what colour is the sky?', kind='query')
     gate.pid()
-    assert place.do('agent.inbox', agent='w')['total'] == 3, 'acknowledged when the round is done, not before'
+    assert place.do('agent.inbox', agent='w')['total'] == 3, 'messages are acknowledged at the end of the round'
     place.do('agent.close', agent='w')
     gate.go()
     place.await_event('agent.stopped')
@@ -366,10 +369,10 @@ def test_queries_become_work_and_information_waits_for_it(place: Place, gate: Ga
     assert '1 received.' in log
 
 
-# --------------------------------------------------------------------------------------------------- the end of them
+# ----------------------------------------------------------------------------------------------------------- ending
 
-# A child in a session of its own, one that also hides where it comes from, and one of the plain kind; all say who they
-# are, and none minds TERM.
+# Three children that write their pids to `up` and ignore SIGTERM: one in a session of its own, one that also has an
+# empty environment (so no mark), and a plain one.
 STUBBORN = (
     "trap '' TERM; "
     "setsid sh -c 'echo $$ >up; while :; do read word <never; done' & "
@@ -386,20 +389,20 @@ def test_kill_leaves_no_process_and_returns_the_task(place: Place, gate: Gate, f
     began = time.monotonic()
     assert place.do('agent.kill', agent='w', force=force) == {'status': 'stopped', 'agent': 'w'}
     assert [pid for pid in (worker, *pids) if not is_gone(pid)] == []
-    assert (time.monotonic() - began < GRACE_SECS) is force, 'seconds of grace, or none'
+    assert (time.monotonic() - began < GRACE_SECS) is force, 'only without force is there a grace period'
     found = task(place, task_id)
     assert (found['state'], found['attempt'], found['agent_id']) == ('pending', 1, None)
     assert (agent(place)['state'], agent(place)['pid']) == ('Stopped', None)
 
 
-def test_killing_idle_agents_never_meets_their_own_goodbye(place: Place) -> None:
+def test_kill_and_restart_of_an_idle_agent_never_race_with_its_own_end(place: Place) -> None:
     spawn(place)
     for _ in range(6):
         assert place.do('agent.kill', agent='w')['status'] == 'stopped'
         assert place.do('agent.restart', agent='w')['status'] == 'restarted'
 
 
-def test_what_a_run_leaves_behind_is_ended_after_it(place: Place, gate: Gate) -> None:
+def test_processes_that_a_run_leaves_behind_are_ended(place: Place, gate: Gate) -> None:
     spawn(place)
     task_id = give(place, STUBBORN.replace("trap '' TERM; ", '') + 'read word <down')
     pids = [gate.pid() for _ in range(3)]
@@ -409,7 +412,7 @@ def test_what_a_run_leaves_behind_is_ended_after_it(place: Place, gate: Gate) ->
         await_exit(pid)
 
 
-def test_what_a_run_leaves_behind_can_write_for_ever_and_delays_nobody(place: Place, gate: Gate) -> None:
+def test_endless_output_of_a_process_left_behind_does_not_delay_the_end_of_a_run(place: Place, gate: Gate) -> None:
     spawn(place)
     task_id = give(place, 'setsid yes & echo $! >up; exit 0')
     pid = gate.pid()
@@ -417,11 +420,11 @@ def test_what_a_run_leaves_behind_can_write_for_ever_and_delays_nobody(place: Pl
     await_exit(pid)
 
 
-def test_an_agent_that_an_agent_spawned_is_a_tree_of_its_own(place: Place) -> None:
+def test_an_agent_that_another_agent_spawned_survives_the_death_of_that_agent(place: Place) -> None:
     parent = spawn(place, role_id='lead')
     task_id = give(place, 'tt spawn child --cli cat --parent w')
     assert place.await_end(task_id)['state'] == 'completed', place.log('w')
-    place.await_end(give(place, 'true'))  # a round later
+    place.await_end(give(place, 'true'))  # one more round, which cleans up after the first
     child = worker_pid(place, 'child')
     assert verdict(identify(child)) == 'alive'
     place.do('agent.kill', agent='w', force=True)
@@ -429,9 +432,9 @@ def test_an_agent_that_an_agent_spawned_is_a_tree_of_its_own(place: Place) -> No
     assert verdict(identify(child)) == 'alive'
 
 
-def test_a_cancelled_task_ends_its_run_within_a_heartbeat(place: Place, gate: Gate) -> None:
+def test_cancelling_a_task_ends_its_run_within_a_heartbeat(place: Place, gate: Gate) -> None:
     spawn(place)
-    task_id = give(place, 'echo $$ >up; exec yes')  # one that never stops talking
+    task_id = give(place, 'echo $$ >up; exec yes')  # its output never ends
     pid = gate.pid()
     assert place.do('task.cancel', task_id=task_id)['state'] == 'cancelled'
     await_exit(pid)
@@ -439,7 +442,7 @@ def test_a_cancelled_task_ends_its_run_within_a_heartbeat(place: Place, gate: Ga
     assert task(place, task_id)['state'] == 'cancelled'
 
 
-def test_restart_keeps_the_work_of_an_agent(place: Place, gate: Gate) -> None:
+def test_restart_keeps_the_tasks_of_an_agent(place: Place, gate: Gate) -> None:
     worker = spawn(place)
     first, second = give(place, GATE), give(place, GATE)
     cli = gate.pid()
@@ -453,7 +456,7 @@ def test_restart_keeps_the_work_of_an_agent(place: Place, gate: Gate) -> None:
     assert agent(place)['restarts'] == 1
 
 
-def test_a_worker_that_is_terminated_gives_its_task_back(place: Place, gate: Gate) -> None:
+def test_a_worker_that_gets_sigterm_gives_its_task_back(place: Place, gate: Gate) -> None:
     worker = spawn(place)
     task_id = give(place, GATE)
     cli = gate.pid()
@@ -464,7 +467,7 @@ def test_a_worker_that_is_terminated_gives_its_task_back(place: Place, gate: Gat
     await_exit(worker)
 
 
-def test_recover_frees_the_work_of_a_worker_that_died_and_ends_what_it_left(place: Place, gate: Gate) -> None:
+def test_recover_frees_the_tasks_of_a_dead_worker_and_ends_its_processes(place: Place, gate: Gate) -> None:
     spawn(place, 'healthy', 'cat')
     worker = spawn(place)
     running, waiting = give(place, GATE), give(place, GATE)
@@ -479,7 +482,7 @@ def test_recover_frees_the_work_of_a_worker_that_died_and_ends_what_it_left(plac
     assert agent(place, 'healthy')['state'] == 'Idle'
 
 
-def test_a_cli_that_has_vanished_is_an_error_and_the_task_stays_queued(place: Place) -> None:
+def test_a_cli_that_was_removed_puts_the_agent_in_error_and_its_task_stays_queued(place: Place) -> None:
     own = place.root / 'own-cli'
     own.write_text('#!/bin/sh\necho own "$@"\n')
     own.chmod(0o755)
@@ -495,7 +498,7 @@ def test_a_cli_that_has_vanished_is_an_error_and_the_task_stays_queued(place: Pl
 # ----------------------------------------------------------------------------------------------------------- faults
 
 
-def test_a_report_reaches_a_redis_that_was_away(place: Place, gate: Gate) -> None:
+def test_a_report_is_delivered_once_redis_is_back(place: Place, gate: Gate) -> None:
     spawn(place)
     task_id = give(place, GATE)
     cli = gate.pid()
@@ -511,9 +514,7 @@ def test_a_report_reaches_a_redis_that_was_away(place: Place, gate: Gate) -> Non
 
 
 @pytest.mark.parametrize('verb', ['recovery.recover_agents', 'agent.restart', 'agent.kill'])
-def test_a_report_that_its_worker_left_is_delivered_before_its_task_is_freed(
-    place: Place, gate: Gate, verb: str
-) -> None:
+def test_a_dead_workers_report_is_delivered_before_its_task_is_freed(place: Place, gate: Gate, verb: str) -> None:
     worker = spawn(place)
     task_id = give(place, GATE)
     gate.pid()
@@ -529,7 +530,7 @@ def test_a_report_that_its_worker_left_is_delivered_before_its_task_is_freed(
     assert (found['state'], found['attempt'], found['result']) == ('completed', 1, 'kept')
 
 
-def test_the_older_of_two_processes_of_one_agent_ends(place: Place, gate: Gate) -> None:
+def test_of_two_workers_of_one_agent_the_older_one_ends(place: Place, gate: Gate) -> None:
     older = spawn(place)
     task_id = give(place, GATE)
     cli = gate.pid()
@@ -546,7 +547,7 @@ def test_the_older_of_two_processes_of_one_agent_ends(place: Place, gate: Gate) 
     assert worker_pid(place) != older
 
 
-def test_a_foreground_worker_is_stopped_without_the_redis_that_it_started(place: Place) -> None:
+def test_stopping_a_foreground_worker_leaves_the_redis_that_it_started(place: Place) -> None:
     place.tt('stop', '--redis')
     with subprocess.Popen(
         [sys.executable, '-m', 'tinytown.cli', 'spawn', 'w', '--cli', 'runs', '--foreground'],
@@ -567,7 +568,7 @@ def test_a_foreground_worker_is_stopped_without_the_redis_that_it_started(place:
 # --------------------------------------------------------------------------------------------------------- spawning
 
 
-def test_of_twenty_spawns_of_one_name_one_succeeds(hall: Hall) -> None:
+def test_exactly_one_of_twenty_spawns_with_the_same_name_succeeds(hall: Hall) -> None:
     names = ['same', 'SAME', 'Same', 'sAme'] * 5
     with ThreadPoolExecutor(20) as pool:
         replies = list(pool.map(lambda name: hall.post('/v1/agents', {'name': name, 'cli': 'cat'}), names))
@@ -582,7 +583,7 @@ BAD_NAMES = ['', '../x', 'a/b', 'a b', 'a\nb', 'a\0b', 'a*', 'tt:{x}', '-x', '_x
 RESERVED = ['conductor', 'Supervisor', CONDUCTOR_ID, new_id()]
 
 
-def test_a_spawn_that_can_not_be_is_refused_with_the_reason(place: Place) -> None:
+def test_an_invalid_spawn_is_refused_with_the_reason(place: Place) -> None:
     def refusal(**arguments: Any) -> TownError:
         with pytest.raises(TownError) as caught:
             place.do('agent.spawn', **arguments)
@@ -605,7 +606,7 @@ def test_a_spawn_that_can_not_be_is_refused_with_the_reason(place: Place) -> Non
     assert (full.status, full.code) == (409, 'max-agents')
 
 
-def test_a_cli_that_is_not_installed_is_refused_with_how_to_install_it(
+def test_the_error_for_a_cli_that_is_not_installed_says_how_to_install_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert place.town
@@ -615,10 +616,10 @@ def test_a_cli_that_is_not_installed_is_refused_with_how_to_install_it(
     assert caught.value.status == 422
 
 
-def test_a_spawn_whose_worker_does_not_come_up_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawn_whose_worker_does_not_start_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     spawn(place, 'stopped', 'cat')
     place.do('agent.kill', agent='stopped')
-    monkeypatch.setenv('PYTHONHOME', '/nowhere')  # its interpreter ends before it reads what it is told
+    monkeypatch.setenv('PYTHONHOME', '/nowhere')  # the interpreter ends before it reads its settings
     with pytest.raises(TownError, match="The worker of 'w' did not start") as caught:
         place.do('agent.spawn', name='w', cli='cat')
     assert (caught.value.status, caught.value.code) == (503, 'spawn-failed')
@@ -642,7 +643,7 @@ def test_workers_start_in_a_process_with_thousands_of_open_descriptors(place: Pl
             os.close(descriptor)
 
 
-def test_pruning_an_agent_removes_what_was_kept_for_it(place: Place) -> None:
+def test_pruning_an_agent_removes_its_files(place: Place) -> None:
     spawn(place, 'w')
     spawn(place, 'other')
     for name in ('w', 'other'):

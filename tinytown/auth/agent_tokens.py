@@ -38,7 +38,7 @@ def issue(root: Path, agent_id: str, instance: str) -> None:
 
 def key_of(root: Path) -> bytes:
     """The town's key for agent tokens. The first call generates and stores it."""
-    return write_once(TownDir(root).made().token_key, os.urandom(32).hex()).encode()
+    return write_once(TownDir(root).create().token_key, os.urandom(32).hex()).encode()
 
 
 def _token(key: bytes, agent_id: str, instance: str) -> str:

@@ -19,7 +19,7 @@ from .. import config as configuration
 from ..errors import TownError, UsageError
 from ..files import write_atomically
 from ..host.town_dir import TownDir
-from ..host.townhalls import live_townhalls, tell_townhalls
+from ..host.townhalls import live_townhalls, reload_townhalls
 from ..model import ADMIN, READ
 from ..toml_edit import change
 from .lifecycle import report
@@ -224,14 +224,14 @@ def _changing(file: Path) -> Iterator[_Draft]:
             )
         write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
     if draft.turns_on:
-        when = 'now on, townhall' if tell_townhalls(file.parent) else 'its next start on, townhall'
+        when = 'now on, townhall' if reload_townhalls(file.parent) else 'its next start on, townhall'
         draft.advice = f' From {when} asks every caller for a key.'
 
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Lets one command at a time change the configuration."""
-    descriptor = os.open(TownDir(root).made().path, os.O_RDONLY)
+    descriptor = os.open(TownDir(root).create().path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -35,7 +35,7 @@ from ..host.processes import (
     verdict,
 )
 from ..host.town_dir import TownDir
-from ..host.townhalls import running_townhalls, stop_townhalls, tell_townhalls
+from ..host.townhalls import reload_townhalls, running_townhalls, stop_townhalls
 from ..model import ALL_SCOPES, Principal
 from ..redaction import masked
 from ..settings import Config
@@ -111,7 +111,7 @@ def _init(arguments: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
     write_atomically(file, configuration.template(name, given), mode)
-    write_atomically(TownDir(root).made().gitignore, '*\n')
+    write_atomically(TownDir(root).create().gitignore, '*\n')
     if arguments.join:
         try:
             return _join(arguments, root)
@@ -264,7 +264,7 @@ def _config(arguments: argparse.Namespace) -> int:
     return report(
         arguments,
         {arguments.key: new},
-        f'{arguments.key} = {to_toml(new)}  ({file}{told if tell_townhalls(root) else ""})',
+        f'{arguments.key} = {to_toml(new)}  ({file}{told if reload_townhalls(root) else ""})',
     )
 
 

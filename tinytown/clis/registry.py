@@ -1,7 +1,7 @@
-"""The coding CLIs that an agent can run: how each is called, how it gets its prompt, and what it may see.
+"""The coding CLIs that an agent can run: their command lines, how they get the prompt, and their environment.
 
-A prompt goes to a CLI's standard input, or, where `{prompt_file}` stands in its command, into a file that is named
-there; never into argv, which every user of the machine can read.
+A CLI reads its prompt from standard input. If its command contains `{prompt_file}`, it reads the prompt from a file
+instead. The prompt is never in argv, which every user of the machine can read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMPT_FILE: Final = '{prompt_file}'
 
 @dataclass(frozen=True, slots=True)
 class Cli:
-    """One coding CLI. `install` says how to get it, `keys` names the environment variables that it documents."""
+    """One coding CLI. `install` says how to install it; `keys` names the variables with its API keys."""
 
     name: str
     argv: tuple[str, ...]
@@ -30,6 +30,7 @@ class Cli:
 
     @property
     def takes_file(self) -> bool:
+        """Whether the CLI reads its prompt from a file and not from standard input."""
         return any(PROMPT_FILE in part for part in self.argv)
 
     def command(self, prompt_file: Path) -> list[str]:
@@ -43,7 +44,7 @@ def _cli(name: str, command: str, install: str, *keys: str) -> Cli:
 
 _CODEX: Final = 'codex exec --dangerously-bypass-approvals-and-sandbox --skip-git-repo-check'
 
-# As their documentation has them in November 2026.
+# From their documentation as of November 2026.
 _BUILT_IN: Final = (
     _cli(
         'claude',
@@ -93,32 +94,37 @@ _BUILT_IN: Final = (
 
 
 def known_clis(config: Config) -> dict[str, Cli]:
-    """The CLIs of a town by name: the built-in ones, and its own, which may replace them."""
+    """The CLIs of a town by name. One under [agent_clis] replaces a built-in one of the same name."""
     own = {name: _cli(name, command, 'it is set under [agent_clis]') for name, command in config.agent_clis.items()}
     return {cli.name: cli for cli in _BUILT_IN} | own
 
 
 def find_cli(config: Config, name: str | None) -> Cli:
-    """The CLI of that name (or the town's default), if it can be run here. Raises Invalid, which says what to do."""
-    import shutil  # late: it brings every compression
+    """Finds the CLI of that name, or the town's default one for None.
+
+    Raises Invalid if the town has no such CLI or its program is not installed; the message says what to do.
+    """
+    import shutil  # late: it imports every compression module
 
     wanted = name or config.default_cli
     clis = known_clis(config)
-    said = f"'{wanted}' (default_cli of the town)" if name is None else f"'{wanted}'"
+    quoted = f"'{wanted}' (default_cli of the town)" if name is None else f"'{wanted}'"
     if wanted not in clis:
-        raise _refused(f'{said} is not a coding CLI of this town; known: {", ".join(clis)}. Add it under [agent_clis]')
+        raise _invalid(
+            f'{quoted} is not a coding CLI of this town; known: {", ".join(clis)}. Add it under [agent_clis]'
+        )
     cli = clis[wanted]
-    if shutil.which(_place(config, cli.argv[0])) is None:
-        raise _refused(f"{said}: the program '{cli.argv[0]}' is not installed here. Install it: {cli.install}")
+    if shutil.which(_resolve(config, cli.argv[0])) is None:
+        raise _invalid(f"{quoted}: the program '{cli.argv[0]}' is not installed here. Install it: {cli.install}")
     return cli
 
 
-def _place(config: Config, program: str) -> str:
-    """A program as it is found by a run: a relative path is one from the town's root, where it runs."""
+def _resolve(config: Config, program: str) -> str:
+    """Resolves a relative path against the town's root, because that is the working directory of a run."""
     return str(config.file.parent / program) if config.file and '/' in program else program
 
 
-def _refused(detail: str) -> Invalid:
+def _invalid(detail: str) -> Invalid:
     return Invalid(detail, code='unknown-cli', errors=[{'pointer': '/cli', 'detail': detail}])
 
 
@@ -133,11 +139,11 @@ _PREFIXES: Final = ('LC_', 'XDG_')
 
 
 def key_names(config: Config) -> frozenset[str]:
-    """The variables that hold what is nobody's business: the keys of the built-in CLIs, and `agent.pass_env`."""
+    """The variables that hold secrets: the keys of the built-in CLIs, and those in `agent.pass_env`."""
     return frozenset({key for cli in _BUILT_IN for key in cli.keys} | set(config.agent.pass_env))
 
 
 def environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
-    """What a worker and its CLI see of `environ`: an allow-list, the built-in CLIs' keys, and `agent.pass_env`."""
+    """The part of `environ` that a worker and its CLI get: an allow-list, the built-in CLIs' keys, `agent.pass_env`."""
     allowed = _PASSED | key_names(config)
     return {name: value for name, value in environ.items() if name in allowed or name.startswith(_PREFIXES)}

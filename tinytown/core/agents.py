@@ -20,7 +20,7 @@ from ..host.processes import (
     INSTANCE_VARIABLE,
     Identity,
     identify,
-    is_beside,
+    is_in_other_namespace,
     python,
     python_path,
     stop_tree,
@@ -299,7 +299,7 @@ def stop_process(
         if hosts.is_other_host(found.process.host):
             return (yield from _stop_there(call, found, why, grace, to, abandon))
         judged = report_spool.judge(call.town.root, found.id, found.instance, found.process)
-        if is_beside(found.process) and judged != 'dead':
+        if is_in_other_namespace(found.process) and judged != 'dead':
             return (yield from _stop_beside(call, found, why, to, abandon))
         yield from _unless_gone(call, found.id, _drain(call, found.id))
     elif found.state == 'Error':

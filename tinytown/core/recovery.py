@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..errors import Conflict, NotFound
 from ..host import report_spool
-from ..host.processes import GRACE_SECS, Identity, is_beside, stop_tree
+from ..host.processes import GRACE_SECS, Identity, is_in_other_namespace, stop_tree
 from ..model import AT_REST, LIVE, AgentRef, Field
 from ..state.store import Step, text
 from . import holders, hosts
@@ -93,7 +93,7 @@ def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[
             return
         _, _, age, instance, process = found[0]
         judged = report_spool.judge(call.town.root, wanted, instance, process)
-        if age <= before or judged != 'unknown' or not is_beside(process):
+        if age <= before or judged != 'unknown' or not is_in_other_namespace(process):
             return
         before = age
         wait(1.0)

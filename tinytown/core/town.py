@@ -71,7 +71,7 @@ def join(root: Path, check: Callable[[Town], None]) -> Town:
     town = _connect(root, config)
     owner = text(town.store.call(town.store.open(''))[0])
     check(town)
-    write_atomically(TownDir(root).made().identity, f'{owner}\n', 0o600)
+    write_atomically(TownDir(root).create().identity, f'{owner}\n', 0o600)
     return town
 
 
@@ -83,7 +83,7 @@ def _connect(root: Path, config: Config) -> Town:
 
 def _identity(root: Path) -> str:
     """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
-    return write_once(TownDir(root).made().identity, new_id() + '\n').strip()
+    return write_once(TownDir(root).create().identity, new_id() + '\n').strip()
 
 
 # -------------------------------------------------------------------------------------------------------- operations

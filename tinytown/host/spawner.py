@@ -1,16 +1,17 @@
-"""The keeper of a town: the process below which a service manager keeps a town's workers and its Redis.
+"""The spawner: the main process of a town that is a service. It starts the town's workers and its Redis.
 
-A service manager counts every process to the service that started it, by control group. What a townhall starts itself
-would be stopped with it, or be left over when it is started again, and would live in its sandbox. So the town is a
-service of its own whose main process is a keeper. It does one thing: it starts processes for whoever of the same user
-asks on the socket `.tt/run/keeper.sock` (a townhall, `tt`). Where no keeper listens, who asks starts them itself.
-What is started for an agent has the keeper's variables (its PATH, its HOME, keys of coding CLIs), whoever asks.
+A service manager assigns every process to the service that started it, by control group. If a townhall started workers
+itself, they would live in its sandbox, and would stop with its service or be left over from it. So the town is a
+service of its own, and its main process is the spawner. It listens on the socket `.tt/run/keeper.sock`, which only its
+own user can reach, and starts processes for townhalls and `tt`. Without a spawner, `start` starts the process itself.
+An agent's process gets the spawner's PATH, HOME and coding CLI keys, whichever client asked for it.
 
-In the end it has the town brought to a standstill (standstill.py), below itself: a command that the service manager
-runs at a stop could not read the service's credentials. Meanwhile it goes on, for ends are to be collected.
+At SIGTERM the spawner stops the town: it runs `townhall.shutdown` as a child process. (A stop command of the service
+manager could not read the service's credentials.) Meanwhile it continues to serve and to collect exit statuses.
 
-A request is JSON with what `processes.start_detached` takes, up to the end of the sender's side, and with its first
-bytes, as SCM_RIGHTS, the descriptors that the process inherits. The answer is {"pid": 7} or {"error": "…"}.
+The protocol: a request is JSON with the arguments of `processes.start_detached`; the client then closes its sending
+side. The descriptors for the process come with the first bytes (SCM_RIGHTS). The answer is {"pid": 7} or
+{"error": "…"}.
 """
 
 from __future__ import annotations
@@ -35,57 +36,58 @@ from . import sd_notify
 from .processes import python, python_path, reap, start_detached
 from .town_dir import TownDir
 
-FD: Final = '{fd}'  # in an argv: the number of the first descriptor that is kept
-_MOST_KEPT: Final = 8
-_TIMEOUT: Final = 10.0  # seconds for a request, and for its answer
+FD: Final = '{fd}'  # in an argv, stands for the number of the first inherited descriptor
+_MAX_FDS: Final = 8
+_TIMEOUT: Final = 10.0  # seconds, for a request and for its answer
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 def start(
-    root: Path, argv: list[str], cwd: Path, env: dict[str, str], log: Path, keep: Sequence[int] = (), mark: str = ''
+    root: Path, argv: list[str], cwd: Path, env: dict[str, str], log: Path, fds: Sequence[int] = (), mark: str = ''
 ) -> int:
-    """Starts a process of the town in `root` as `start_detached` does, by its keeper if it has one. Its pid.
+    """Starts a process of the town in `root`, through the town's spawner if it has one. Returns the pid.
 
-    The word `FD` in argv stands for the number of the first one of `keep`, which is another one there. Raises OSError.
+    The arguments are those of `start_detached`. The number of the first of `fds` replaces the word `FD` in argv: a
+    descriptor has another number in the spawner. Raises OSError.
     """
     order = {'argv': argv, 'cwd': str(cwd), 'env': env, 'log': str(log), 'mark': mark}
-    answer = _ask(root, json.dumps(order).encode(), keep)
+    answer = _ask(root, json.dumps(order).encode(), fds)
     if answer is None:
-        return _start(order, keep)
+        return _start(order, fds)
     if 'pid' not in answer:
-        raise OSError(f'the keeper of the town did not start it: {answer.get("error")}')
+        raise OSError(f"the town's spawner did not start the process: {answer.get('error')}")
     return int(answer['pid'])
 
 
-def _start(order: dict[str, Any], keep: Sequence[int]) -> int:
-    argv = [str(keep[0]) if word == FD else word for word in order['argv']]
-    return start_detached(argv, Path(order['cwd']), order['env'], Path(order['log']), keep, order['mark'])
+def _start(order: dict[str, Any], fds: Sequence[int]) -> int:
+    argv = [str(fds[0]) if word == FD else word for word in order['argv']]
+    return start_detached(argv, Path(order['cwd']), order['env'], Path(order['log']), fds, order['mark'])
 
 
-def _ask(root: Path, request: bytes, keep: Sequence[int]) -> dict[str, Any] | None:
-    """The keeper's answer; None if there is no keeper."""
-    place = TownDir(root).keeper_socket
-    if not place.exists():
+def _ask(root: Path, request: bytes, fds: Sequence[int]) -> dict[str, Any] | None:
+    """Sends a request to the spawner and returns its answer; None if no spawner runs."""
+    file = TownDir(root).spawner_socket
+    if not file.exists():
         return None
-    with socket.socket(socket.AF_UNIX) as sock, _short(place) as path:
+    with socket.socket(socket.AF_UNIX) as sock, _short_path(file) as path:
         sock.settimeout(_TIMEOUT)
         try:
             sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
-            return None  # it was killed, and its socket is left
-        sent = socket.send_fds(sock, [request], list(keep))
+            return None  # a killed spawner leaves its socket
+        sent = socket.send_fds(sock, [request], list(fds))
         sock.sendall(request[sent:])
         sock.shutdown(socket.SHUT_WR)
-        answer = json.loads(_read_all(sock) or b'{"error": "it went away"}')
+        answer = json.loads(_read_all(sock) or b'{"error": "it closed the connection"}')
         return answer if isinstance(answer, dict) else {}
 
 
 @contextmanager
-def _short(place: Path) -> Iterator[str]:
-    """A path for a socket in `place` that is short enough for one, wherever the directory is (Linux)."""
-    descriptor = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
+def _short_path(file: Path) -> Iterator[str]:
+    """Another path of `file` that is short enough for a socket's address, however deep its directory is (Linux)."""
+    descriptor = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield f'/proc/self/fd/{descriptor}/{place.name}'
+        yield f'/proc/self/fd/{descriptor}/{file.name}'
     finally:
         os.close(descriptor)
 
@@ -101,45 +103,45 @@ def _read_all(sock: socket.socket) -> bytes:
 
 
 def main(root: Path) -> int:
-    """Keeps the town in `root` until SIGTERM or SIGINT, and ends it then. The exit status: 0 if nothing is left."""
+    """Serves the town in `root` until SIGTERM or SIGINT, and then stops the town. Returns 0 if no process is left."""
     manager = sd_notify.notifier(os.environ)
     try:
         configuration.take_credentials()
     except UsageError as e:
-        raise SystemExit(f'keeper: {e}') from None
+        raise SystemExit(f'spawner: {e}') from None
     wake_read, wake_write = os.pipe()
     for end in (wake_read, wake_write):
         os.set_blocking(end, False)
-    told: list[int] = []
+    received: list[int] = []
     for number in _SIGNALS:
-        signal.signal(number, lambda number, _frame: told.append(number))
+        signal.signal(number, lambda number, _frame: received.append(number))
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     with socket.socket(socket.AF_UNIX) as listener:
         _listen(listener, root)
-        keeper = _Keeper(root)
-        manager.ready('Keeps the workers and the Redis of the town')
+        spawner = _Spawner(root)
+        manager.ready('Starts the workers and the Redis of the town')
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         poll.register(wake_read, select.POLLIN)
-        ending: subprocess.Popen[bytes] | None = None
-        while ending is None or ending.poll() is None:
+        shutdown: subprocess.Popen[bytes] | None = None
+        while shutdown is None or shutdown.poll() is None:
             for descriptor, _ in poll.poll():
                 if descriptor == wake_read:
                     os.read(wake_read, 4096)
                 else:
-                    keeper.serve(listener)
+                    spawner.serve(listener)
             reap()
-            if ending is None and {signal.SIGTERM, signal.SIGINT} & set(told):
-                ending = keeper.end()
-    TownDir(root).keeper_socket.unlink(missing_ok=True)
-    return 1 if ending.returncode else 0
+            if shutdown is None and {signal.SIGTERM, signal.SIGINT} & set(received):
+                shutdown = spawner.shut_down()
+    TownDir(root).spawner_socket.unlink(missing_ok=True)
+    return 1 if shutdown.returncode else 0
 
 
 def _listen(listener: socket.socket, root: Path) -> None:
-    with _short(TownDir(root).made().keeper_socket) as path:
+    with _short_path(TownDir(root).create().spawner_socket) as path:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(path) == 0:
-                raise SystemExit(f'keeper: the town in {root} has a keeper already')
+                raise SystemExit(f'spawner: the town in {root} has a spawner already')
         Path(path).unlink(missing_ok=True)
         mask = os.umask(0o177)
         listener.bind(path)
@@ -147,27 +149,27 @@ def _listen(listener: socket.socket, root: Path) -> None:
     listener.listen()
 
 
-class _Keeper:
-    """Starts what is asked for, and knows the configuration with which that was started."""
+class _Spawner:
+    """Starts processes on request, and remembers the last valid configuration for the shutdown of the town."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._config: Config | None = None
-        self._look()
+        self._reload()
 
-    def _look(self) -> None:
-        """Takes the configuration of now. Of one that can't be used nothing was started: the one before stays."""
+    def _reload(self) -> None:
+        """Loads the configuration. Keeps the previous one if it is invalid: no process can have started with that."""
         with suppress(UsageError, OSError):
             self._config = configuration.load(self._root)
 
     def serve(self, listener: socket.socket) -> None:
-        """Answers one request. Whatever is wrong with it, the keeper goes on."""
+        """Answers one request. A bad request or a failed start becomes an error answer and never ends the spawner."""
         sock, _ = listener.accept()
         with sock:
             sock.settimeout(_TIMEOUT)
             descriptors: list[int] = []
             try:
-                data, descriptors, _, _ = socket.recv_fds(sock, 65536, _MOST_KEPT)
+                data, descriptors, _, _ = socket.recv_fds(sock, 65536, _MAX_FDS)
                 answer: dict[str, Any] = {'pid': self._start(json.loads(data + _read_all(sock)), descriptors)}
             except Exception as e:
                 answer = {'error': str(e)}
@@ -176,14 +178,14 @@ class _Keeper:
             with suppress(OSError):
                 sock.sendall(json.dumps(answer).encode())
 
-    def _start(self, order: dict[str, Any], keep: Sequence[int]) -> int:
-        self._look()
-        if order['mark'] and self._config:  # what is marked is an agent's
+    def _start(self, order: dict[str, Any], fds: Sequence[int]) -> int:
+        self._reload()
+        if order['mark'] and self._config:  # only an agent's worker comes with a mark
             order['env'] |= registry.environment(self._config, os.environ)
-        return _start(order, keep)
+        return _start(order, fds)
 
-    def end(self) -> subprocess.Popen[bytes]:
-        """Has the town brought to a standstill, by a process that is told the configuration: the file may be wrong."""
+    def shut_down(self) -> subprocess.Popen[bytes]:
+        """Starts the process that stops the town. It gets the configuration on stdin: the file may be invalid now."""
         process = subprocess.Popen(
             python('tinytown.townhall.shutdown', str(self._root)),
             env=os.environ | {'PYTHONPATH': python_path()},
@@ -191,8 +193,8 @@ class _Keeper:
             start_new_session=True,
         )
         assert process.stdin
-        with suppress(OSError), process.stdin as told:
-            told.write(json.dumps(self._config and configuration.as_told(self._config)).encode())
+        with suppress(OSError), process.stdin as stdin:
+            stdin.write(json.dumps(self._config and configuration.as_told(self._config)).encode())
         return process
 
 

@@ -1,4 +1,4 @@
-"""The secrets of a town, as far as this process knows them: what logs and answers must not show."""
+"""The secrets of a town that this process knows, so that logs and answers don't show them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PATH: Final = re.compile(r'/[\w./:+-]*')
 
 
 def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
-    """The secrets of a town that this process knows of.
+    """Collects the secrets of a town.
 
-    The keys of the coding CLIs and what `agent.pass_env` names (paths aside), the passwords of Redis (those in files,
-    too) and of proxies, and the tokens of agents with the key that they are made with.
+    These are: the coding CLIs' keys and the variables in `agent.pass_env` (unless a value is a path); the passwords of
+    Redis, from its URL and from files, and of proxies; the agents' tokens and the key that signs them.
     """
     values = [environ.get(name, '') for name in key_names(config)]
     values = [value for value in values if not _PATH.fullmatch(value)]
@@ -38,24 +38,24 @@ def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Sec
     return Secrets(values)
 
 
-def ready_log(root: Path, config: Config) -> None:
-    """Has this process write its log as a town's settings say, and without its secrets."""
-    wanted = config.townhall.log
-    log.configure(wanted.format, wanted.level, config.name, known_secrets(root, config, os.environ).hide)
+def configure_log(root: Path, config: Config) -> None:
+    """Configures this process's log by the town's settings; it hides the town's secrets."""
+    settings = config.townhall.log
+    log.configure(settings.format, settings.level, config.name, known_secrets(root, config, os.environ).hide)
 
 
 def exposed(root: Path, config: Config) -> list[str]:
-    """Of the files that hold a password of Redis those that every user of this machine may read; each with the mend."""
+    """A warning for each file with a password of Redis that every user of this machine may read."""
     url = read_settings(root / FILE).get('redis.url', '')
     own = [root / FILE] if masked(url) != url else []
-    found = [file for file in (*own, *_password_files(root, config)) if file.stat().st_mode & stat.S_IROTH]
+    readable = [file for file in (*own, *_password_files(root, config)) if file.stat().st_mode & stat.S_IROTH]
     return [
-        f'{file} holds a password that every user of this machine may read; run  chmod o-r {file}' for file in found
+        f'{file} holds a password that every user of this machine may read; run  chmod o-r {file}' for file in readable
     ]
 
 
 def _password_files(root: Path, config: Config) -> list[Path]:
-    """Those that settings name and that can be read without waiting for somebody to write (a named pipe)."""
-    given = config.redis.password_file, config.redis.sentinel_password_file
-    named = [root / Path(name).expanduser() for name in given if name]
+    """The regular files among the password files in the settings. Reading a named pipe would wait for its writer."""
+    settings = config.redis.password_file, config.redis.sentinel_password_file
+    named = [root / Path(name).expanduser() for name in settings if name]
     return [file for file in named if file.is_file()]

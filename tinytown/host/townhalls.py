@@ -1,6 +1,6 @@
-"""The townhalls that run in a town's directory: each notes itself in `.tt/run`; whoever needs them reads the notes.
+"""The townhalls that run in a town's directory: each one writes a note in `.tt/run`, for `tt` and other processes.
 
-A note is locked for as long as its townhall lives, which tells of one in another container, too.
+A townhall keeps its note locked until it ends. The lock shows that it is alive, even from another container.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from pathlib import Path
 from .. import config as configuration
 from ..files import write_atomically
 from ..settings import Config
-from .processes import Identity, hold, identify, is_beside, is_held, name_host, stop_one, this_host, verdict
+from .processes import Identity, hold, identify, is_held, is_in_other_namespace, name_host, stop_one, this_host, verdict
 from .town_dir import TownDir
 
 
 def note_townhall(root: Path, url: str) -> Path:
-    """Writes down that this process serves the town at `url`. The file, to be removed when it ends."""
+    """Writes and locks the note of this townhall process, which serves at `url`.
+
+    Returns the file. The caller removes it when the process ends.
+    """
     me = identify(os.getpid())
-    file = TownDir(root).made().townhall_note(me.pid)
+    file = TownDir(root).create().townhall_note(me.pid)
     record = {'host': me.host, 'boot': me.boot, 'pid': me.pid, 'start': me.start, 'url': url}
     write_atomically(file, json.dumps(record), 0o600)
-    with suppress(OSError):  # a disk without locks: less is known of it in other containers
+    with suppress(OSError):  # a disk without locks: other containers can't tell whether this townhall is alive
         hold(file)
     return file
 
 
 def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
-    """(file, process, URL) of the townhalls that have written themselves down and may still run.
+    """(note, process, URL) of each townhall of this directory that may still run. Removes the notes of dead ones.
 
-    They are this directory's, and so this host's, though it may have been called otherwise when they began.
+    All of them run on this host, even if it had another name when they started.
     """
     found = []
     for file in TownDir(root).townhall_notes():
@@ -41,16 +44,16 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
             url = record.pop('url')
             process = Identity(**record | {'host': this_host()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # it is not one of ours
-        if verdict(process) == 'dead' or (is_beside(process) and is_held(file) is False):
+            continue  # not a note
+        if verdict(process) == 'dead' or (is_in_other_namespace(process) and is_held(file) is False):
             file.unlink(missing_ok=True)
         else:
             found.append((file, process, url))
     return found
 
 
-def tell_townhalls(root: Path) -> int:
-    """Has the townhalls of this town that run on this machine take up the configuration. How many there are."""
+def reload_townhalls(root: Path) -> int:
+    """Sends SIGHUP to the townhalls of this directory, so that they reload the configuration. Returns their number."""
     alive = live_townhalls(root)
     for process, _ in alive:
         with suppress(ProcessLookupError, PermissionError):
@@ -59,20 +62,21 @@ def tell_townhalls(root: Path) -> int:
 
 
 def live_townhalls(root: Path) -> list[tuple[Identity, str]]:
-    """(process, URL) of the townhalls of this town that run on this machine."""
+    """(process, URL) of each townhall of this directory that is alive and that this process can signal."""
     name_host(configuration.load(root).host)
     return [(process, url) for _, process, url in running_townhalls(root) if verdict(process) == 'alive']
 
 
 def stop_townhalls(root: Path, config: Config) -> tuple[int, list[str]]:
-    """Stops the townhalls of this directory: how many, and which could not be."""
-    stopped, left = 0, []
+    """Stops the townhalls of this directory. Returns how many it stopped, and a message for each that it could not."""
+    stopped, errors = 0, []
     for file, process, url in running_townhalls(root):
         stop_one(process, config.townhall.limits.drain_secs + 2)
         if verdict(process) == 'dead':
             file.unlink(missing_ok=True)
             stopped += 1
         else:
-            why = 'it is in another container or on another machine' if verdict(process) == 'unknown' else 'it lives on'
-            left.append(f'The townhall on {url} (process {process.pid}) could not be stopped: {why}')
-    return stopped, left
+            is_unknown = verdict(process) == 'unknown'
+            why = 'it is in another container or on another machine' if is_unknown else 'it is still alive'
+            errors.append(f'The townhall on {url} (process {process.pid}) could not be stopped: {why}')
+    return stopped, errors

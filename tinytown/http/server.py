@@ -469,7 +469,7 @@ def _safely(what: Callable[[], None]) -> None:
     try:
         what()
     except Exception as e:
-        logger.error(f'a fault of ours: {e!r}', exc_info=e)
+        logger.error(f'internal error: {e!r}', exc_info=e)
 
 
 def _allow_descriptors(wanted: int) -> None:

@@ -214,7 +214,7 @@ def serve(root: Path, flags: dict[str, Any]) -> int:
     """Serves the town in `root` over stdio until stdin ends. Returns the exit status. Raises UsageError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = configuration.load(root, flags)
-    town_secrets.ready_log(root, config)
+    town_secrets.configure_log(root, config)
     settings = config.townhall
     town = _LazyTown(root, flags, supervise=not settings.read_only)
     store = Store(managed_redis.endpoint(root, config), config.name, config.retention.events)

@@ -91,7 +91,7 @@ def _run(argv: list[str] | None) -> int:
     from .process import TownhallProcess
 
     config = configuration.load(root, flags)
-    town_secrets.ready_log(root, config)
+    town_secrets.configure_log(root, config)
     logger.debug(f'settings are from {", ".join(configuration.sources(root, flags))}')
     check_start(config, config.townhall.bind)  # before anything is started
     return TownhallProcess(root, config, flags, arguments.mode).run()

@@ -239,7 +239,7 @@ class TownhallProcess:
             note(logging.ERROR, f'the configuration is not taken up, the old one stays in force: {e}', exc_info=fault)
             return False
         self.town, self._verifier, self._encrypt = town, verifier, encrypt
-        town_secrets.ready_log(town.root, config)
+        town_secrets.configure_log(town.root, config)
         late = [path for path in _FIXED if configuration.get(wanted, path) != configuration.get(config, path)]
         needs = f'; {", ".join(late)} must wait for a restart' if late else ''
         note(logging.INFO, f'the configuration was taken up again{needs}')

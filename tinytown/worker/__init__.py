@@ -1,4 +1,4 @@
-"""An agent's process, and what watches over it. Start with `main` for the worker's loop.
+"""An agent's worker process, and the supervisor that watches over it.
 
-`supervisor` notices dead workers and frees what they held.
+Start with `main`, the worker's loop. `supervisor` notices dead workers and frees what they held.
 """

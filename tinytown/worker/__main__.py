@@ -1,4 +1,4 @@
-"""The worker of one agent, as townhall and tt start it: `python -m tinytown.worker`."""
+"""`python -m tinytown.worker`: the entry point of a worker process. Townhall and tt start it."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""One run of a coding CLI: its process, its output in a bounded log, and what came of it."""
+"""One run of a coding CLI: its process, its output in a bounded log, and its outcome.
+
+`worker.main` starts a `CliRun` for each round and writes everything to one `RunLog`.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from ..core import agent_logs
 from ..host.processes import GRACE_SECS, identify, stop_tree
 from ..redaction import Redactor, Secrets
 
-TAIL_BYTES: Final = 4096  # of the output, as a task's result or error
-_PIPE_BYTES: Final = 65536  # what a pipe holds, on Linux
-_PIPES: Final = 16  # a pipe may be made that much larger
+TAIL_BYTES: Final = 4096  # the end of the output, which becomes the task's result or error
+_PIPE_BYTES: Final = 65536  # the default capacity of a pipe on Linux
+_MAX_FINAL_READS: Final = 16  # reads after the CLI has ended: 1 MiB, the most that Linux lets a user enlarge a pipe to
 
 
 class RunLog:
-    """A file that grows to `most` bytes and is then put aside once (as NAME.1). `echo` copies it to standard output.
+    """An agent's log file. At `max_bytes` it is rotated: the file becomes NAME.1 and replaces the previous NAME.1.
 
-    Secrets are hidden in lines; in what comes in pieces they are to be hidden before.
+    `line` hides secrets; a caller of `write` must have hidden them. `echo` copies the log to standard output.
     """
 
-    def __init__(self, file: Path, most: int, secrets: Secrets, echo: bool = False) -> None:
+    def __init__(self, file: Path, max_bytes: int, secrets: Secrets, echo: bool = False) -> None:
         self.secrets = secrets
         self._file = file
-        self._most = most
+        self._max_bytes = max_bytes
         self._echo = echo
         self._open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
@@ -41,12 +44,12 @@ class RunLog:
 
     @property
     def offset(self) -> int:
-        """Where the log ends: bytes since it began, however often it was put aside."""
+        """The end of the log in bytes since its first line, including the rotated parts."""
         return self._begin + os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes) -> None:
-        """Appends. A full disk, or a reader of the echo who has gone, must not end the work."""
-        if self._size + len(data) > self._most:
+        """Appends. A full disk, or a closed standard output, must not end the work."""
+        if self._size + len(data) > self._max_bytes:
             with suppress(OSError):
                 self._rotate()
         with suppress(OSError):
@@ -54,7 +57,7 @@ class RunLog:
         self._size += len(data)
         if self._echo:
             try:
-                os.write(1, data)  # unbuffered: nothing is left over that fails again at the end
+                os.write(1, data)  # unbuffered, so no rest is left whose flush fails when the process ends
             except OSError:
                 self._echo = False
 
@@ -62,19 +65,19 @@ class RunLog:
         self.write(self.secrets.hide(text.encode('utf-8', 'replace')) + b'\n')
 
     def _rotate(self) -> None:
-        before = self._descriptor
+        old = self._descriptor
         self._open(agent_logs.rotate(self._file))
         for output in (1, 2):  # a detached worker's own output goes to the same file
             with suppress(OSError):
-                if os.path.samestat(os.fstat(output), os.fstat(before)):
+                if os.path.samestat(os.fstat(output), os.fstat(old)):
                     os.dup2(self._descriptor, output)
-        os.close(before)
+        os.close(old)
 
 
 class CliRun:
     """A run of `cli` in `cwd`, with the prompt on its standard input or in `prompt_file`. Raises OSError.
 
-    `wake` is a descriptor that becomes readable when whoever waits is to look up at once.
+    `wake` is a descriptor. When it becomes readable, `wait` calls its callback at once.
     """
 
     def __init__(
@@ -120,8 +123,11 @@ class CliRun:
         """The exit status of the CLI, negative for a signal; None while it runs."""
         return self._process.returncode
 
-    def wait(self, every: Callable[[], bool], seconds: float) -> bool:
-        """Waits for the CLI to end; asks `every` so many seconds whether to give up. Whether it ended by itself."""
+    def wait(self, should_stop: Callable[[], bool], seconds: float) -> bool:
+        """Waits for the CLI to end, and calls `should_stop` every `seconds`. Returns whether the CLI ended by itself.
+
+        When `should_stop` returns true, returns False at once; the CLI still runs.
+        """
         due = time.monotonic() + seconds
         while self._process.poll() is None:
             pause = max(due - time.monotonic(), 0)
@@ -133,14 +139,14 @@ class CliRun:
                 elif key.fd != self._pidfd:
                     self._read(key.fd)
             if time.monotonic() >= due:
-                if every():
+                if should_stop():
                     return False
                 due = time.monotonic() + seconds
         self._close()
         return True
 
     def _read(self, descriptor: int) -> bool:
-        """Copies some of what is there to the log. Whether there was anything."""
+        """Copies available output to the log. Returns whether there was any."""
         try:
             data = os.read(descriptor, _PIPE_BYTES)
         except BlockingIOError:
@@ -156,15 +162,18 @@ class CliRun:
         self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
 
     def stop(self, instance: str) -> None:
-        """Ends the CLI and whatever it started."""
+        """Ends the CLI and all processes that it started."""
         stop_tree(identify(self._process.pid), instance, GRACE_SECS)
         self._process.wait()
         self._close()
 
     def _close(self) -> None:
-        """Takes what the CLI said last. What it left running may hold its output open, and even write on for ever."""
+        """Reads the rest of the output and closes everything.
+
+        A process that the CLI left running may keep the pipe open and write without end, so the reads are limited.
+        """
         for descriptor in (self._stdout, self._stderr):
-            for _ in range(_PIPES):
+            for _ in range(_MAX_FINAL_READS):
                 if descriptor not in self._selector.get_map() or not self._read(descriptor):
                     break
             self._keep(descriptor, self._redactors[descriptor].finish())
@@ -176,16 +185,16 @@ class CliRun:
             stream.close()
 
     def outcome(self) -> tuple[Literal['completed', 'failed'], str | None, str | None]:
-        """(outcome, result, error) by the exit status and the end of the output."""
+        """(outcome, result, error), from the exit status and the end of the output."""
         status = self._process.returncode
-        said, complained = self._tail(self._stdout), self._tail(self._stderr)
+        stdout, stderr = self._tail(self._stdout), self._tail(self._stderr)
         if status == 0:
-            return 'completed', said, None
+            return 'completed', stdout, None
         how = f'ended by signal {-status}' if status < 0 else f'exit status {status}'
-        return 'failed', None, f'{how}: {complained or said}'.rstrip(': ')
+        return 'failed', None, f'{how}: {stderr or stdout}'.rstrip(': ')
 
     def _tail(self, descriptor: int) -> str:
         tail = self._tails[descriptor]
         if len(tail) == TAIL_BYTES:
-            tail = tail.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that was cut in two
+            tail = tail.lstrip(bytes(range(0x80, 0xC0)))  # UTF-8 continuation bytes of a character that was cut
         return tail.decode('utf-8', 'replace').replace('\0', '\ufffd').strip()

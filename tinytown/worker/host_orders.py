@@ -1,8 +1,11 @@
-"""The steward of a host: the part of a townhall that carries out what others order for this host.
+"""Host orders: a thread of a townhall that carries out what townhalls on other hosts order for this host.
 
-It blocks on the orders of its host. It takes one in the step that removes it and that writes this process down as the
-one who starts the worker: so of several townhalls on a host one carries it out, and should that die, the caretaker
-finds a worker that never came up, as after any start. What it has taken is done on a thread of its own.
+An order says to start or stop a worker here, or to remove an agent's files. The thread blocks on the stream of its
+host's orders. Taking an order is one script: it removes the order and records this process as the starter of the
+worker. So exactly one of several townhalls on a host carries it out. If that townhall dies before the worker is up, the
+supervisor finds a failed start, as it does after any other start. Each order runs in a thread of its own.
+
+`core.hosts` gives the orders and waits for the answers.
 """
 
 from __future__ import annotations
@@ -25,66 +28,70 @@ from ..state.store import Step, text
 
 logger = logging.getLogger('tinytown.worker.steward')
 
-HOST_ORDERS: Final = 'steward'
+HOST_ORDERS: Final = 'steward'  # its principal name in stored records, an interface; so the old name stays
 _BLOCK_MS: Final = 5000
-_PAUSE_SECS: Final = 1.0  # while Redis is away
-_LEFTOVER_GRACE: Final = 1.0  # for what an instance has left that is not wanted any more
+_PAUSE_SECS: Final = 1.0  # between attempts to reach Redis
+_LEFTOVER_GRACE: Final = 1.0  # seconds, for the processes that a replaced instance left running
 
 Order = dict[str, str]
 
 
 class HostOrders(threading.Thread):
-    """Carries out the orders for the host of `presence` until `close`; `start` starts a worker."""
+    """Carries out the orders for the host of `presence`, until `close`. `start` starts a worker."""
 
     def __init__(self, town: Town, presence: Presence, start: Callable[..., None] = start_worker) -> None:
-        super().__init__(name='steward', daemon=True)
+        super().__init__(name='host-orders', daemon=True)
         self.town = town
         self._presence = presence
         self._start_worker = start
-        self._over = threading.Event()
-        self._said = ''
+        self._closing = threading.Event()
+        self._last_error = ''
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while not self._closing.is_set():
             try:
-                self.look(_BLOCK_MS)
-                self._said = ''
+                self.take_orders(_BLOCK_MS)
+                self._last_error = ''
             except TownError as e:
-                if e.detail != self._said:
-                    self._said = e.detail
+                if e.detail != self._last_error:
+                    self._last_error = e.detail
                     logger.warning(e.detail)
-                self._over.wait(_PAUSE_SECS)
+                self._closing.wait(_PAUSE_SECS)
 
     def close(self) -> None:
-        """Takes no further order. What it has taken ends with the process."""
-        self._over.set()
+        """Takes no further orders. An order that still runs when the process ends is cut off."""
+        self._closing.set()
 
-    def look(self, block_ms: int) -> None:
-        """Waits for orders, so long, and takes those that there are. Raises TownError when Redis is away."""
+    def take_orders(self, block_ms: int) -> None:
+        """Waits up to `block_ms` for orders and starts a thread for each. Raises TownError if Redis is unreachable."""
         store, host = self.town.store, self._presence.host
         for entry, order in hosts.fields(store.call(hosts.orders(store, host, block_ms))):
-            if self._over.is_set():
+            if self._closing.is_set():
                 return
             answer = text(store.call(hosts.take_order(store, self._presence, entry, identify(os.getpid()).line))[0])
             if answer != 'gone':
                 work = threading.Thread(target=self._carry_out, args=(entry, order, answer), daemon=True)
-                work.name = f'steward-{order["agent"]}'
+                work.name = f'host-orders-{order["agent"]}'
                 work.start()
 
     def _carry_out(self, entry: str, order: Order, answer: str) -> None:
-        """Does what an order says, and tells what came of it. `answer` is that of its taking."""
+        """Carries out an order and writes its result to the stream on which the other host waits.
+
+        `answer` is what `take_order` returned: 'mine'; 'void' if the instance is no longer wanted; 'late' if the other
+        host no longer waits for the start.
+        """
         store, error = self.town.store, None
         try:
             store.run(self._step(order, answer))
         except TownError as e:
             error = e
-        except Exception as e:  # whatever it is: the one who waits is told
-            error = Internal(f'a fault of ours: {e!r}')
+        except Exception as e:  # a bug; the other host waits and must get an answer
+            error = Internal(f'internal error: {e!r}')
             logger.error(error.detail, exc_info=e)
         try:
             store.call(hosts.done(store, self._presence.host, entry, error))
         except TownError as e:
-            logger.warning(f'could not say what came of an order: {e.detail}')
+            logger.warning(f"could not write an order's result: {e.detail}")
         store.close()
 
     def _step(self, order: Order, answer: str) -> Step[None]:
@@ -100,28 +107,31 @@ class HostOrders(threading.Thread):
             yield from self._start(call, order, answer)
 
     def _start(self, call: Call, order: Order, answer: str) -> Step[None]:
-        """Starts a worker. What does not start is undone: a new agent is forgotten, another one is in Error."""
+        """Starts a worker. If that fails, removes the agent if it is new, else sets its state to Error."""
         agent, instance = order['agent'], order['instance']
         try:
             if answer == 'late':
-                raise Unavailable('the order came too late: whoever gave it has given up', code='order-late')
-            found = yield from look_up(call, agent)
-            self._start_worker(call.town, agent, found.name, instance)
+                raise Unavailable('the order came too late: the host that gave it no longer waits', code='order-late')
+            known = yield from look_up(call, agent)
+            self._start_worker(call.town, agent, known.name, instance)
         except TownError:
             yield from (unmake if order['verb'] == 'spawn' else put_down)(call, agent, instance)
             raise
 
 
 def _stop(call: Call, order: Order, answer: str) -> Step[None]:
-    """Ends every process of an instance; of one that its agent has given up, what it has left behind."""
+    """Stops an agent's worker and every process of its instance.
+
+    If the agent no longer runs that instance ('void'), ends only the processes that the instance left running.
+    """
     if answer == 'void':
         left: Any = stop_tree(None, order['instance'], _LEFTOVER_GRACE)
         if left:
             raise Internal(f"Processes {left} can't be stopped; they may belong to another user")
         return
     try:
-        found = yield from look_up(call, order['agent'])
+        known = yield from look_up(call, order['agent'])
     except NotFound:
         return
-    if found.instance == order['instance']:
-        yield from stop_process(call, found, order['why'], float(order['grace']), order['to'])
+    if known.instance == order['instance']:
+        yield from stop_process(call, known, order['why'], float(order['grace']), order['to'])

@@ -1,8 +1,11 @@
-"""The worker: the process of one agent. Takes what its inbox holds, runs the coding CLI on it, reports, goes on.
+"""The worker: the process of one agent. It takes work from its inbox, runs the coding CLI on it, reports, and repeats.
 
-The order is what makes it safe to be killed anywhere: replay reports that were not delivered; hello; then pick up,
-beat, run, keep the report on disk, deliver it, forget it, acknowledge the messages. It never polls: between rounds it
-blocks on its inbox, during one it waits for its CLI.
+The order is what makes it safe to be killed anywhere: deliver the reports in the spool; hello; then pick up, send a
+heartbeat, run the CLI, write the report to the spool, deliver it, remove it, acknowledge the messages. The worker never
+polls: between rounds it blocks on its inbox, and during a round it waits for the CLI.
+
+Start with `Worker._work`, the loop, and `Worker._round`, one run of the CLI. `core.agents.start_worker` starts the
+process; `main` is its entry point.
 """
 
 from __future__ import annotations
@@ -46,19 +49,19 @@ from ..host.town_dir import TownDir
 from ..model import rfc3339
 from ..state.store import NO_RUN, Command, Store, text
 from .cli_run import CliRun, RunLog
-from .prompt import Letter, Work, compose
+from .prompt import Message, Work, compose
 
-BEAT_SECS: Final = 5.0  # at most; and three fit into a lease
-MOST_MESSAGES: Final = 100
-_END_GRACE: Final = 2.0  # for what a CLI leaves running when it ends
+MAX_BEAT_SECS: Final = 5.0  # between two heartbeats; less if three of them would not fit into a lease
+MAX_MESSAGES: Final = 100  # of one round
+_LEFTOVER_GRACE: Final = 2.0  # seconds, for the processes that a CLI left running
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGINT: the worker is to end."""
+    """The worker received SIGTERM or SIGINT and must end."""
 
 
 class Worker:
-    """One process of one agent, from hello to goodbye. `instance` tells it from every other process of that agent."""
+    """One worker process of an agent. `instance` is unique to this process; a later worker has another one."""
 
     def __init__(self, town: Town, agent_id: str, instance: str, log: RunLog) -> None:
         self.town = town
@@ -68,56 +71,57 @@ class Worker:
         self.name = ''
         self.role: str | None = None
         self.cli: Cli
-        self._most_rounds = 0
+        self._max_rounds = 0
         self._rounds = 0
         self._terminated = False
         self._may_raise = False
-        self._woken, self._waker = os.pipe()
+        self._wake_read, self._wake_write = os.pipe()
         self._deliveries = town.config.agent.max_attempts
-        self._beat_secs = min(BEAT_SECS, town.config.agent.lease_secs / 3)
+        self._beat_secs = min(MAX_BEAT_SECS, town.config.agent.lease_secs / 3)
 
     # ------------------------------------------------------------------------------------------------- life
 
     def start(self) -> None:
-        """Delivers what an earlier process could not report, and takes the agent over. Raises TownError."""
+        """Delivers the reports of earlier workers, and becomes the agent's worker. Raises TownError."""
         for file, report in report_spool.waiting(self.town.root, self.id):
             self._deliver(file, report)
-        _, _, found, *_ = self.town.store.call(self.town.store.agent(self.id))
-        record = json.loads(found)
+        _, _, json_record, *_ = self.town.store.call(self.town.store.agent(self.id))
+        record = json.loads(json_record)
         self.name, self.role = record['name'], record['role_id']
-        self.cli = registry.find_cli(self.town.config, record['cli'])  # before anybody takes us for alive
+        self.cli = registry.find_cli(self.town.config, record['cli'])  # may raise; so before `hello` makes us live
         report_spool.note_process(self.town.root, self.id, self.instance)
         me = identify(os.getpid())
-        signal.signal(signal.SIGTERM, self._on_signal)  # from here on we are to say that we end
+        signal.signal(signal.SIGTERM, self._on_signal)  # after `hello`, a worker must record its own end
         signal.signal(signal.SIGINT, self._on_signal)
         hello = self.town.store.hello(self.id, self.instance, me.host, me.boot, me.pid, me.start)
-        [most] = self.town.store.call(hello)
-        self._most_rounds = int(most)
+        [rounds] = self.town.store.call(hello)
+        self._max_rounds = int(rounds)
         self.note(f'worker {self.instance} of {self.name} is up (pid {me.pid}, cli {self.cli.name})')
 
     def run(self) -> int:
-        """Works until it is told to stop, is fenced, or has done its rounds. The exit status of the process."""
+        """Works until it is stopped, has done its rounds, or another worker has its agent. Returns the exit status."""
         try:
             return self._work()
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # it ends anyway; a late one would look like a violent death
+                signal.signal(number, signal.SIG_IGN)  # it ends anyway; a late signal would make its exit status wrong
 
     def _work(self) -> int:
+        """The loop. Returns the exit status."""
         try:
             while True:
                 if self._terminated:
                     raise Terminated
-                found = self._ask(
-                    self.town.store.pickup(self.id, self.instance, MOST_MESSAGES, self._deliveries, self.log.offset)
+                reply = self._ask(
+                    self.town.store.pickup(self.id, self.instance, MAX_MESSAGES, self._deliveries, self.log.offset)
                 )
-                if found[0] == b'work':
-                    self._round(found[1], found[2], json.loads(found[3]))
-                elif found[1] == b'Draining':
+                if reply[0] == b'work':
+                    self._round(reply[1], reply[2], json.loads(reply[3]))
+                elif reply[1] == b'Draining':
                     return self._leave('Stopped', 'closed')
                 else:
-                    self._rest(text(found[1]), text(found[2]), text(found[3]))
-                if self._most_rounds and self._rounds >= self._most_rounds:
+                    self._rest(text(reply[1]), text(reply[2]), text(reply[3]))
+                if self._max_rounds and self._rounds >= self._max_rounds:
                     return self._leave('Stopped', f'did its {self._rounds} rounds')
         except Terminated:
             return self._end_by_signal()
@@ -125,14 +129,18 @@ class Worker:
             self.note(f'ending: {e.detail}')
             return 0
         except Exception as e:
-            import traceback  # late: only faults need it
+            import traceback  # late: only a bug needs it
 
             self.note(traceback.format_exc())
             self._leave('Error', f'its worker failed: {e}')
             return 1
 
     def _rest(self, state: str, urgent: str, normal: str) -> None:
-        """Blocks until something has come in since the last look, or it is time for a heartbeat."""
+        """Blocks until the inbox has new entries or a heartbeat is due. Sends the heartbeat.
+
+        `urgent` and `normal` are the last entries that `pickup` saw in the two message lanes. A paused agent waits for
+        control entries only.
+        """
         after = {'c': '0-0'}
         if state != 'Paused':
             after |= {'t': '0-0', 'u': urgent, 'n': normal}
@@ -146,7 +154,10 @@ class Worker:
             self.town.store.call(doorbell)
 
     def _end_by_signal(self) -> int:
-        """Whoever stops an agent has said so (it is Draining) and settles its record once no process is left."""
+        """Ends the worker after SIGTERM or SIGINT. Returns the exit status.
+
+        If the agent is Draining, another process is stopping it, and updates its record once no process is left.
+        """
         self._clean_up()
         try:
             state = self.town.store.call(self.town.store.beat(self.id, self.instance, ()))[0]
@@ -159,28 +170,29 @@ class Worker:
         return self._leave('Stopped', 'terminated by a signal')
 
     def _leave(self, state: str, why: str) -> int:
+        """Ends the worker by itself: records the agent's state and frees what it holds. Returns the exit status."""
         self.note(f'stopping: {why}')
         self._clean_up()
         try:
             ending = self.town.store.depart(self.id, self.instance, state, why, 'backlog')
             self.town.store.run(holders.free(self.town.store, self.town.root, self.id, ending))
         except TownError as e:
-            self.note(f'could not say so: {e.detail}')
+            self.note(f'could not record that: {e.detail}')
         return 0
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if not self._terminated:
             self._terminated = True
-            os.write(self._waker, b'!')
+            os.write(self._wake_write, b'!')
         if self._may_raise:
             self._may_raise = False
             raise Terminated
 
     @contextmanager
     def _may_be_terminated(self) -> Iterator[None]:
-        """Within, a signal ends the wait at once; elsewhere it is looked at when what is under way is done.
+        """Within this context a signal raises Terminated at once. Elsewhere it sets a flag that is checked later.
 
-        So only a wait on which nothing hangs may stand within: a run of the CLI has the pipe to be woken by.
+        So only a wait that may be cut off anywhere belongs inside. A run of the CLI is woken through a pipe instead.
         """
         self._may_raise = True
         try:
@@ -191,14 +203,15 @@ class Worker:
             self._may_raise = False
 
     def _ask(self, command: Command) -> Any:
-        """A round trip, repeated while Redis is away: every script that a worker calls may be repeated."""
+        """Sends a command to Redis, again and again until Redis answers. Every script of a worker may run twice."""
         return self._insist(partial(self.town.store.call, command))
 
-    def _insist(self, ask: Callable[[], Any]) -> Any:
+    def _insist(self, function: Callable[[], Any]) -> Any:
+        """Calls a function until it no longer raises Unavailable, with a growing pause between the calls."""
         pause = 0.1
         while True:
             try:
-                return ask()
+                return function()
             except Unavailable as e:
                 self.note(f'waiting for Redis: {e.detail}')
                 with self._may_be_terminated():
@@ -208,78 +221,79 @@ class Worker:
     # ------------------------------------------------------------------------------------------------- rounds
 
     def _round(self, task: Any, messages: list[Any], backlog: list[dict[str, Any]]) -> None:
-        """One run of the CLI: at most one task, and the messages that wait."""
+        """Runs the CLI once, on at most one task and the messages in the inbox. Raises Terminated, Conflict."""
         work = None
         if task:
             task_id, attempt, head, tags = task
             work = Work(text(task_id), attempt, json.loads(head + b'}')['description'], json.loads(tags))
         held = (work.id, str(work.attempt)) if work else ()
         if self._terminated or (work and self._beat(held)):
-            return  # it was taken away before it began
+            return  # a signal came, or the task was taken away, before the run began
         self._rounds += 1
         self.note(
             f'round {self._rounds}: '
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
-        self.log.secrets = town_secrets.known_secrets(self.town.root, self.town.config, os.environ)  # those of today
-        letters = [_letter(each) for each in messages]
-        prompt = compose(self.town.name, self.name, self.role, work, letters, backlog)
+        self.log.secrets = town_secrets.known_secrets(self.town.root, self.town.config, os.environ)  # files may change
+        prompt = compose(self.town.name, self.name, self.role, work, [_message(entry) for entry in messages], backlog)
         try:
             env, file = self._environment(work), TownDir(self.town.root).prompt(self.id)
-            job = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._woken)
+            run = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._wake_read)
         except OSError as e:
             self._cannot_run(e)
-        ended = job.wait(lambda: self._is_over(job, held), self._beat_secs)
+        ended = run.wait(lambda: self._must_stop(run, held), self._beat_secs)
         if not ended:
-            job.stop(self.instance)
-        if self._terminated:  # whoever stops us stops the CLI too, so its end says nothing of the work
+            run.stop(self.instance)
+        if self._terminated:  # the process that stops a worker also stops its CLI, so the exit status means nothing
             self.note('the round was ended by a signal')
             self._clean_up()
             raise Terminated
         if not ended:
             self.note('the round was ended: its task is no longer ours')
         elif work:
-            self._report(work, job)
+            self._report(work, run)
         self._clean_up()
-        well = ended and job.status == 0
-        if not well and messages:
-            self.note(f'exit status {job.status}: {len(messages)} messages stay for another round')
-        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if well else []
-        run = (work.id, work.attempt, self.log.offset) if work else NO_RUN
-        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged, run))
+        succeeded = ended and run.status == 0
+        if not succeeded and messages:
+            self.note(f'exit status {run.status}: {len(messages)} messages stay for another round')
+        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if succeeded else []
+        attempt = (work.id, work.attempt, self.log.offset) if work else NO_RUN
+        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged, attempt))
 
-    def _is_over(self, job: CliRun, held: tuple[str, ...]) -> bool:
-        """Whether a run is to be ended, asked at every heartbeat of it."""
-        reap_orphans(but=(job.pid,))
+    def _must_stop(self, run: CliRun, held: tuple[str, ...]) -> bool:
+        """Sends a heartbeat during a run. Returns whether the run must be stopped."""
+        reap_orphans(but=(run.pid,))
         return self._terminated or self._beat(held)
 
     def _beat(self, held: tuple[str, ...]) -> bool:
-        """Says that the worker lives and holds its task. Whether it has lost it."""
+        """Sends a heartbeat for the worker and the task that it holds. Returns whether it has lost the task."""
         try:
             reply = self.town.store.call(self.town.store.beat(self.id, self.instance, held))
         except Conflict:
             return True
         except Unavailable:
-            return False  # can't tell: the lease goes on, and what we report is checked
+            return False  # not known: go on, since a report of a lost task will be refused anyway
         return bool(reply[1])
 
     def _cannot_run(self, error: OSError) -> NoReturn:
-        why = f'{self.cli.argv[0]} can not be run: {error}'
+        """Puts the agent in Error and its task back in its inbox. Raises Conflict, which ends the worker."""
+        why = f"{self.cli.argv[0]} can't be run: {error}"
         self.note(why)
         self._ask(self.town.store.depart(self.id, self.instance, 'Error', why, 'inbox'))
         raise Conflict(why)
 
     def _clean_up(self) -> None:
-        """Ends what the CLI left running: all that is below us, for we adopt orphans, and all that bears our mark."""
+        """Ends the processes that the CLI left running: our descendants (we adopt orphans), and those with our mark."""
         reap_orphans()
         me = identify(os.getpid())
         if tree(me, self.instance):
-            left = stop_tree(me, self.instance, _END_GRACE)
-            self.note(f'ended processes that the CLI had left{f"; {left} could not be" if left else ""}')
+            left = stop_tree(me, self.instance, _LEFTOVER_GRACE)
+            failed = f'; could not end {left}' if left else ''
+            self.note(f'ended processes that the CLI left running{failed}')
             reap_orphans()
 
     def _environment(self, work: Work | None) -> dict[str, str]:
-        """What the CLI sees: the allow-list, who it is, and our `tt` first on its PATH."""
+        """The CLI's environment: the allow-list, the agent and task, and a PATH that starts with our `tt`."""
         env = registry.environment(self.town.config, os.environ)
         env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
         env |= {
@@ -296,15 +310,15 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------- reports
 
-    def _report(self, work: Work, job: CliRun) -> None:
-        """Tells the end of a task. It is on disk before it is sent, and stays there until it was received."""
-        outcome, result, error = job.outcome()
+    def _report(self, work: Work, run: CliRun) -> None:
+        """Reports the outcome of a task. The report is on disk until Redis has received it."""
+        outcome, result, error = run.outcome()
         report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
         file = None
         try:
             file = report_spool.keep(self.town.root, self.id, report)
         except OSError as e:
-            self.note(f'task {work.id}: its report could not be kept: {e}')
+            self.note(f'task {work.id}: its report could not be written to the spool: {e}')
         self._deliver(file, report)
 
     def _deliver(self, file: Path | None, report: dict[str, Any]) -> None:
@@ -316,18 +330,19 @@ class Worker:
         if file:
             file.unlink(missing_ok=True)
 
-    def note(self, what: str) -> None:
-        self.log.line(f'{rfc3339(time.time())} tinytown: {what}')
+    def note(self, message: str) -> None:
+        """Writes a line of the worker's own to the agent's log."""
+        self.log.line(f'{rfc3339(time.time())} tinytown: {message}')
 
 
-def _letter(message: list[bytes]) -> Letter:
-    lane, _, kind, record = message
-    found = json.loads(record)
-    return Letter(text(kind), found['from'], found['summary'], lane == b'u')
+def _message(entry: list[bytes]) -> Message:
+    lane, _, kind, json_record = entry
+    record = json.loads(json_record)
+    return Message(text(kind), record['from'], record['summary'], lane == b'u')
 
 
 def install_tt(root: Path) -> Path:
-    """A directory that holds a `tt` of this very installation."""
+    """Writes a `tt` that runs this installation. Returns its directory, for a PATH."""
     directory = TownDir(root).programs
     directory.mkdir(mode=0o700, exist_ok=True)
     script = f'#!/bin/sh\nPYTHONPATH={shlex.quote(python_path())} exec {shlex.join(python("tinytown.cli"))} "$@"\n'
@@ -341,7 +356,7 @@ def install_tt(root: Path) -> Path:
 
 
 def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = False) -> Worker:
-    """A worker in this process, started. Raises TownError."""
+    """Makes this process the worker of an agent. Returns the started worker; call its `run`. Raises TownError."""
     become_subreaper()
     os.environ[INSTANCE_VARIABLE] = instance
     agent_tokens.issue(town.root, agent_id, instance)
@@ -353,23 +368,23 @@ def open_here(town: Town, agent_id: str, name: str, instance: str, echo: bool = 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tinytown.worker NAME --fd N`, as townhall and tt start it: the rest is told over descriptor N."""
+    """`python -m tinytown.worker NAME --fd N`: townhall and tt start it, and send it JSON over the socket N."""
     parser = argparse.ArgumentParser(prog='tinytown.worker', description=main.__doc__)
     parser.add_argument('name')
     parser.add_argument('--fd', type=int, required=True)
     arguments = parser.parse_args(argv)
     with socket.socket(fileno=arguments.fd) as starter:
         try:
-            told = json.loads(_read_all(starter))
-            root = Path(told['root'])
-            config = from_values(told['settings'], root)
+            charter = json.loads(_read_all(starter))
+            root = Path(charter['root'])
+            config = from_values(charter['settings'], root)
             name_host(config.host)
             store = Store(managed_redis.endpoint(root, config), config.name, config.retention.events)
-            worker = open_here(Town(root, config, store), told['agent_id'], arguments.name, told['instance'])
+            worker = open_here(Town(root, config, store), charter['agent_id'], arguments.name, charter['instance'])
         except (TownError, UsageError) as e:
             starter.sendall(str(e).encode())
             return 1
-        with suppress(OSError):  # who started us may have died: the agent is there all the same
+        with suppress(OSError):  # the process that started us may have died; the agent works all the same
             starter.sendall(b'ok')
     return worker.run()
 

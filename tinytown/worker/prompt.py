@@ -1,4 +1,7 @@
-"""The prompt of a round, as plain text. Pure: takes what the round holds, gives what the coding CLI reads."""
+"""The prompt of a round, as plain text: `compose` turns the round's task and messages into what the coding CLI reads.
+
+It does no input or output. `worker.main` calls it once a round. Models read these texts: change them with care.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-MOST_BACKLOG: Final = 8
-MOST_INFORMATION: Final = 20
+MAX_BACKLOG: Final = 8  # tasks of the backlog that a prompt lists
+MAX_INFORMATION: Final = 20  # messages of kind info that a prompt lists
 
 _ROLES: Final = {
-    'worker': 'You carry tasks out: change the code, run the tests, report what you did.',
-    'reviewer': 'You review: read the change, run it, say what is wrong and how to mend it. You change nothing.',
-    'researcher': 'You find things out: read, compare, and report with your sources. You change nothing.',
-    'runner': 'You run things: builds, tests, scripts; report what happened, with the output that matters.',
+    'worker': 'You carry out tasks: change the code, run the tests, report what you did.',
+    'reviewer': 'You review: read the change, run it, say what is wrong and how to fix it. You change nothing.',
+    'researcher': 'You research: read, compare, and report with your sources. You change nothing.',
+    'runner': 'You run things: builds, tests, scripts. Report what happened, with the output that matters.',
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """One message of a round. `sender` is a name or id, `kind` task, query, info or ack."""
+class Message:
+    """One message of a round. `sender` is a name or id; `kind` is task, query, info or ack."""
 
     kind: str
     sender: str
@@ -42,43 +45,46 @@ def compose(
     name: str,
     role: str | None,
     work: Work | None,
-    letters: Sequence[Letter],
+    messages: Sequence[Message],
     backlog: Sequence[dict[str, Any]],
 ) -> str:
-    """The prompt of one round: the task, the messages, what waits in the backlog, and how to report."""
+    """Returns the prompt of one round: the task, the messages, fitting tasks of the backlog, and how to report.
+
+    `town` and `name` are the names of the town and the agent; `role` is the agent's `role_id`.
+    """
     parts = [f'You are {name}, an agent of the town {town}.' + (f' {_ROLES[role]}' if role in _ROLES else '')]
     if work:
         tags = f'Tags: {", ".join(work.tags)}.' if work.tags else ''
         parts.append(f'## Task\n\n{work.description}')
         parts.append(f'## About the task\n\nTask {work.id}, attempt {work.attempt}. {tags}'.rstrip())
-    parts += _messages(letters)
+    parts += _messages(messages)
     parts += _backlog(role, backlog)
     parts.append(_reporting(work))
     return '\n\n'.join(parts) + '\n'
 
 
-def _messages(letters: Sequence[Letter]) -> list[str]:
-    ordered = sorted(letters, key=lambda letter: not letter.urgent)
-    asked = [letter for letter in ordered if letter.kind in ('task', 'query')]
-    told = [letter for letter in ordered if letter.kind == 'info']
-    confirmed = sum(letter.kind == 'ack' for letter in ordered)
+def _messages(messages: Sequence[Message]) -> list[str]:
+    ordered = sorted(messages, key=lambda message: not message.urgent)
+    requests = [message for message in ordered if message.kind in ('task', 'query')]
+    information = [message for message in ordered if message.kind == 'info']
+    confirmations = sum(message.kind == 'ack' for message in ordered)
     parts = []
-    if asked:
-        lines = [f'- {_kind(letter)} from {letter.sender}: {letter.text}' for letter in asked]
+    if requests:
+        lines = [f'- {_kind(message)} from {message.sender}: {message.text}' for message in requests]
         parts.append('## Messages to act on\n\n' + '\n'.join(lines))
-    if told:
-        lines = [f'- from {letter.sender}: {_short(letter.text)}' for letter in told[:MOST_INFORMATION]]
-        if len(told) > MOST_INFORMATION:
-            lines.append(f'- and {len(told) - MOST_INFORMATION} more')
+    if information:
+        lines = [f'- from {message.sender}: {_short(message.text)}' for message in information[:MAX_INFORMATION]]
+        if len(information) > MAX_INFORMATION:
+            lines.append(f'- and {len(information) - MAX_INFORMATION} more')
         parts.append('## For your information\n\n' + '\n'.join(lines))
-    if confirmed:
-        parts.append(f'## Confirmations\n\n{confirmed} received.')
+    if confirmations:
+        parts.append(f'## Confirmations\n\n{confirmations} received.')
     return parts
 
 
-def _kind(letter: Letter) -> str:
-    said = 'a question' if letter.kind == 'query' else 'a request'
-    return f'urgent: {said}' if letter.urgent else said
+def _kind(message: Message) -> str:
+    kind = 'a question' if message.kind == 'query' else 'a request'
+    return f'urgent: {kind}' if message.urgent else kind
 
 
 def _short(text: str) -> str:
@@ -87,7 +93,7 @@ def _short(text: str) -> str:
 
 
 def _backlog(role: str | None, backlog: Sequence[dict[str, Any]]) -> list[str]:
-    fitting = [task for task in backlog if fits_role(role, task['tags'])][:MOST_BACKLOG]
+    fitting = [task for task in backlog if fits_role(role, task['tags'])][:MAX_BACKLOG]
     if not fitting:
         return []
     lines = [f'- {task["task_id"]}: {_short(task["description"])}' for task in fitting]
@@ -95,7 +101,7 @@ def _backlog(role: str | None, backlog: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def fits_role(role: str | None, tags: Sequence[str]) -> bool:
-    """Whether a task of the backlog fits a role: it is tagged with the role, or with none."""
+    """Whether a task of the backlog fits a role: its tags include that role, or no role at all."""
     named = {tag.lower() for tag in tags} & {*_ROLES, role}
     return not named or role in named
 
@@ -104,8 +110,8 @@ def _reporting(work: Work | None) -> str:
     lines = ['## How to report', '']
     if work:
         lines += [
-            'When you are done, end. Your exit status counts: 0 completes the task with the end of your output as its',
-            'result, anything else fails it. To say it yourself, run one of these before you end:',
+            'When you are done, exit. Your exit status counts: 0 completes the task with the end of your output as its',
+            'result; anything else fails it. To report it yourself, run one of these before you exit:',
             '',
             '    tt task complete --result "what was done"',
             '    tt task fail --error "what is in the way"',

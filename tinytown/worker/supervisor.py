@@ -1,16 +1,20 @@
-"""The caretaker: the part of townhall that frees the work of those who died, and keeps the town within its bounds.
+"""The supervisor: it frees the work of dead workers, restarts crashed agents, and deletes what is past its retention.
 
-Each townhall has one. Of all of them the one that holds the caretaker's record in Redis looks after the town: leases,
-pauses, retention. Of those on a host the one that holds the record of that host looks after the processes there, of
-which nothing can be told from elsewhere: it buries the dead, and starts the crashed again.
+Every townhall runs a supervisor, a thread that looks at the town once a second (`tick`). Two kinds of duty exist, and
+each has one supervisor in charge of it, chosen by a record in Redis:
 
-It judges by what it sees change and not by the time of day: a heartbeat is a counter, and silence is the time, on a
-monotonic clock of its own, since that counter last moved. Only silence that it has witnessed counts: after a while in
-which it did not look (it was stopped, or Redis was away and nobody could beat) it begins to listen anew. So a clock
-that is set by a day, a suspended machine or a task that waits in a queue for hours move nothing.
+- The town: leases, the pauses between attempts, retention. One supervisor of the whole town is in charge.
+- A host: the processes on it, which only that host can examine. Of the supervisors on a host, one is in charge: it ends
+  what dead workers left running, frees their work, and restarts crashed agents.
 
-Verdicts on a worker: *dead*, its process is proven gone: its work moves at once. *lost*, it has not been heard of for a
-lease: the task that it holds moves. *quiet*, not heard of for three heartbeats, and *alive*: nothing moves.
+The supervisor never compares times of day. Each heartbeat increments a counter. The silence of a worker is the time
+since its counter last changed, on the supervisor's monotonic clock. Only silence that the supervisor has observed
+counts: after a gap between its looks (its process was stopped, or Redis was unreachable, so that no worker could send
+heartbeats) it starts to measure anew. So neither a changed clock nor a suspended machine nor a task that waits in a
+queue for hours has any effect.
+
+A worker whose process is proven dead loses all that it holds at once. A worker that is silent for a lease loses the
+task that it runs. Shorter silence has no effect.
 """
 
 from __future__ import annotations
@@ -28,42 +32,53 @@ from ..core.hosts import Presence
 from ..core.town import Town
 from ..errors import TownError, UsageError
 from ..host import report_spool
-from ..host.processes import Identity, identify, is_beside, marked, read_identity, reap, stop_tree, this_host, verdict
+from ..host.processes import (
+    Identity,
+    identify,
+    is_in_other_namespace,
+    marked,
+    read_identity,
+    reap,
+    stop_tree,
+    this_host,
+    verdict,
+)
 from ..model import new_id
 from ..state.store import Command, text
 
 logger = logging.getLogger('tinytown.worker')
 
 TICK_SECS: Final = 1.0
-LONGEST_START: Final = 3 * WORKER_START_SECS  # after which a start is given up, whatever is known of it
-TAKE_OVER_SECS: Final = 5.0  # a caretaker that is silent for so long is followed by another
-GAP_SECS: Final = 3.0  # between two looks: after a longer one what was seen before tells nothing
-RETENTION_SECS: Final = 30.0  # between two looks at what is past its retention
-MAX_FORGOTTEN: Final = 200  # finished tasks that one look deletes
-SUPERVISOR: Final = 'caretaker'  # as the history of a task names it
-_LEFTOVER_GRACE: Final = 1.0  # for what a dead worker has left behind
+MAX_START_SECS: Final = 3 * WORKER_START_SECS  # a worker that is not up by then counts as dead
+TAKE_OVER_SECS: Final = 5.0  # after so much silence of the supervisor in charge, another one takes over
+GAP_SECS: Final = 3.0  # after a longer pause between two looks, earlier observations are void
+RETENTION_SECS: Final = 30.0  # between two deletions of old tasks
+MAX_DELETED: Final = 200  # tasks that one deletion removes
+SUPERVISOR: Final = 'caretaker'  # its principal name in stored records, an interface; so the old name stays
+_LEFTOVER_GRACE: Final = 1.0  # seconds, for the processes that a dead worker left running
 
 
 class Silence:
-    """How long each thing's value has stayed the same, by the clock that it is told."""
+    """Measures for how long the value of each key has stayed the same."""
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, tuple[Hashable, float]] = {}
 
-    def look(self, values: Iterable[tuple[Hashable, Hashable]], now: float) -> dict[Any, float]:
-        """Seconds of silence of each thing; what is not among `values` is forgotten."""
+    def update(self, values: Iterable[tuple[Hashable, Hashable]], now: float) -> dict[Any, float]:
+        """Takes the present (key, value) pairs. Returns the seconds since each value changed; forgets other keys."""
         fresh: dict[Hashable, tuple[Hashable, float]] = {}
-        for thing, value in values:
-            before = self._seen.get(thing)
-            fresh[thing] = before if before is not None and before[0] == value else (value, now)
+        for key, value in values:
+            before = self._seen.get(key)
+            fresh[key] = before if before is not None and before[0] == value else (value, now)
         self._seen = fresh
-        return {thing: now - since for thing, (_, since) in fresh.items()}
+        return {key: now - since for key, (_, since) in fresh.items()}
 
 
 class Supervisor(threading.Thread):
-    """Looks after a town and this host once a second until `close`, and says by `presence` that this townhall is there.
+    """Watches over a town and this host, once a second until `close`.
 
-    `clock` is monotonic; `start` starts a worker.
+    `clock` returns monotonic seconds; `start` starts a worker. With `presence`, the thread also announces every second
+    that this townhall serves its host.
     """
 
     def __init__(
@@ -73,156 +88,168 @@ class Supervisor(threading.Thread):
         start: Callable[..., None] = start_worker,
         presence: Presence | None = None,
     ) -> None:
-        super().__init__(name='caretaker', daemon=True)
+        super().__init__(name='supervisor', daemon=True)
         self.town = town
         self._store = town.store.acting_as(SUPERVISOR)
         self._clock = clock
         self._start_worker = start
         self._token = new_id()
         self._presence = presence
-        self._rivals: dict[str, tuple[tuple[str, str], float]] = {}  # by what they look after, and since when it is so
-        self._duties = (False, False)
-        self._forget_at = 0.0
-        self._under_way: dict[str, threading.Thread] = {}
-        self._said = ''
-        self._over = threading.Event()
-        self._begin(self._clock())
+        # By host ('': the town): token and count of the supervisor in charge, and since when the count is the same.
+        self._leaders: dict[str, tuple[tuple[str, str], float]] = {}
+        self._duties = (False, False)  # whether it is in charge of the town, and of this host
+        self._delete_at = 0.0
+        self._threads: dict[str, threading.Thread] = {}  # by agent
+        self._last_complaint = ''
+        self._closing = threading.Event()
+        self._forget_observations(self._clock())
 
-    def _begin(self, now: float) -> None:
-        """Forgets what was seen: silence is counted from here on."""
-        self._looked = now
+    def _forget_observations(self, now: float) -> None:
+        """Starts to measure all silence anew."""
+        self._last_tick = now
         self._workers, self._leases, self._pauses, self._crashes = (Silence() for _ in range(4))
 
     def run(self) -> None:
-        while not self._over.wait(TICK_SECS):
-            self._guard(self._look)
+        while not self._closing.wait(TICK_SECS):
+            self._guard(self._tick_now)
             reap()
-        for what in ('', this_host()):  # else another takes over in a while
-            self._guard(self._store.call, self._store.care_no_more(self._token, what))
+        for host in ('', this_host()):  # so that another supervisor takes over without waiting for TAKE_OVER_SECS
+            self._guard(self._store.call, self._store.care_no_more(self._token, host))
         if self._presence:
             self._guard(self._store.call, self._presence.gone(self._store))
         self._store.close()
 
-    def _look(self) -> None:
+    def _tick_now(self) -> None:
         self.tick(self._clock())
 
     def close(self) -> None:
-        """Ends it, and lets another begin at once."""
-        self._over.set()
+        """Stops the thread. Another supervisor can take over at once."""
+        self._closing.set()
         if self.is_alive():
             self.join(5)
 
     # -------------------------------------------------------------------------------------------------- one look
 
     def tick(self, now: float) -> None:
-        """One look at the town, and what follows from it. Raises TownError when Redis is away."""
+        """Looks at the town once, at the clock's time `now`, and acts. Raises TownError if Redis is unreachable."""
         if self._presence:
             self._store.call(self._presence.here(self._store))
-        duties = self._is_mine('', now), self._is_mine(this_host(), now)
+        duties = self._is_in_charge('', now), self._is_in_charge(this_host(), now)
         if not any(duties):
             return
         workers, leases, delayed, crashed = self._store.call(self._store.vitals())
-        if now - self._looked > GAP_SECS or duties != self._duties:
-            self._begin(now)
-        self._looked, self._duties = now, duties
-        silent = self._judge_workers(workers, now)
+        if now - self._last_tick > GAP_SECS or duties != self._duties:
+            self._forget_observations(now)
+        self._last_tick, self._duties = now, duties
+        silence = self._check_workers(workers, now)
         has_town, has_host = duties
         if has_host:
-            self._revive_crashed(crashed, now)
+            self._restart_crashed(crashed, now)
         if has_town:
-            self._judge_leases(leases, silent, now)
+            self._check_leases(leases, silence, now)
             self._requeue_delayed(delayed, now)
-            if now >= self._forget_at:
-                self._forget_old(now)
+            if now >= self._delete_at:
+                self._delete_old(now)
 
-    def _is_mine(self, what: str, now: float) -> bool:
-        """Whether this caretaker looks after a host ('': the town); it takes over from one whose count has stopped."""
-        rival, since = self._rivals.get(what, (('', ''), 0.0))
-        stale = rival if now - since >= TAKE_OVER_SECS else ('', '')
-        token, count = map(text, self._store.call(self._store.care(self._token, what, *stale)))
-        if token != rival[0]:
-            who = 'this caretaker' if token == self._token else 'another caretaker'
-            logger.debug(f'{who} looks after {f"host {what}" if what else "the town"}')
-        if (token, count) != rival:
-            self._rivals[what] = (token, count), now
+    def _is_in_charge(self, host: str, now: float) -> bool:
+        """Whether this supervisor is in charge of a host ('': the town).
+
+        The supervisor in charge increments a count in Redis with each look. If the count of another one has not changed
+        for TAKE_OVER_SECS, this one takes over.
+        """
+        last, since = self._leaders.get(host, (('', ''), 0.0))
+        stale = last if now - since >= TAKE_OVER_SECS else ('', '')
+        token, count = map(text, self._store.call(self._store.care(self._token, host, *stale)))
+        if token != last[0]:
+            whose = "this townhall's" if token == self._token else "another townhall's"
+            logger.debug(f'{whose} supervisor is in charge of {f"host {host}" if host else "the town"}')
+        if (token, count) != last:
+            self._leaders[host] = (token, count), now
         return token == self._token
 
-    def _judge_workers(self, rows: list[list[bytes]], now: float) -> dict[str, float]:
-        """Buries those who are proven dead, and those who can't come up. The silence of each agent, in seconds."""
+    def _check_workers(self, rows: list[list[bytes]], now: float) -> dict[str, float]:
+        """Frees what dead workers and failed starts hold. Returns the silence of each agent in seconds."""
         has_town, has_host = self._duties
         workers = [[text(part) for part in row] for row in rows]
-        silence = self._workers.look(((row[3], row[8]) for row in workers), now)
+        silence = self._workers.update(((row[3], row[8]) for row in workers), now)
         for agent_id, name, state, instance, host, boot, pid, start, _, starter in workers:
             quiet = silence[instance]
-            if state == 'Draining' and quiet < LONGEST_START:
-                continue  # whoever stops it settles its record
+            if state == 'Draining' and quiet < MAX_START_SECS:
+                continue  # the process that stops the agent updates its record
             if pid:
                 is_dead = has_host and self._is_dead(agent_id, instance, Identity(host, boot, int(pid), start), quiet)
             else:
-                is_dead = (has_town and quiet > LONGEST_START) or (has_host and _is_stillborn(starter, instance))
+                is_dead = (has_town and quiet > MAX_START_SECS) or (has_host and _start_failed(starter, instance))
             if is_dead:
-                self._apart(agent_id, self._bury, agent_id, name, instance)
+                self._run_in_thread(agent_id, self._free_dead, agent_id, name, instance)
         return {row[0]: silence[row[3]] for row in workers}
 
     def _is_dead(self, agent_id: str, instance: str, process: Identity, quiet: float) -> bool:
-        """Whether a worker is dead. One of an earlier container of this host may not be seen: a lease has to do."""
-        found = report_spool.judge(self.town.root, agent_id, instance, process)
-        return found == 'dead' or (
-            found == 'unknown' and is_beside(process) and quiet >= self.town.config.agent.lease_secs
+        """Whether a worker of this host is dead.
+
+        In another container of this host its process may be invisible; there, silence for a lease counts as death.
+        """
+        judged = report_spool.judge(self.town.root, agent_id, instance, process)
+        return judged == 'dead' or (
+            judged == 'unknown' and is_in_other_namespace(process) and quiet >= self.town.config.agent.lease_secs
         )
 
-    def _bury(self, agent_id: str, name: str, instance: str) -> None:
-        """Ends what a dead worker has left running, and then frees what it held."""
+    def _free_dead(self, agent_id: str, name: str, instance: str) -> None:
+        """Ends the processes that a dead worker left running, and then frees what it held."""
         stop_tree(None, instance, _LEFTOVER_GRACE)
         ending = self._death(agent_id, instance, 'its process died')
         self._store.run(holders.free(self._store, self.town.root, agent_id, ending))
         logger.info(f"the worker of '{name}' died; what it held is queued again")
 
     def _death(self, agent_id: str, instance: str, why: str) -> Command:
-        """The ending of a process that is no more; by policy the agent is to be started again."""
+        """The command that records a death. It schedules a restart of the agent if `agent.restart` says so."""
         settings = self.town.config.agent
         restarts = 0 if settings.restart == 'never' else settings.restart_cap
         return holders.death(self._store, self.town.config, agent_id, instance, why, restarts)
 
-    def _judge_leases(self, rows: list[list[bytes]], silent: dict[str, float], now: float) -> None:
-        """Takes a task from a holder that has not been heard of for a lease."""
+    def _check_leases(self, rows: list[list[bytes]], agent_silence: dict[str, float], now: float) -> None:
+        """Takes each task whose lease has expired from its holder.
+
+        The task goes to the inbox of that agent if the agent still sends heartbeats, else to the backlog.
+        """
         lease = self.town.config.agent.lease_secs
         held = [tuple(map(text, row)) for row in rows]
-        silence = self._leases.look(((task, (attempt, beats)) for task, attempt, beats, _ in held), now)
+        silence = self._leases.update(((task, (attempt, beats)) for task, attempt, beats, _ in held), now)
         for task, attempt, beats, agent in held:
             if silence[task] >= lease:
-                to = 'inbox' if silent.get(agent, lease) < lease else 'backlog'
+                to = 'inbox' if agent_silence.get(agent, lease) < lease else 'backlog'
                 pauses = self.town.config.agent.retry_backoff_secs
-                quiet = f'its holder has not been heard of for {silence[task]:.0f} s'
+                quiet = f'no heartbeat from its holder for {silence[task]:.0f} s'
                 logger.info(f'task {task}, attempt {attempt}: {quiet}; it goes to the {to}', extra={'task_id': task})
                 self._store.call(self._store.expire(task, attempt, beats, to, pauses))
 
     def _requeue_delayed(self, rows: list[list[bytes]], now: float) -> None:
-        """Queues the tasks whose pause between two attempts is over."""
+        """Requeues the tasks whose pause between two attempts is over."""
         pauses = {text(task): float(pause) for task, pause in rows}
-        for task, waited in self._pauses.look(pauses.items(), now).items():
+        for task, waited in self._pauses.update(pauses.items(), now).items():
             if waited >= pauses[task]:
                 logger.debug(f'task {task} is queued again after a pause of {waited:.0f} s', extra={'task_id': task})
                 self._store.call(self._store.due(task))
 
-    def _revive_crashed(self, rows: list[list[bytes]], now: float) -> None:
-        """Starts the agents again that crashed here and whose policy says so, after a pause that grows."""
+    def _restart_crashed(self, rows: list[list[bytes]], now: float) -> None:
+        """Restarts the crashed agents of this host that are scheduled for it, each after a backoff."""
         crashed = {
             text(agent): (text(name), int(crashes))
             for agent, name, crashes, host in rows
             if text(host) in ('', this_host())
         }
         pauses = self.town.config.agent.retry_backoff_secs or [0]
-        for agent, waited in self._crashes.look(crashed.items(), now).items():
+        for agent, waited in self._crashes.update(crashed.items(), now).items():
             name, crashes = crashed[agent]
             if waited >= pauses[min(max(crashes, 1), len(pauses)) - 1]:
-                self._apart(agent, self._revive, agent, name)
+                self._run_in_thread(agent, self._restart, agent, name)
 
-    def _revive(self, agent_id: str, name: str) -> None:
-        """Starts a crashed agent. A start that fails is one more crash, with its pause, and counts for the cap."""
+    def _restart(self, agent_id: str, name: str) -> None:
+        """Starts the worker of a crashed agent. A failed start is one more crash: it has its backoff and its cap."""
         instance = new_id()
-        us = identify(os.getpid()).line
-        self._store.call(self._store.restarting(agent_id, self.town.config.max_agents, instance, us, (this_host(),)))
+        starter = identify(os.getpid()).line
+        most = self.town.config.max_agents
+        self._store.call(self._store.restarting(agent_id, most, instance, starter, (this_host(),)))
         try:
             self._start_worker(self.town, agent_id, name, instance)
         except Exception:
@@ -231,44 +258,44 @@ class Supervisor(threading.Thread):
             raise
         logger.info(f"'{name}' runs again")
 
-    def _forget_old(self, now: float) -> None:
-        """Deletes finished tasks past their retention; a bounded number, and the rest at the next look."""
+    def _delete_old(self, now: float) -> None:
+        """Deletes finished tasks past their retention, at most MAX_DELETED; the next look deletes more."""
         age = self.town.config.retention.finished_tasks_days * 86_400_000
-        if self._store.call(self._store.forget(age, MAX_FORGOTTEN))[0] < MAX_FORGOTTEN:
-            self._forget_at = now + RETENTION_SECS
+        if self._store.call(self._store.forget(age, MAX_DELETED))[0] < MAX_DELETED:
+            self._delete_at = now + RETENTION_SECS
 
     # ---------------------------------------------------------------------------------------------------- running
 
-    def _apart(self, key: str, what: Callable[..., None], *arguments: Any) -> None:
-        """Does what takes long on a thread of its own, one at a time for each agent."""
-        if key in self._under_way and self._under_way[key].is_alive():
+    def _run_in_thread(self, agent_id: str, function: Callable[..., None], *arguments: Any) -> None:
+        """Runs a slow function in a thread. Does nothing if the previous one for that agent is still running."""
+        if agent_id in self._threads and self._threads[agent_id].is_alive():
             return
 
         def work() -> None:
-            self._guard(what, *arguments)
+            self._guard(function, *arguments)
             self._store.close()
 
-        self._under_way = {agent: thread for agent, thread in self._under_way.items() if thread.is_alive()}
-        self._under_way[key] = threading.Thread(target=work, name=f'caretaker-{key}', daemon=True)
-        self._under_way[key].start()
+        self._threads = {agent: thread for agent, thread in self._threads.items() if thread.is_alive()}
+        self._threads[agent_id] = threading.Thread(target=work, name=f'supervisor-{agent_id}', daemon=True)
+        self._threads[agent_id].start()
 
-    def _guard(self, what: Callable[..., object], *arguments: Any) -> None:
-        """Does something that may fail: whatever it is, the caretaker goes on and tries again at its next look."""
+    def _guard(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Calls a function and logs any exception: the supervisor must not end, and tries again at its next look."""
         try:
-            what(*arguments)
+            function(*arguments)
         except (TownError, UsageError) as e:
             self._complain(str(e))
         except Exception as e:
-            self._complain(f'a fault of ours: {e!r}', e)
+            self._complain(f'internal error: {e!r}', e)
 
-    def _complain(self, what: str, error: Exception | None = None) -> None:
-        """Says what is wrong once, and not at every look."""
-        if what != self._said:
-            self._said = what
-            logger.log(logging.ERROR if error else logging.WARNING, what, exc_info=error)
+    def _complain(self, message: str, error: Exception | None = None) -> None:
+        """Logs a message, unless it is the same as the last one: a lasting fault would repeat it every second."""
+        if message != self._last_complaint:
+            self._last_complaint = message
+            logger.log(logging.ERROR if error else logging.WARNING, message, exc_info=error)
 
 
-def _is_stillborn(starter: str, instance: str) -> bool:
-    """Whether a worker that has not come up can't any more: who was starting it is dead, and it has no process."""
+def _start_failed(starter: str, instance: str) -> bool:
+    """Whether a worker that is not up can never come up: the process that starts it is dead, and it has no process."""
     process = read_identity(starter)
     return process is not None and verdict(process) == 'dead' and not marked(instance)
