@@ -110,7 +110,7 @@ def worker(root: Path, words: list[str]) -> list[str]:
                 'stop this, have the agents that are stopped forgotten (tt prune), and start it again'
             )
     call.store.run(recovery.recover(call))  # what an earlier container was killed with, if it can be told
-    call.store.run(recovery.outwait(call, name, time.sleep))
+    call.store.run(recovery.free_if_silent(call, name, time.sleep))
     return ['worker', name]
 
 

@@ -174,7 +174,7 @@ def test_tt_within_a_run_acts_as_its_agent_and_sends_its_token_to_a_townhall(dir
         agent_id = place.do('agent.get', agent=name)['id']
         log = place.log(name)
         assert "agent.kill needs the scope agent.manage; '" in log
-        assert f"Agent '{name}' can not speak for 'b'" in log
+        assert f"Agent '{name}' can't speak for 'b'" in log
         assert token(place, name) not in log
         message = place.do('agent.inbox', agent='conductor')['messages'][-1]
         assert (message['from'], message['summary']) == (agent_id, 'yes')

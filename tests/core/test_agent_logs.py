@@ -1,4 +1,4 @@
-"""The logs of agents: read by range, by lines and as they grow; put aside; without the secrets that a town knows of."""
+"""The logs of agents: redaction of secrets, reading by offset and by lines, rotation, and following a growing log."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def reader(file: Path, *secrets: str) -> LogReader:
     return LogReader('a', file, Secrets(secrets))
 
 
-def everything(log: LogReader, most: int, offset: int = 0) -> str:
-    """All of a log from an offset, page by page."""
+def everything(log: LogReader, max_bytes: int, offset: int = 0) -> str:
+    """The text of a log from an offset to its end, read page by page."""
     parts = []
     while True:
-        page = log.page(offset, most)
+        page = log.page(offset, max_bytes)
         parts.append(page['text'])
         assert page['next_offset'] > offset or page['next_offset'] == page['size']
         offset = page['next_offset']
@@ -54,18 +54,18 @@ def file(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------- secrets
 
 
-def test_secrets_are_hidden_wherever_they_stand() -> None:
+def test_secrets_are_hidden_at_any_position() -> None:
     secrets = Secrets([KEY, 'short', f'{KEY}-longer', 'xyzwabcd', 'abcdefgh', ' padded!!\n', ''])
     assert secrets.hide(f'a {KEY}b'.encode()) == b'a [redacted]b'
     assert secrets.hide(f'{KEY}{KEY}'.encode()) == REDACTED
     assert secrets.hide(f'{KEY}-longer.'.encode()) == b'[redacted].'
-    assert secrets.hide(b'-xyzwabcdefgh-') == b'-[redacted]-'  # one ends where the other has begun
+    assert secrets.hide(b'-xyzwabcdefgh-') == b'-[redacted]-'  # the two overlap
     assert secrets.hide(b'short padded!!') == b'short [redacted]'
     assert secrets.hide(KEY[:-1].encode()) == KEY[:-1].encode()
 
 
 @pytest.mark.parametrize('seed', range(30))
-def test_a_secret_is_hidden_however_it_is_cut_into_pieces(seed: int) -> None:
+def test_a_secret_is_hidden_even_if_it_arrives_in_pieces(seed: int) -> None:
     chance = random.Random(seed)
     values = [''.join(chance.choices('ab', k=chance.randint(8, 12))) for _ in range(3)]
     data = ''.join(chance.choice([*values, 'a', 'b', 'ab', '\n', '-']) for _ in range(60)).encode()
@@ -84,7 +84,7 @@ def collapsed(data: bytes) -> bytes:
     return re.sub(rb'(\[redacted\])+', REDACTED, data)
 
 
-def test_what_can_be_no_secret_is_not_held_back() -> None:
+def test_text_that_cannot_be_part_of_a_secret_is_not_held_back() -> None:
     redactor = Redactor(Secrets([KEY]))
     assert redactor.feed(b'working on sk-') == b'working on '
     assert redactor.feed(b'etches\n') == b'sk-etches\n'
@@ -135,7 +135,7 @@ printf '%s\\n' "err $MY_TOKEN $TINY" >&2
 
 @pytest.fixture
 def leaky(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """A town whose CLI prints the secrets that it is given."""
+    """A town whose coding CLI prints the secrets in its environment."""
     monkeypatch.setenv('ANTHROPIC_API_KEY', KEY)
     monkeypatch.setenv('MY_TOKEN', 'my-own-token')
     monkeypatch.setenv('TINY', '1234567')
@@ -162,8 +162,8 @@ def test_a_secret_that_a_cli_prints_is_neither_stored_nor_served(
     )
     log = leaky.log('a')
     assert 'start [redacted] end\n' in log
-    assert 'err [redacted] 1234567\n' in log  # a short one is left: it would be found in ordinary words
-    leaky.do('agent.kill', agent='a')  # from here on nobody writes
+    assert 'err [redacted] 1234567\n' in log  # a short value is not hidden, because it occurs in ordinary text
+    leaky.do('agent.kill', agent='a')  # so that nobody writes any longer
     stored = b''.join(path.read_bytes() for path in leaky.root.rglob('*') if path.is_file() and path.suffix != '.token')
     assert KEY.encode() not in stored
     assert b'my-own-token' not in stored
@@ -171,12 +171,12 @@ def test_a_secret_that_a_cli_prints_is_neither_stored_nor_served(
     assert leaky.do('agent.logs', agent='a')['text'] == 'from before: [redacted]\n'
 
 
-def test_no_page_shows_a_part_of_a_secret_that_lies_on_its_edge(file: Path) -> None:
+def test_no_page_shows_a_part_of_a_secret_on_its_edge(file: Path) -> None:
     file.write_text(f'one {KEY} two {KEY}{KEY}\n')
     size = file.stat().st_size
     log = reader(file, KEY)
-    for most in range(1, size + 1):
-        text = everything(log, most)
+    for max_bytes in range(1, size + 1):
+        text = everything(log, max_bytes)
         assert re.sub(r'(\[redacted\])+', '*', text) == 'one * two *\n'
     for start in range(size):
         for piece in (KEY[i : i + 3] for i in range(len(KEY) - 2)):
@@ -186,24 +186,24 @@ def test_no_page_shows_a_part_of_a_secret_that_lies_on_its_edge(file: Path) -> N
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize('most', [1, 2, 3, 4, 5, 7, 64])
-def test_pages_of_any_size_give_the_text_whole(file: Path, most: int) -> None:
-    said = 'Zwölf €uro, 日本, 🐟🐟\n' * 3
-    file.write_text(said)
-    text = everything(reader(file), most)
-    assert text == said if most >= 4 else '\n' in text  # less than a character can't be shown
+@pytest.mark.parametrize('max_bytes', [1, 2, 3, 4, 5, 7, 64])
+def test_pages_of_any_size_give_the_complete_text(file: Path, max_bytes: int) -> None:
+    content = 'Zwölf €uro, 日本, 🐟🐟\n' * 3
+    file.write_text(content)
+    text = everything(reader(file), max_bytes)
+    assert text == content if max_bytes >= 4 else '\n' in text  # a page smaller than a character can't show it
 
 
-def test_bytes_that_are_no_text_are_replaced(file: Path) -> None:
+def test_invalid_utf_8_is_replaced(file: Path) -> None:
     file.write_bytes(b'a\xff\xc3\x28b\xe2\x82')
-    for most in (1, 3, 100):
-        text = everything(reader(file), most)
+    for max_bytes in (1, 3, 100):
+        text = everything(reader(file), max_bytes)
         assert (text[0], text.replace('\ufffd', '')) == ('a', 'a(b')
 
 
 @pytest.mark.parametrize('text', ['', 'one', 'one\n', 'one\ntwo', 'one\ntwo\n', '\n\n\n', 'é\n' * 200])
 @pytest.mark.parametrize('lines', [1, 2, 3, 150])
-def test_the_last_lines_are_those_that_tail_gives(file: Path, text: str, lines: int) -> None:
+def test_tail_gives_the_last_lines(file: Path, text: str, lines: int) -> None:
     file.write_text(text)
     page = reader(file).tail(lines)
     assert page['text'] == ''.join(text.splitlines(keepends=True)[-lines:])
@@ -211,40 +211,40 @@ def test_the_last_lines_are_those_that_tail_gives(file: Path, text: str, lines: 
     assert page['offset'] == file.stat().st_size - len(page['text'].encode())
 
 
-def test_the_last_lines_begin_with_a_whole_one_however_many_bytes_are_taken(file: Path) -> None:
+def test_a_tail_of_limited_size_begins_with_a_whole_line(file: Path) -> None:
     file.write_text(''.join(f'line {i}\n' for i in range(1000)))
     page = reader(file).tail(1000, 25)
     assert page['text'] == 'line 998\nline 999\n'
 
 
-def test_a_log_that_is_not_there_is_empty(file: Path) -> None:
+def test_a_missing_log_is_empty(file: Path) -> None:
     assert reader(file).page(0) == reader(file).tail(5) == {
         'agent': 'a', 'offset': 0, 'next_offset': 0, 'size': 0, 'text': '',
     }  # fmt: skip
 
 
-def test_offsets_go_on_over_files_that_are_put_aside(file: Path) -> None:
+def test_offsets_go_on_counting_over_rotations(file: Path) -> None:
     log = RunLog(file, 100, NOTHING)
-    said = [f'this is line {i:03}' for i in range(40)]  # 17 bytes each with its end
-    for i, line in enumerate(said):
+    lines = [f'this is line {i:03}' for i in range(40)]  # 17 bytes each with the newline
+    for i, line in enumerate(lines):
         assert log.offset == i * 17
         log.line(line)
-    found = reader(file)
-    kept = 5 + 40 % 5  # five to a file, and the one before
-    page = found.page(0, MAX_PAGE_BYTES)
+    log_reader = reader(file)
+    kept = 5 + 40 % 5  # five lines a file, and the rotated file
+    page = log_reader.page(0, MAX_PAGE_BYTES)
     assert page['gap'] is True
-    assert page['text'].splitlines() == said[page['offset'] // 17 :]
+    assert page['text'].splitlines() == lines[page['offset'] // 17 :]
     assert (page['offset'] % 17, len(page['text'].splitlines()) >= kept) == (0, True)
-    assert found.page(37 * 17, 17)['text'] == 'this is line 037\n'
-    assert found.tail(8)['text'].splitlines() == said[-8:]
-    again = RunLog(file, 100, NOTHING)  # as another process of the agent has it
-    assert again.offset == 40 * 17
-    again.line('more')
-    assert everything(found, 5, 39 * 17) == 'this is line 039\nmore\n'
+    assert log_reader.page(37 * 17, 17)['text'] == 'this is line 037\n'
+    assert log_reader.tail(8)['text'].splitlines() == lines[-8:]
+    reopened = RunLog(file, 100, NOTHING)  # as the agent's next process opens it
+    assert reopened.offset == 40 * 17
+    reopened.line('more')
+    assert everything(log_reader, 5, 39 * 17) == 'this is line 039\nmore\n'
 
 
 @pytest.mark.parametrize('left', ['nothing', 'only the old', 'only the new', 'no record'])
-def test_a_log_goes_on_whatever_was_deleted_of_it(file: Path, left: str) -> None:
+def test_a_log_goes_on_after_any_of_its_files_was_deleted(file: Path, left: str) -> None:
     log = RunLog(file, 50, NOTHING)
     for i in range(9):
         log.line(f'line {i}')
@@ -259,7 +259,7 @@ def test_a_log_goes_on_whatever_was_deleted_of_it(file: Path, left: str) -> None
     assert everything(reader(file), 10, reader(file).tail(1)['offset']) == 'more 19\n'
 
 
-def test_a_log_is_read_while_it_is_put_aside_over_and_over(file: Path) -> None:
+def test_a_log_is_read_correctly_while_it_is_rotated_again_and_again(file: Path) -> None:
     log = RunLog(file, 2000, NOTHING)
     over = threading.Event()
 
@@ -270,27 +270,27 @@ def test_a_log_is_read_while_it_is_put_aside_over_and_over(file: Path) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    found, offset, told = reader(file), 0, list[str]()
+    log_reader, offset, received = reader(file), 0, list[str]()
     while True:
         ended = over.is_set()
-        page = found.page(offset)
+        page = log_reader.page(offset)
         assert 'truncated' not in page
         if 'gap' in page:
             assert page['offset'] > offset
         assert page['next_offset'] % 8 == 0
-        told += page['text'].split()
+        received += page['text'].split()
         offset = page['next_offset']
         if ended and offset == page['size']:
             break
     writer.join()
-    numbers = [int(each) for each in told]
+    numbers = [int(each) for each in received]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == 3999
     assert offset == 32000
 
 
-def test_a_log_that_was_emptied_begins_anew(file: Path) -> None:
-    file.write_text('much was said here\n')
+def test_a_truncated_log_is_read_from_its_start(file: Path) -> None:
+    file.write_text('a longer text\n')
     offset = reader(file).page(0)['next_offset']
     file.write_text('new\n')
     page = reader(file).page(offset)
@@ -302,13 +302,13 @@ def test_a_log_that_was_emptied_begins_anew(file: Path) -> None:
 
 def write_log(place: Place, agent: str, text: str) -> Path:
     file = place.root / '.tt' / 'logs' / f'{agent}.log'
-    for beside in ('.1', '.at'):
-        file.with_name(file.name + beside).unlink(missing_ok=True)
+    for suffix in ('.1', '.at'):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
     file.write_text(text)
     return file
 
 
-def test_a_log_is_there_by_any_name_of_its_agent_and_when_that_is_stopped(ground: Place) -> None:
+def test_a_log_is_found_by_name_or_id_even_if_its_agent_is_stopped(ground: Place) -> None:
     agent = enlist(ground, 'Backend')
     write_log(ground, 'Backend', 'one\ntwo\nthree\n')
     agent.depart()
@@ -330,13 +330,13 @@ def test_a_page_of_a_log_is_bounded(ground: Place) -> None:
 
 
 @pytest.mark.parametrize('ref', ['nobody', 'conductor', '00000000-0000-0000-0000-000000000001'])
-def test_who_is_no_agent_has_no_log(ground: Place, ref: str) -> None:
+def test_the_log_of_an_unknown_agent_is_not_found(ground: Place, ref: str) -> None:
     write_log(ground, 'nobody', 'of one that was removed\n')
     with pytest.raises(NotFound):
         ground.do('agent.logs', agent=ref)
 
 
-def test_the_log_of_an_agent_on_another_machine_is_asked_for_there(ground: Place) -> None:
+def test_the_log_of_an_agent_on_another_host_is_refused_with_the_name_of_the_host(ground: Place) -> None:
     enlist(ground, 'far').hello()
     with pytest.raises(Conflict, match="is on host 'host'; ask there"):
         ground.do('agent.logs', agent='far')
@@ -354,7 +354,7 @@ def test_the_log_of_an_agent_on_another_machine_is_asked_for_there(ground: Place
         {'x': 1},
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(ground: Place, wrong: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused(ground: Place, wrong: dict[str, Any]) -> None:
     enlist(ground, 'a')
     with pytest.raises(Invalid):
         ground.do('agent.logs', agent='a', **wrong)
@@ -381,22 +381,24 @@ def hall(ground: Place, open_hall: Hall) -> Hall:
 FOLLOW = '/v1/agents/a/logs?offset=0'
 
 
-def test_a_log_is_followed_as_it_grows_is_put_aside_and_is_emptied(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_follower_gets_a_log_as_it_grows_is_rotated_and_is_truncated(
+    ground: Place, hall: Hall, listen: Listen
+) -> None:
     file = write_log(ground, 'a', f'before {KEY}\n')
     log = RunLog(file, 60, NOTHING)
     listener = listen(hall, FOLLOW)
     first = listener.event()
     assert (first.type, first.id, first.data['text']) == ('log', '25', 'before [redacted]\n')
     assert (first.data['offset'], first.data['next_offset']) == (0, 25)
-    said = ''
+    received = ''
     for i in range(9):
-        log.line(f'line {i}')  # the third and the eleventh put the file aside
-        while f'line {i}\n' not in said:
+        log.line(f'line {i}')  # the log is rotated meanwhile
+        while f'line {i}\n' not in received:
             heard = listener.event()
             assert heard.type == 'log'
             assert heard.data['next_offset'] == int(heard.id)
-            said += heard.data['text']
-    assert said == ''.join(f'line {i}\n' for i in range(9))
+            received += heard.data['text']
+    assert received == ''.join(f'line {i}\n' for i in range(9))
     resumed = listen(hall, '/v1/agents/a/logs?tail=1', last=str(25 + 3 * 7)).event()
     assert resumed.data['text'] == ''.join(f'line {i}\n' for i in range(3, 9))
     os.truncate(file, 0)
@@ -407,7 +409,9 @@ def test_a_log_is_followed_as_it_grows_is_put_aside_and_is_emptied(ground: Place
     assert listener.event().data['text'] == 'anew\n'
 
 
-def test_who_comes_back_after_its_part_of_the_log_is_gone_is_told(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_follower_that_resumes_after_a_deleted_part_gets_a_gap_event(
+    ground: Place, hall: Hall, listen: Listen
+) -> None:
     file = write_log(ground, 'a', '')
     log = RunLog(file, 60, NOTHING)
     for i in range(30):
@@ -418,18 +422,18 @@ def test_who_comes_back_after_its_part_of_the_log_is_gone_is_told(ground: Place,
     assert part.data['text'].endswith('line 29\n')
 
 
-def test_a_long_log_is_sent_as_it_is_taken_and_whole(ground: Place, hall: Hall, listen: Listen) -> None:
-    said = ''.join(f'{i:07}\n' for i in range(400_000))
-    write_log(ground, 'a', said)
+def test_a_long_log_reaches_fast_and_slow_followers_completely(ground: Place, hall: Hall, listen: Listen) -> None:
+    content = ''.join(f'{i:07}\n' for i in range(400_000))
+    write_log(ground, 'a', content)
     fast, slow = listen(hall, FOLLOW), listen(hall, FOLLOW)
     for listener in (fast, slow):
         parts = list[str]()
-        while sum(map(len, parts)) < len(said):
+        while sum(map(len, parts)) < len(content):
             try:
                 parts.append(listener.event().data['text'])
-            except ConnectionError:  # it was cut off while it took nothing
+            except ConnectionError:  # the server cut it off because it read nothing
                 listener = listen(hall, FOLLOW, last=listener.last)
-        assert ''.join(parts) == said
+        assert ''.join(parts) == content
 
 
 def test_a_follower_of_an_unknown_agent_is_refused(ground: Place, hall: Hall, listen: Listen) -> None:
@@ -443,7 +447,7 @@ def test_a_follower_of_an_unknown_agent_is_refused(ground: Place, hall: Hall, li
     await_streams(hall, 0)
 
 
-def test_followers_that_go_are_forgotten_and_others_served(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_followers_that_disconnect_make_room_for_others(ground: Place, hall: Hall, listen: Listen) -> None:
     file = write_log(ground, 'a', 'begin\n')
     for _ in range(2):
         listeners = [listen(hall, FOLLOW) for _ in range(10)]
@@ -460,7 +464,7 @@ def test_followers_that_go_are_forgotten_and_others_served(ground: Place, hall: 
 # ------------------------------------------------------------------------------------------------ a task's history
 
 
-def test_the_history_of_a_task_tells_what_each_attempt_said(directory: Path) -> None:
+def test_the_history_of_a_task_gives_the_log_offsets_of_each_attempt(directory: Path) -> None:
     script = 'echo "attempt $TINYTOWN_ATTEMPT of $TINYTOWN_TASK_ID"; [ "$TINYTOWN_ATTEMPT" = 2 ]'
     place = make_town(directory, default_cli='twice', agent_clis={'twice': shell_cli(script)})
     try:
@@ -472,16 +476,16 @@ def test_the_history_of_a_task_tells_what_each_attempt_said(directory: Path) -> 
         assert place.await_end(task)['state'] == 'completed'
         place.do('agent.close', agent='a')
         place.do('agent.wait', agent='a', timeout=20)
-        told = place.do('task.history', task_id=task)
-        assert [run['outcome'] for run in told['attempts']] == ['failed', 'completed']
-        for run in told['attempts']:
+        answer = place.do('task.history', task_id=task)
+        assert [run['outcome'] for run in answer['attempts']] == ['failed', 'completed']
+        for run in answer['attempts']:
             length = run['log_to'] - run['log_from']
-            said = place.do('agent.logs', agent='a', offset=run['log_from'], limit=length)['text']
-            assert f'attempt {run["attempt"]} of {task}\n' in said
-            assert said.count('attempt 1 of') + said.count('attempt 2 of') == 1
-            assert said.splitlines()[-1].endswith(f'task {task}: {run["outcome"]}')
+            output = place.do('agent.logs', agent='a', offset=run['log_from'], limit=length)['text']
+            assert f'attempt {run["attempt"]} of {task}\n' in output
+            assert output.count('attempt 1 of') + output.count('attempt 2 of') == 1
+            assert output.splitlines()[-1].endswith(f'task {task}: {run["outcome"]}')
             assert 0 <= run['secs'] < 20
-        assert all('secs' in change for change in told['history'][1:])
+        assert all('secs' in change for change in answer['history'][1:])
         shown = place.tt('task', 'why', task).stdout
         [command, _] = re.findall(r'tt (logs a --offset \d+ --limit \d+)', shown)
         assert f'attempt 1 of {task}' in place.tt(*command.split()).stdout
@@ -489,19 +493,19 @@ def test_the_history_of_a_task_tells_what_each_attempt_said(directory: Path) -> 
         place.close()
 
 
-def test_an_attempt_whose_worker_is_killed_has_a_log_without_an_end(ground: Place) -> None:
+def test_an_attempt_whose_worker_was_killed_has_no_end_offset(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
     ground.store.call(ground.store.pickup(agent.id, agent.instance, 10, 3, 120))
     [run] = ground.do('task.history', task_id=task)['attempts']
     assert (run['outcome'], run['log_from'], run['log_to'], run['ended_at']) == ('running', 120, None, None)
-    ground.store.call(ground.store.pickup(agent.id, agent.instance, 10, 3, 200))  # the reply was lost, say
+    ground.store.call(ground.store.pickup(agent.id, agent.instance, 10, 3, 200))  # as if the first reply was lost
     agent.depart()
     [run] = ground.do('task.history', task_id=task)['attempts']
     assert (run['outcome'], run['log_from'], run['log_to']) == ('requeued', 120, None)
 
 
-def test_the_end_of_a_run_may_be_told_twice_and_of_a_task_that_is_gone(ground: Place) -> None:
+def test_the_end_of_a_run_can_be_reported_twice_and_after_its_task_was_deleted(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
     ground.store.call(ground.store.pickup(agent.id, agent.instance, 10, 3, 5))
@@ -516,12 +520,12 @@ def test_the_end_of_a_run_may_be_told_twice_and_of_a_task_that_is_gone(ground: P
 
 
 def change(kind: str, seconds: float, **more: Any) -> Change:
-    found = {'type': f'task.{kind}', 'at': f'2026-11-21T10:00:{seconds:06.3f}Z', 'task_id': 't', **more}
-    result: Change = json.loads(json.dumps(found))
+    fields = {'type': f'task.{kind}', 'at': f'2026-11-21T10:00:{seconds:06.3f}Z', 'task_id': 't', **more}
+    result: Change = json.loads(json.dumps(fields))
     return result
 
 
-def test_attempts_are_read_out_of_a_history() -> None:
+def test_attempts_are_derived_from_a_history() -> None:
     history = [
         change('created', 0),
         change('assigned', 1.5),
@@ -533,10 +537,10 @@ def test_attempts_are_read_out_of_a_history() -> None:
         change('started', 11, agent_name='b', attempt=3),
     ]
     assert [each.get('secs') for each in with_durations(history)] == [None, 1.5, 0.5, 2.25, 0.75, 4, 1, 1]
-    found = runs(history, {1: '10-20', 3: '30'})
-    assert [(run['attempt'], run['agent_name'], run['outcome'], run['secs']) for run in found] == [
+    attempts = runs(history, {1: '10-20', 3: '30'})
+    assert [(run['attempt'], run['agent_name'], run['outcome'], run['secs']) for run in attempts] == [
         (1, 'a', 'requeued', 2.25),
         (2, 'b', 'cancelled', 4),
         (3, 'b', 'running', None),
     ]
-    assert [(run['log_from'], run['log_to']) for run in found] == [(10, 20), (None, None), (30, None)]
+    assert [(run['log_from'], run['log_to']) for run in attempts] == [(10, 20), (None, None), (30, None)]

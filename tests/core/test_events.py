@@ -1,4 +1,4 @@
-"""Events: pages, pages that wait, and streams, which miss nothing and repeat nothing whatever breaks."""
+"""Events: pages, waiting pages, and streams. None of them misses or repeats an event, whatever breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOW = '/v1/events?after=$'
 
 @pytest.fixture(scope='module')
 def open_hall(soil: Place) -> Iterator[Hall]:
-    """A townhall of the module's town."""
+    """A townhall for all tests of this module, with low limits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HOME', str(soil.root))
         made = soil.hall(TINYTOWN_TOWNHALL_LIMITS_STREAMS='20', TINYTOWN_TOWNHALL_LIMITS_WRITE_SECS='2')
@@ -47,23 +47,23 @@ def hall(ground: Place, open_hall: Hall) -> Hall:
 
 
 @pytest.mark.parametrize('limit', [1, 7, 500])
-def test_pages_tell_every_event_once_and_in_order(ground: Place, limit: int) -> None:
+def test_pages_list_every_event_once_and_in_order(ground: Place, limit: int) -> None:
     happen(ground, 40)
-    told: list[str] = []
+    received: list[str] = []
     start: dict[str, Any] = {}
     while True:
         page = ground.do('events.list', limit=limit, **start)
-        told += [event['id'] for event in page['events']]
+        received += [event['id'] for event in page['events']]
         assert len(page['events']) <= limit
         assert 'gap' not in page
         start = {'after': page['next_after']}
         if not page.get('more'):
             break
-    assert told == ids(ground)
-    assert ground.do('events.list', **start) == {'events': [], 'next_after': told[-1]}
+    assert received == ids(ground)
+    assert ground.do('events.list', **start) == {'events': [], 'next_after': received[-1]}
 
 
-def test_a_page_from_now_on_is_empty_and_says_where_now_is(ground: Place) -> None:
+def test_a_page_from_now_on_is_empty_and_gives_the_newest_id(ground: Place) -> None:
     assert ground.do('events.list', after='$') == {'events': [], 'next_after': '0-0'}
     happen(ground, 3)
     now = newest(ground)
@@ -73,27 +73,27 @@ def test_a_page_from_now_on_is_empty_and_says_where_now_is(ground: Place) -> Non
     assert len(ground.do('events.list', after=now.partition('-')[0])['events']) >= 1  # an id without its second part
 
 
-def test_events_are_chosen_by_agent_task_and_type(ground: Place) -> None:
+def test_events_are_filtered_by_agent_task_and_type(ground: Place) -> None:
     agents = [enlist(ground, name) for name in ('Backend', 'other')]
     tasks = [ground.do('task.assign', agent=agent.name, task='x')['task_id'] for agent in agents]
     ground.do('message.send', to='conductor', message='hello')
 
-    def told(**wanted: Any) -> list[str]:
+    def received(**wanted: Any) -> list[str]:
         return [event['type'] for event in ground.do('events.list', **wanted)['events']]
 
     mine = ['agent.registered', 'agent.started', 'task.assigned']
     for ref in ('Backend', 'BACKEND', agents[0].id, agents[0].id[:8]):
-        assert told(agent=ref) == mine
+        assert received(agent=ref) == mine
         assert [event['type'] for event in ground.do('events.latest', agent=ref)['events']] == mine
-    assert told(agent='conductor') == told(agent=CONDUCTOR_ID) == ['message.sent']
-    assert told(task=tasks[1]) == ['task.created', 'task.assigned']
-    assert told(type=['task']) == ['task.created', 'task.assigned'] * 2
-    assert told(type=['task.assigned', 'message.sent']) == ['task.assigned', 'task.assigned', 'message.sent']
-    assert told(type=['town']) == told(agent='nobody') == told(task=new_id()) == []
-    assert told(agent='other', type=['task'], task=tasks[1]) == ['task.assigned']
+    assert received(agent='conductor') == received(agent=CONDUCTOR_ID) == ['message.sent']
+    assert received(task=tasks[1]) == ['task.created', 'task.assigned']
+    assert received(type=['task']) == ['task.created', 'task.assigned'] * 2
+    assert received(type=['task.assigned', 'message.sent']) == ['task.assigned', 'task.assigned', 'message.sent']
+    assert received(type=['town']) == received(agent='nobody') == received(task=new_id()) == []
+    assert received(agent='other', type=['task'], task=tasks[1]) == ['task.assigned']
 
 
-def test_an_agent_that_is_gone_is_found_by_its_name_and_by_its_id(ground: Place) -> None:
+def test_the_events_of_a_removed_agent_are_found_by_its_name_and_by_its_id(ground: Place) -> None:
     agent = enlist(ground, 'Gone')
     agent.depart()
     ground.do('agent.prune')
@@ -102,7 +102,7 @@ def test_an_agent_that_is_gone_is_found_by_its_name_and_by_its_id(ground: Place)
         assert [event['type'] for event in ground.do('events.list', agent=ref)['events']] == kinds
 
 
-def test_what_a_caller_writes_is_not_taken_for_a_field(ground: Place) -> None:
+def test_text_from_a_caller_is_not_taken_for_a_field_of_an_event(ground: Place) -> None:
     victim, task = enlist(ground, 'a'), new_id()
     forged = Principal(f'"agent_id":"{victim.id}","task_id":"{task}","type":"town.reset"', OPERATOR.scopes)
     before = newest(ground)
@@ -111,7 +111,7 @@ def test_what_a_caller_writes_is_not_taken_for_a_field(ground: Place) -> None:
         assert ground.do('events.list', after=before, **wanted)['events'] == []
 
 
-def test_a_page_of_what_is_rare_moves_on_past_what_it_looked_at(ground: Place) -> None:
+def test_a_page_of_rare_events_continues_after_the_last_examined_event(ground: Place) -> None:
     happen(ground, 2500)
     enlist(ground, 'rare')
     after, pages = '0-0', []
@@ -125,19 +125,19 @@ def test_a_page_of_what_is_rare_moves_on_past_what_it_looked_at(ground: Place) -
     assert after == newest(ground)
 
 
-def test_the_latest_events_are_told_oldest_first(ground: Place) -> None:
+def test_the_latest_events_are_listed_oldest_first(ground: Place) -> None:
     happen(ground, 60)
     assert [event['id'] for event in ground.do('events.latest')['events']] == ids(ground)[-50:]
     assert [event['id'] for event in ground.do('events.latest', limit=2)['events']] == ids(ground)[-2:]
 
 
 @pytest.mark.parametrize('what', ['trimmed', 'emptied', 'reset', 'flushed'])
-def test_where_history_is_gone_a_page_says_so(ground: Place, what: str) -> None:
+def test_a_page_reports_a_gap_if_events_were_deleted(ground: Place, what: str) -> None:
     happen(ground, 20)
     known = ids(ground)[4]
     if what == 'reset':
         ground.do('town.reset', force=True)
-    elif what == 'flushed':  # as after the loss of Redis' files: ids begin anew, or so it seems
+    elif what == 'flushed':  # as after the loss of Redis' files: the client knows a later id than Redis has
         redis(ground, 'DEL', ground.store.prefix + b'events')
         known = '9' * 14 + '-0'
         happen(ground, 2)
@@ -155,7 +155,7 @@ def test_where_history_is_gone_a_page_says_so(ground: Place, what: str) -> None:
 @pytest.mark.parametrize(
     'wrong', [{'after': 'x'}, {'after': '1-2-3'}, {'limit': 0}, {'type': ['*']}, {'task': 'x'}, {'agent': '../x'}]
 )
-def test_arguments_that_make_no_sense_are_refused(ground: Place, wrong: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused(ground: Place, wrong: dict[str, Any]) -> None:
     with pytest.raises(Invalid):
         ground.do('events.list', **wrong)
 
@@ -170,7 +170,7 @@ def test_the_start_of_two_ids_is_ambiguous(ground: Place) -> None:
 # -------------------------------------------------------------------------------------------------------- the stream
 
 
-def test_a_stream_is_server_sent_events_in_these_bytes(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_stream_has_exactly_these_bytes_of_server_sent_events(ground: Place, hall: Hall, listen: Listen) -> None:
     happen(ground, 1)
     listener = listen(hall, ALL)
     assert listener.status == 200
@@ -197,7 +197,7 @@ def test_a_stream_is_server_sent_events_in_these_bytes(ground: Place, hall: Hall
         ('', False),
     ],
 )
-def test_who_accepts_event_streams_is_given_one(hall: Hall, accept: str, streams: bool) -> None:
+def test_the_accept_header_decides_whether_the_answer_is_a_stream(hall: Hall, accept: str, streams: bool) -> None:
     with hall.connect() as sock:
         sock.sendall(b'HEAD /v1/events HTTP/1.1\r\n' + HOST + f'Accept: {accept}\r\nConnection: close\r\n\r\n'.encode())
         head = read_all(sock)
@@ -207,7 +207,7 @@ def test_who_accepts_event_streams_is_given_one(hall: Hall, accept: str, streams
     assert head.endswith(b'\r\n\r\n')
 
 
-def test_a_client_of_http_1_0_is_sent_a_stream_without_chunks(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_an_http_1_0_client_gets_a_stream_without_chunks(ground: Place, hall: Hall, listen: Listen) -> None:
     listener = listen(hall, NOW, 'Connection: keep-alive', version='1.0').ready()
     assert not listener.is_chunked
     assert b'\r\nConnection: close' in listener.head
@@ -215,7 +215,7 @@ def test_a_client_of_http_1_0_is_sent_a_stream_without_chunks(ground: Place, hal
     assert [heard.id for heard in listener.events(2)] == ids(ground)
 
 
-def test_a_head_leaves_the_connection_to_the_next_request(hall: Hall) -> None:
+def test_a_head_request_for_a_stream_keeps_the_connection_usable(hall: Hall) -> None:
     with hall.connect() as sock:
         sock.sendall(b'HEAD /v1/events HTTP/1.1\r\nAccept: text/event-stream\r\n' + HOST + b'\r\n')
         assert b'text/event-stream' in sock.recv(65536)
@@ -223,7 +223,7 @@ def test_a_head_leaves_the_connection_to_the_next_request(hall: Hall) -> None:
         assert read_answer(sock).status == 200
 
 
-def test_a_stream_is_filtered_and_says_how_far_it_is_all_the_same(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_filtered_stream_still_reports_its_position(ground: Place, hall: Hall, listen: Listen) -> None:
     listener = listen(hall, f'{NOW}&type=agent').ready()
     happen(ground, 250)
     heard = listener.block()
@@ -234,7 +234,7 @@ def test_a_stream_is_filtered_and_says_how_far_it_is_all_the_same(ground: Place,
     assert listener.is_quiet(0.1)
 
 
-def test_the_id_of_the_last_event_goes_before_what_the_path_says(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_last_event_id_takes_precedence_over_the_query(ground: Place, hall: Hall, listen: Listen) -> None:
     happen(ground, 5)
     third = ids(ground)[2]
     listener = listen(hall, NOW, last=third)
@@ -243,9 +243,7 @@ def test_the_id_of_the_last_event_goes_before_what_the_path_says(ground: Place, 
     assert (answer.status, answer.json['errors'][0]['pointer']) == (422, '/Last-Event-ID')
 
 
-def test_who_comes_back_after_its_history_is_gone_is_told_of_a_gap_first(
-    ground: Place, hall: Hall, listen: Listen
-) -> None:
+def test_a_client_that_resumes_after_deleted_events_gets_a_gap_first(ground: Place, hall: Hall, listen: Listen) -> None:
     happen(ground, 10)
     known = ids(ground)[1]
     trim(ground, 4)
@@ -254,10 +252,10 @@ def test_who_comes_back_after_its_history_is_gone_is_told_of_a_gap_first(
     assert (gap.type, gap.id, gap.data) == ('gap', '', {'type': 'gap', 'after': known})
     assert [heard.id for heard in listener.events(4)] == ids(ground)
     fresh = listen(hall, '/v1/events')
-    assert fresh.event().type == 'task.created'  # who has seen nothing misses nothing
+    assert fresh.event().type == 'task.created'  # a client without a last id has missed nothing
 
 
-def test_a_reset_is_told_to_who_listens(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_reset_of_the_town_reaches_open_streams(ground: Place, hall: Hall, listen: Listen) -> None:
     happen(ground, 3)
     listener = listen(hall, NOW).ready()
     happen(ground, 1)
@@ -268,10 +266,8 @@ def test_a_reset_is_told_to_who_listens(ground: Place, hall: Hall, listen: Liste
     assert listener.event().id == newest(ground)
 
 
-def test_streams_of_several_kinds_join_at_any_moment_and_none_misses_anything(
-    ground: Place, hall: Hall, listen: Listen
-) -> None:
-    happen(ground, 700)  # more than a page
+def test_streams_that_join_at_any_moment_miss_nothing(ground: Place, hall: Hall, listen: Listen) -> None:
+    happen(ground, 700)  # more than one page
     began = [listen(hall, ALL), listen(hall, NOW).ready()]
     writer = happen_often(ground, 30, 50)
     joined = [listen(hall, ALL) for _ in range(10)]
@@ -287,14 +283,14 @@ def test_streams_of_several_kinds_join_at_any_moment_and_none_misses_anything(
 
 
 class Follower(threading.Thread):
-    """A client that comes back whenever its stream ends, until it has heard so many events."""
+    """A client that reconnects whenever its stream ends, until it has received `count` events."""
 
     def __init__(self, service: Any, count: int, path: str = ALL) -> None:
         super().__init__(daemon=True)
         self._service, self._count, self._path = service, count, path
         self.heard: list[str] = []
         self.gaps = 0
-        self.visits = threading.Semaphore(0)  # one for each stream that it was given
+        self.visits = threading.Semaphore(0)  # released once for each stream it got
 
     def run(self) -> None:
         last, deadline = '', time.monotonic() + 4 * PATIENCE
@@ -302,11 +298,11 @@ class Follower(threading.Thread):
             try:
                 listener = Listener(self._service, self._path, last=last)
             except OSError:
-                time.sleep(0.05)  # nobody is there
+                time.sleep(0.05)  # no townhall is listening
                 continue
             if listener.status != 200:
                 listener.close()
-                time.sleep(0.05)  # Redis is away
+                time.sleep(0.05)  # Redis is not reachable
                 continue
             self.visits.release()
             try:
@@ -321,7 +317,7 @@ class Follower(threading.Thread):
 
 
 def restart_redis(place: Place) -> None:
-    """Kills Redis, and starts it again."""
+    """Kills Redis and starts it again."""
     server = redis_pid(place)
     os.kill(server, signal.SIGKILL)
     await_exit(server)
@@ -339,7 +335,7 @@ def test_ten_thousand_events_are_heard_once_each_over_kills_of_townhall_and_of_r
         happen(place, 1000)
         if part in (2, 5):
             for reader in readers:
-                assert reader.visits.acquire(timeout=PATIENCE), 'it has not come back'
+                assert reader.visits.acquire(timeout=PATIENCE), 'it has not reconnected'
             hall.kill()
             hall = place.hall('--port', str(hall.port))
         if part == 7:
@@ -352,7 +348,7 @@ def test_ten_thousand_events_are_heard_once_each_over_kills_of_townhall_and_of_r
     assert len(everything) == 10_000
 
 
-def test_a_stream_outlives_the_death_of_redis(place: Place, listen: Listen) -> None:
+def test_a_stream_survives_a_restart_of_redis(place: Place, listen: Listen) -> None:
     hall = place.hall()
     happen(place, 5)
     listener = listen(hall, ALL)
@@ -365,16 +361,16 @@ def test_a_stream_outlives_the_death_of_redis(place: Place, listen: Listen) -> N
 # ----------------------------------------------------------------------------------------------------- slow, or gone
 
 
-def test_a_slow_reader_is_waited_for_and_misses_nothing(place: Place, listen: Listen) -> None:
+def test_a_slow_reader_misses_nothing_and_holds_up_nobody(place: Place, listen: Listen) -> None:
     hall = place.hall()
     happen(place, 3000, size=2000)
     live = listen(hall, NOW).ready()
-    happen(place, 1000, size=2000)  # 9 MB with those before, more than all buffers on the way
+    happen(place, 1000, size=2000)  # with the others 9 MB, more than all buffers on the way
     assert len(live.events(1000)) == 1000
     resident = memory(hall)
     listener = listen(hall, ALL)
     happen(place, 1000, size=2000)
-    assert len(live.events(1000)) == 1000  # others are not held up
+    assert len(live.events(1000)) == 1000  # other streams are not held up
     assert memory(hall) - resident < 8 << 20
     assert [heard.id for heard in listener.events(5000)] == ids(place)
     happen(place, 1)
@@ -384,17 +380,17 @@ def test_a_slow_reader_is_waited_for_and_misses_nothing(place: Place, listen: Li
 
 
 def memory(hall: Hall) -> int:
-    """Bytes of memory that a townhall has."""
+    """The resident memory of a townhall, in bytes."""
     status = Path(f'/proc/{hall.process.pid}/status').read_text()
     return int(status.split('VmRSS:')[1].split()[0]) * 1024
 
 
-def test_a_reader_that_takes_nothing_is_cut_off_and_resumes_where_it_was(
+def test_a_reader_that_reads_nothing_is_cut_off_and_resumes_where_it_was(
     ground: Place, hall: Hall, listen: Listen
 ) -> None:
     happen(ground, 4000, size=2000)
     listener = listen(hall, ALL)
-    assert listener.status == 200  # so it is counted
+    assert listener.status == 200  # so the stream is counted
     await_streams(hall, 0)  # after write_secs
     before = [heard.id for heard in listener.rest()[0] if heard.data]
     assert 0 < len(before) < 4000
@@ -402,9 +398,7 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_resumes_where_it_was(
     assert before + [heard.id for heard in again.events(4000 - len(before))] == ids(ground)
 
 
-def test_a_client_that_goes_on_sending_is_not_listened_to_without_end(
-    ground: Place, hall: Hall, listen: Listen
-) -> None:
+def test_a_client_that_sends_on_a_stream_is_not_read_without_limit(ground: Place, hall: Hall, listen: Listen) -> None:
     listener = listen(hall, NOW).ready()
     listener.sock.settimeout(0.2)
     sent = 0
@@ -416,20 +410,20 @@ def test_a_client_that_goes_on_sending_is_not_listened_to_without_end(
     listener.sock.settimeout(PATIENCE)
     assert listener.event().type == 'task.created'
     listener.close()
-    happen(ground, 1)  # which its machine refuses
+    happen(ground, 1)  # the client's machine answers this with a reset
     await_streams(hall, 0)
 
 
 @pytest.mark.parametrize('how', ['close', 'reset', 'half'])
-def test_streams_whose_clients_vanish_are_given_back(ground: Place, hall: Hall, how: str, listen: Listen) -> None:
+def test_streams_of_vanished_clients_are_released(ground: Place, hall: Hall, how: str, listen: Listen) -> None:
     listeners = [listen(hall, path).ready() for path in (NOW, ALL) for _ in range(10)]
     refused = hall.get('/v1/events?after=$&wait=1')
     assert (refused.status, refused.json['code'], refused.headers['retry-after']) == (503, 'too-many-streams', '5')
     assert listen(hall, NOW).status == 503
-    assert hall.get('/v1/events').status == 200  # a page is no stream
+    assert hall.get('/v1/events').status == 200  # a page is not a stream
     for listener in listeners:
         if how == 'reset':
-            listener.sock.setsockopt(1, 13, b'\x01\0\0\0\0\0\0\0')  # SO_LINGER: a reset instead of an end
+            listener.sock.setsockopt(1, 13, b'\x01\0\0\0\0\0\0\0')  # SO_LINGER: close with a reset
         if how == 'half':
             listener.sock.shutdown(1)
         else:
@@ -468,8 +462,8 @@ def test_a_hundred_idle_streams_do_not_slow_requests_down(place: Place, listen: 
         assert {listener.event().id for listener in listeners} == {newest(place)}
 
 
-def test_a_silent_stream_has_a_heartbeat(place: Place, listen: Listen) -> None:
-    """A shorter one than usual: the townhall imports a module first that sets it."""
+def test_an_idle_stream_has_a_heartbeat(place: Place, listen: Listen) -> None:
+    """The townhall imports a module that sets a short heartbeat."""
     (place.root / 'sitecustomize.py').write_text('import tinytown.http.replies as s\ns.HEARTBEAT_SECS = 0.1\n')
     path = f'{REPOSITORY}{os.pathsep}{place.root}'
     hall = place.hall(PYTHONPATH=path)
@@ -479,10 +473,10 @@ def test_a_silent_stream_has_a_heartbeat(place: Place, listen: Listen) -> None:
     assert listener.event().id == newest(place)
 
 
-# ------------------------------------------------------------------------------------------------- pages that wait
+# ------------------------------------------------------------------------------------------------- waiting pages
 
 
-def test_a_page_waits_for_an_event_that_is_wanted(ground: Place, hall: Hall) -> None:
+def test_a_waiting_page_answers_at_the_first_event_that_fits(ground: Place, hall: Hall) -> None:
     now = newest(ground)
     with hall.connect() as sock:
         sock.sendall(f'GET /v1/events?after={now}&wait=25&type=agent HTTP/1.1\r\nHost: localhost\r\n\r\n'.encode())
@@ -493,25 +487,25 @@ def test_a_page_waits_for_an_event_that_is_wanted(ground: Place, hall: Hall) -> 
         assert page.status == 200
         assert page.json['events'][0]['agent_id'] == agent.id
         assert page.json['next_after'] in ids(ground)[3:]
-        sock.sendall(b'GET /health HTTP/1.1\r\n' + HOST + b'\r\n')  # the connection lives on
+        sock.sendall(b'GET /health HTTP/1.1\r\n' + HOST + b'\r\n')  # the connection stays open
         assert read_answer(sock).status == 200
     await_streams(hall, 0)
 
 
-def test_a_chain_of_waiting_pages_hears_every_event_once(ground: Place, hall: Hall) -> None:
+def test_a_chain_of_waiting_pages_gets_every_event_once(ground: Place, hall: Hall) -> None:
     happen(ground, 10)
     writer = happen_often(ground, 40, 7)
-    after, told = '0-0', list[str]()
-    while len(told) < 290:
+    after, received = '0-0', list[str]()
+    while len(received) < 290:
         page = hall.get(f'/v1/events?after={after}&wait=15&limit=20').json
-        told += [event['id'] for event in page['events']]
+        received += [event['id'] for event in page['events']]
         after = page['next_after']
         assert 0 < len(page['events']) <= 20
     writer.join()
-    assert told == ids(ground)
+    assert received == ids(ground)
 
 
-def test_a_page_that_waits_in_vain_says_how_far_it_has_looked(ground: Place, hall: Hall) -> None:
+def test_a_waiting_page_that_times_out_reports_its_position(ground: Place, hall: Hall) -> None:
     began = time.monotonic()
     with hall.connect() as sock:
         sock.sendall(b'GET /v1/events?after=$&wait=3&type=agent HTTP/1.1\r\n' + HOST + b'\r\n')
@@ -521,7 +515,7 @@ def test_a_page_that_waits_in_vain_says_how_far_it_has_looked(ground: Place, hal
     assert 3 <= time.monotonic() - began < 15
 
 
-def test_a_page_does_not_wait_where_there_is_something_to_tell(ground: Place, hall: Hall) -> None:
+def test_a_page_does_not_wait_if_it_has_events_or_a_gap(ground: Place, hall: Hall) -> None:
     happen(ground, 20)
     known = ids(ground)[2]
     assert len(hall.get(f'/v1/events?after={known}&wait=25').json['events']) == 17
@@ -530,7 +524,7 @@ def test_a_page_does_not_wait_where_there_is_something_to_tell(ground: Place, ha
     assert hall.get('/v1/events?after=$&wait=0').json['events'] == []
 
 
-def test_requests_behind_a_page_that_waits_are_answered_after_it(ground: Place, hall: Hall) -> None:
+def test_pipelined_requests_are_answered_after_a_waiting_page(ground: Place, hall: Hall) -> None:
     with hall.connect() as sock:
         waits = b'GET /v1/events?after=$&wait=20 HTTP/1.1\r\n' + HOST + b'\r\n'
         sock.sendall(waits + b'GET /health HTTP/1.1\r\n' + HOST + b'\r\n')
@@ -543,7 +537,7 @@ def test_requests_behind_a_page_that_waits_are_answered_after_it(ground: Place, 
 
 
 @pytest.mark.parametrize('wait', ['26', '-1', 'x', '1.5', '', '999', '5&wait=5'])
-def test_a_wait_that_makes_no_sense_is_refused(hall: Hall, wait: str) -> None:
+def test_an_invalid_wait_is_refused(hall: Hall, wait: str) -> None:
     answer = hall.get(f'/v1/events?after=$&wait={wait}')
     assert answer.status == (400 if '&' in wait else 422)
     if answer.status == 422:
@@ -551,7 +545,7 @@ def test_a_wait_that_makes_no_sense_is_refused(hall: Hall, wait: str) -> None:
     await_streams(hall, 0)
 
 
-def test_a_client_that_stops_waiting_gives_its_place_back(ground: Place, hall: Hall) -> None:
+def test_a_client_that_stops_waiting_frees_its_place(ground: Place, hall: Hall) -> None:
     for _ in range(20):
         with hall.connect() as sock:
             sock.sendall(b'GET /v1/events?after=$&wait=25 HTTP/1.1\r\n' + HOST + b'\r\n')
@@ -560,7 +554,7 @@ def test_a_client_that_stops_waiting_gives_its_place_back(ground: Place, hall: H
     assert hall.get('/health').status == 200
 
 
-def test_a_page_that_waits_while_redis_is_away_says_so(place: Place, listen: Listen) -> None:
+def test_a_waiting_page_without_redis_is_refused(place: Place, listen: Listen) -> None:
     hall = place.hall()
     server = redis_pid(place)
     os.kill(server, signal.SIGSTOP)
@@ -571,10 +565,10 @@ def test_a_page_that_waits_while_redis_is_away_says_so(place: Place, listen: Lis
         os.kill(server, signal.SIGCONT)
 
 
-# ---------------------------------------------------------------------------------------------------- the end, access
+# ---------------------------------------------------------------------------------------------------- shutdown, access
 
 
-def test_a_townhall_that_stops_takes_leave_of_streams_and_answers_who_waits(place: Place, listen: Listen) -> None:
+def test_a_townhall_that_stops_ends_its_streams_and_answers_waiting_pages(place: Place, listen: Listen) -> None:
     hall = place.hall()
     happen(place, 1)
     chunked, plain = listen(hall, NOW).ready(), listen(hall, NOW, version='1.0').ready()
@@ -593,7 +587,7 @@ def test_a_townhall_that_stops_takes_leave_of_streams_and_answers_who_waits(plac
     assert time.monotonic() - began < 8
 
 
-def test_every_one_of_several_processes_streams_everything(place: Place, listen: Listen) -> None:
+def test_every_worker_process_streams_all_events(place: Place, listen: Listen) -> None:
     hall = place.hall('--workers', '2')
     assert place.store
     listeners = [listen(hall, NOW).ready() for _ in range(12)]
@@ -604,7 +598,7 @@ def test_every_one_of_several_processes_streams_everything(place: Place, listen:
 
 
 @pytest.mark.parametrize('path', ['/v1/events', '/v1/events?wait=1', '/v1/agents/x/logs'])
-def test_streams_are_for_who_may_read(directory: Path, path: str, listen: Listen) -> None:
+def test_streams_require_the_read_scope(directory: Path, path: str, listen: Listen) -> None:
     place = make_town(directory)
     keys = {
         scopes: place.tt_json('key', 'create', '--scopes', scopes, '--write') for scopes in ('town.read', 'town.write')
@@ -614,7 +608,7 @@ def test_streams_are_for_who_may_read(directory: Path, path: str, listen: Listen
         assert listen(hall, path).status == 401
         assert listen(hall, path, f'X-API-Key: {keys["town.read"]["key"]}x').status == 401
         assert listen(hall, path, f'X-API-Key: {keys["town.write"]["key"]}').status == 403
-        for _ in range(2):  # the second time the key is known already
+        for _ in range(2):  # the second time, the key is cached
             found = listen(hall, path, f'X-API-Key: {keys["town.read"]["key"]}').status
             assert found == (404 if 'logs' in path else 200)
     finally:
@@ -628,7 +622,7 @@ def test_events_of_many_towns_on_one_redis_do_not_mix(ground: Place, hall: Hall,
     assert listener.event().id == newest(ground)
 
 
-def test_a_redis_without_a_script_is_given_it(ground: Place, hall: Hall, listen: Listen) -> None:
+def test_a_script_that_redis_lost_is_loaded_again(ground: Place, hall: Hall, listen: Listen) -> None:
     ground.store.call(Command(None, ('SCRIPT', 'FLUSH')))
     happen(ground, 2)
     assert len(listen(hall, ALL).events(2)) == 2

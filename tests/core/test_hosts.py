@@ -1,4 +1,4 @@
-"""Several hosts: two directories on this machine that go by different names and share one Redis."""
+"""Several hosts: two town directories on this machine that have different host names and share one Redis."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from ..ground import ELSEWHERE, Puppet, check, enlist, redis
 from ..support import OPERATOR, PATIENCE, Hall, Place, make_town, shell_cli, until
 from ..worker.test_worker import await_exit, worker_pid
 
-LEASE = 15  # longer than it takes to prove a death, and heartbeats are as rare as they may be
+LEASE = 15  # long enough that a death is proven before the lease ends
 HELD = shell_cli('echo held; sleep 100')
 LEFT = 'Left as they are, on hosts that are silent (tt hosts): w.'
 WHERE = shell_cli('echo "$PWD $TINYTOWN_HOST"')
 
 
 class Country:
-    """Host `a`, whose Redis it is, and host `b`, each with a directory and a townhall of its own."""
+    """Host `a`, which runs the Redis, and host `b`. Each has its own directory and townhall."""
 
     def __init__(self, directory: Path) -> None:
         agent = {'lease_secs': LEASE}
@@ -46,11 +46,11 @@ class Country:
         assert self.a.town
         self.b = self.host('b')
         self.halls = {'a': self.a.hall()}
-        until(lambda: redis(self.a, 'HGET', self.a.store.prefix + b'caretaker', 'token'))  # it looks after the town
+        until(lambda: redis(self.a, 'HGET', self.a.store.prefix + b'caretaker', 'token'))  # `a` supervises the town
         self.halls['b'] = self.b.hall()
 
     def host(self, name: str) -> Place:
-        """The directory of a further host, joined; it knows a coding CLI that `a` does not."""
+        """Joins another host and returns its directory. It has a coding CLI that `a` does not have."""
         url = f'unix://{self.a.root}/.tt/redis.sock'
         made = make_town(
             self.a.root.parent / name,
@@ -69,7 +69,7 @@ class Country:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Has this process be on the host of that name."""
+    """Gives this process the host name `name` for the duration of the block."""
     name_host(name)
     try:
         yield
@@ -87,7 +87,7 @@ def country(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Country]:
 
 @pytest.fixture
 def a(country: Country) -> Iterator[Place]:
-    """Host `a`, on which this process is; afterwards the town holds nothing."""
+    """Host `a`, where this process runs. The town is emptied afterwards."""
     with named('a'):
         yield country.a
         country.a.do('town.reset', force=True)
@@ -95,20 +95,20 @@ def a(country: Country) -> Iterator[Place]:
 
 @pytest.fixture
 def b(country: Country) -> Iterator[Hall]:
-    """The townhall of host `b`, which serves again afterwards."""
+    """The townhall of host `b`. It is started again afterwards if the test stopped it."""
     yield country.halls['b']
     if country.halls['b'].process.poll() is not None:
         country.halls['b'] = country.b.hall()
 
 
 @pytest.fixture
-def played(ground: Place) -> hosts.Presence:
-    """A townhall on host `far` that is heard of, and is the test."""
-    return heard_of(ground, hosts.Presence('far', new_id(), 'the place', ''))
+def far(ground: Place) -> hosts.Presence:
+    """A live townhall on host `far`, played by the test."""
+    return stay_alive(ground, hosts.Presence('far', new_id(), 'the place', ''))
 
 
-def heard_of(place: Place, presence: hosts.Presence) -> hosts.Presence:
-    """A townhall that says it is there, and that is not silent while the test lasts."""
+def stay_alive(place: Place, presence: hosts.Presence) -> hosts.Presence:
+    """Registers a townhall with a heartbeat in the future, so that it is not silent during the test."""
     place.store.call(presence.here(place.store))
     key = place.store.prefix + f'host:{presence.host}'.encode()
     later = f'{(time.time() + 3600) * 1000:.0f}'
@@ -129,13 +129,13 @@ def problem(place: Place, operation: str, **arguments: Any) -> TownError:
 
 
 def end(hall: Hall) -> None:
-    """Ends a townhall in good order."""
+    """Stops a townhall with SIGTERM."""
     hall.process.terminate()
     hall.process.wait()
 
 
 def running(a: Place, name: str = 'w', host: str = 'b') -> tuple[str, int]:
-    """An agent on a host that runs a task and does not end it: the task, and the pid of its worker."""
+    """Starts an agent that runs a task without finishing it. Returns the task id and the pid of the worker."""
     a.do('agent.spawn', name=name, cli='held', host=host)
     task: str = a.do('task.assign', agent=name, task='hold this')['task_id']
     a.await_event('task.started', task_id=task)
@@ -145,7 +145,7 @@ def running(a: Place, name: str = 'w', host: str = 'b') -> tuple[str, int]:
 # ------------------------------------------------------------------------------------------------------------- start
 
 
-def test_an_agent_is_started_on_the_host_that_is_named_and_works_there(country: Country, a: Place) -> None:
+def test_spawn_with_a_host_starts_the_agent_there(country: Country, a: Place) -> None:
     reply = country.halls['a'].post('/v1/agents', {'name': 'w', 'cli': 'where', 'host': 'b'})
     assert reply.status == 201
     shown = a.do('agent.get', agent='w')
@@ -169,7 +169,7 @@ def test_the_hosts_of_a_town_are_listed_with_their_townhalls_and_agents(country:
     assert country.b.tt_json('hosts')['hosts'][1]['here'] is True
 
 
-def test_agents_are_shown_with_their_host_where_it_is_not_this_one(country: Country, a: Place) -> None:
+def test_agents_on_another_host_are_shown_with_their_host(country: Country, a: Place) -> None:
     a.do('agent.spawn', name='w')
     assert 'HOST' not in format_answer('agent.list', a.do('agent.list'), False)
     a.do('agent.spawn', name='far', host='b')
@@ -179,23 +179,23 @@ def test_agents_are_shown_with_their_host_where_it_is_not_this_one(country: Coun
 
 
 @pytest.mark.parametrize(
-    ('host', 'cli', 'status', 'code', 'said'),
+    ('host', 'cli', 'status', 'code', 'message'),
     [
         ('nowhere', 'demo', 409, 'host-unknown', 'known hosts: '),
         ('b', 'broken-name', 503, 'spawn-failed', 'broken-name'),
     ],
 )
-def test_what_can_not_be_started_there_is_not_registered(
-    country: Country, a: Place, host: str, cli: str, status: int, code: str, said: str
+def test_a_failed_start_on_another_host_registers_no_agent(
+    country: Country, a: Place, host: str, cli: str, status: int, code: str, message: str
 ) -> None:
     reply = country.halls['a'].post('/v1/agents', {'name': 'w', 'cli': cli, 'host': host})
     assert (reply.status, reply.json['code']) == (status, code)
-    assert said in reply.json['detail']
+    assert message in reply.json['detail']
     assert problem(a, 'agent.get', agent='w').status == 404
-    assert 'agent.started' not in [event['type'] for event in a.history()]  # or a caretaker would start it again
+    assert 'agent.started' not in [event['type'] for event in a.history()]  # else the supervisor would start it again
 
 
-def test_a_host_whose_townhall_has_ended_is_silent_and_nothing_is_registered(a: Place, b: Hall) -> None:
+def test_spawn_on_a_silent_host_is_refused_and_registers_nothing(a: Place, b: Hall) -> None:
     end(b)
     assert hosts_of(a)['b']['silent'] is True
     wrong = problem(a, 'agent.spawn', name='w', host='b')
@@ -203,7 +203,7 @@ def test_a_host_whose_townhall_has_ended_is_silent_and_nothing_is_registered(a: 
     assert problem(a, 'agent.get', agent='w').status == 404
 
 
-def test_of_several_townhalls_on_a_host_one_starts_an_agent(country: Country, a: Place) -> None:
+def test_exactly_one_of_several_townhalls_on_a_host_starts_an_agent(country: Country, a: Place) -> None:
     second = country.b.hall()
     names = [f'w{i}' for i in range(6)]
     for name in names:
@@ -213,7 +213,7 @@ def test_of_several_townhalls_on_a_host_one_starts_an_agent(country: Country, a:
     end(second)
 
 
-def test_a_worker_in_the_foreground_takes_its_agent_to_the_host_that_it_runs_on(country: Country, a: Place) -> None:
+def test_a_foreground_worker_moves_its_agent_to_its_own_host(country: Country, a: Place) -> None:
     a.do('agent.spawn', name='w', max_rounds=1)
     a.do('agent.interrupt', agent='w')
     task = a.do('task.assign', agent='w', task='for later')['task_id']
@@ -224,7 +224,7 @@ def test_a_worker_in_the_foreground_takes_its_agent_to_the_host_that_it_runs_on(
     assert a.do('agent.get', agent='w')['host'] == 'b'
 
 
-def test_a_restart_is_where_the_agent_was_or_where_it_is_sent(country: Country, a: Place) -> None:
+def test_a_restarted_agent_stays_on_its_host_or_moves_to_the_given_one(country: Country, a: Place) -> None:
     a.do('agent.spawn', name='w', host='b')
     before = worker_pid(a)
     assert a.do('agent.restart', agent='w')['status'] == 'restarted'
@@ -235,20 +235,20 @@ def test_a_restart_is_where_the_agent_was_or_where_it_is_sent(country: Country, 
     assert ' is up (pid' in a.log('w')
 
 
-def test_an_agent_that_is_forgotten_leaves_no_files_on_its_host(country: Country, a: Place) -> None:
+def test_prune_removes_the_files_of_an_agent_on_another_host(country: Country, a: Place) -> None:
     agent = a.do('agent.spawn', name='w', host='b')['agent_id']
     a.do('agent.kill', agent='w')
     kept = country.b.root / '.tt' / 'agents'
     assert list(kept.glob(f'{agent}.*'))
     assert a.do('agent.prune')['agents'] == ['w']
-    a.do('agent.spawn', name='next', host='b')  # orders are taken in their order
+    a.do('agent.spawn', name='next', host='b')  # orders are taken in sequence
     until(lambda: not list(kept.glob(f'{agent}.*')))
 
 
 # -------------------------------------------------------------------------------------------------------------- stop
 
 
-def test_kill_ends_an_agent_elsewhere_and_its_task_is_back_in_the_backlog(country: Country, a: Place) -> None:
+def test_kill_stops_an_agent_on_another_host_and_requeues_its_task(country: Country, a: Place) -> None:
     task, pid = running(a)
     reply = country.halls['a'].post('/v1/agents/w/kill', {'force': True})
     assert (reply.status, reply.json) == (200, {'status': 'stopped', 'agent': 'w'})
@@ -259,7 +259,7 @@ def test_kill_ends_an_agent_elsewhere_and_its_task_is_back_in_the_backlog(countr
     check(a)
 
 
-def test_an_agent_on_a_silent_host_is_stopped_when_that_is_back(country: Country, a: Place, b: Hall) -> None:
+def test_an_agent_on_a_silent_host_is_stopped_when_the_host_is_back(country: Country, a: Place, b: Hall) -> None:
     task, pid = running(a)
     end(b)
     assert a.tt('prune', '--all').stdout.splitlines()[1:] == [LEFT]
@@ -268,7 +268,7 @@ def test_an_agent_on_a_silent_host_is_stopped_when_that_is_back(country: Country
     assert (wrong.status, wrong.code) == (503, 'host-silent')
     assert 'tt kill w --force' in wrong.detail
     assert a.do('agent.get', agent='w')['state'] == 'Draining'
-    assert identify(pid).start, 'it runs still'
+    assert identify(pid).start, 'its process is still running'
     findings = json.loads(a.tt('doctor', '--json', check=False).stdout)['findings']
     found = {each['kind']: each['what'] for each in findings}
     assert "host 'b' has 1 live agents" in found['silent host']
@@ -279,10 +279,10 @@ def test_an_agent_on_a_silent_host_is_stopped_when_that_is_back(country: Country
     end(back)
 
 
-def test_an_idle_agent_ends_by_itself_where_no_townhall_is_that_could_stop_it(
+def test_an_idle_agent_on_a_silent_host_exits_by_itself_when_it_is_killed(
     a: Place, b: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, '_GOODBYE_SECS', PATIENCE)
+    monkeypatch.setattr(agents, '_EXIT_SECS', PATIENCE)
     a.do('agent.spawn', name='w', host='b')
     pid = worker_pid(a)
     end(b)
@@ -290,7 +290,7 @@ def test_an_idle_agent_ends_by_itself_where_no_townhall_is_that_could_stop_it(
     await_exit(pid)
 
 
-def test_an_agent_that_is_given_up_can_do_nothing_more_and_ends(a: Place, b: Hall) -> None:
+def test_an_abandoned_agent_loses_its_tasks_and_its_worker_exits(a: Place, b: Hall) -> None:
     task, pid = running(a)
     queued = a.do('task.assign', agent='w', task='next')['task_id']
     end(b)
@@ -305,7 +305,7 @@ def test_an_agent_that_is_given_up_can_do_nothing_more_and_ends(a: Place, b: Hal
 
 @pytest.mark.usefixtures('b')
 @pytest.mark.parametrize('called', ['b', 'a', 'renamed'])
-def test_tt_stop_ends_the_workers_of_its_directory_alone_whatever_the_host_is_called(
+def test_tt_stop_stops_only_the_workers_of_its_directory_whatever_the_host_is_called(
     country: Country, a: Place, called: str
 ) -> None:
     a.do('agent.spawn', name='here')
@@ -316,7 +316,7 @@ def test_tt_stop_ends_the_workers_of_its_directory_alone_whatever_the_host_is_ca
     assert a.do('agent.get', agent='here')['state'] == 'Idle'
 
 
-def test_a_townhall_that_can_not_be_stopped_is_not_forgotten(ground: Place) -> None:
+def test_tt_stop_keeps_the_record_of_a_townhall_that_it_cannot_stop(ground: Place) -> None:
     file = ground.root / '.tt' / 'run' / 'townhall-7.json'
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({'host': 'h', 'boot': ANOTHER, 'pid': 7, 'start': '1', 'url': 'http://there'}))
@@ -327,11 +327,11 @@ def test_a_townhall_that_can_not_be_stopped_is_not_forgotten(ground: Place) -> N
     assert done.stdout.splitlines()[0] == 'Stopped 0 townhalls and 0 workers.'
     assert 'http://there (process 7) could not be stopped: it is in another container' in done.stdout
     assert file.exists()
-    assert running_townhalls(ground.root) == [], 'nobody holds its lock: it died'
+    assert running_townhalls(ground.root) == [], 'its lock is free, so it is dead'
     assert not file.exists()
 
 
-def test_tt_stop_ends_what_the_redis_of_now_does_not_tell_of(directory: Path) -> None:
+def test_tt_stop_stops_processes_that_the_configured_redis_does_not_know(directory: Path) -> None:
     place = make_town(directory)
     hall = place.hall()
     place.do('agent.spawn', name='w')
@@ -340,8 +340,8 @@ def test_tt_stop_ends_what_the_redis_of_now_does_not_tell_of(directory: Path) ->
         place.tt('config', 'redis.url', 'redis://127.0.0.1:1')
         done = place.tt('stop', '--redis', check=False)
         assert done.returncode == 1
-        said = 'Stopped 1 townhall, 0 workers, 1 worker that its Redis has not been told of and Redis.'
-        assert done.stdout.splitlines()[0] == said
+        line = 'Stopped 1 townhall, 0 workers, 1 worker that its Redis has not been told of and Redis.'
+        assert done.stdout.splitlines()[0] == line
         assert '127.0.0.1:1' in done.stdout.splitlines()[1]
         assert hall.process.wait(PATIENCE) == 0
         await_exit(pid)
@@ -350,7 +350,7 @@ def test_tt_stop_ends_what_the_redis_of_now_does_not_tell_of(directory: Path) ->
         place.close()
 
 
-# ----------------------------------------------------------------------------------------------------- who looks after
+# -------------------------------------------------------------------------------------------------------- supervision
 
 
 ANOTHER = f'{this_boot()}1'  # another container on this machine
@@ -358,14 +358,14 @@ ANOTHER = f'{this_boot()}1'  # another container on this machine
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Has a file be locked as by a process that lives."""
+    """Locks a file, as its live process would."""
     with open(file, 'rb') as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield
 
 
-def beside(ground: Place) -> tuple[str, Path]:
-    """An agent whose worker is in another container of this host: its task, and the note of its process."""
+def worker_in_another_container(ground: Place) -> tuple[str, Path]:
+    """Registers an agent with such a worker. Returns the id of its running task and the file that notes its process."""
     puppet = enlist(ground, 'w')
     process = replace(identify(os.getpid()), boot=ANOTHER, start='1')
     puppet.becomes(process)
@@ -376,8 +376,8 @@ def beside(ground: Place) -> tuple[str, Path]:
     return task, note
 
 
-def test_a_worker_in_another_container_is_dead_when_its_lock_is_free_and_not_before(ground: Place) -> None:
-    task, note = beside(ground)
+def test_a_worker_in_another_container_is_dead_only_when_its_lock_is_free(ground: Place) -> None:
+    task, note = worker_in_another_container(ground)
     with locked(note):
         assert ground.do('recovery.recover_agents')['recovered'] == 0
         assert 'dead worker' not in ground.tt('doctor', check=False).stdout
@@ -389,44 +389,44 @@ def test_a_worker_in_another_container_is_dead_when_its_lock_is_free_and_not_bef
     assert ground.do('task.get', task_id=task)['state'] == 'pending'
 
 
-def test_a_worker_in_another_container_can_be_given_up(ground: Place) -> None:
-    task, note = beside(ground)
+def test_a_worker_in_another_container_can_be_abandoned(ground: Place) -> None:
+    task, note = worker_in_another_container(ground)
     with locked(note):
         assert ground.do('agent.kill', agent='w', force=True)['status'] == 'stopped'
-    assert 'given up' in ground.do('task.history', task_id=task)['history'][-1]['why']
+    assert 'abandoned' in ground.do('task.history', task_id=task)['history'][-1]['why']
 
 
-def test_of_a_worker_that_left_no_note_a_lease_of_silence_has_to_tell(ground: Place) -> None:
-    task, note = beside(ground)
+def test_a_worker_without_a_process_note_is_freed_after_a_lease_of_silence(ground: Place) -> None:
+    task, note = worker_in_another_container(ground)
     note.unlink()
     assert ground.do('recovery.recover_agents')['recovered'] == 0
     waits: list[float] = []
     call = Call(ground.town, OPERATOR)
-    beat = ground.store.beat(*enlisted(ground), ())
+    heartbeat = ground.store.beat(*enlisted(ground), ())
 
-    def once(_: float) -> None:
-        select.select([], [], [], 0.01)  # so long that its age grows, by the clock of Redis
-        ground.store.call(beat)
+    def send_heartbeat(_: float) -> None:
+        select.select([], [], [], 0.01)  # long enough for the age to grow by Redis' clock
+        ground.store.call(heartbeat)
 
-    ground.store.run(recovery.outwait(call, 'w', once))
-    assert ground.do('task.get', task_id=task)['state'] == 'running', 'it was heard of'
+    ground.store.run(recovery.free_if_silent(call, 'w', send_heartbeat))
+    assert ground.do('task.get', task_id=task)['state'] == 'running', 'it sent a heartbeat'
 
-    def silent(seconds: float) -> None:
+    def stay_silent(seconds: float) -> None:
         waits.append(seconds)
         select.select([], [], [], 0.002)
 
-    ground.store.run(recovery.outwait(call, 'w', silent))
+    ground.store.run(recovery.free_if_silent(call, 'w', stay_silent))
     assert sum(waits) > ground.town.config.agent.lease_secs
     assert ground.do('task.get', task_id=task)['state'] == 'pending'
 
 
-def test_each_host_looks_after_its_own_processes(a: Place) -> None:
-    """The caretaker of the town is that of `a`, which came first; only `b` can tell that a worker there is dead."""
+def test_each_host_supervises_its_own_processes(a: Place) -> None:
+    """Host `a` supervises the town because it came first, but only `b` can prove that a worker there is dead."""
     task, pid = running(a)
     os.kill(pid, signal.SIGKILL)
     requeued = a.await_event('task.requeued', task_id=task)
     assert requeued['why'] == 'its process died'
-    a.await_event('agent.restarting', agent_name='w')  # as the settings of `b` have it
+    a.await_event('agent.restarting', agent_name='w')  # because `b` has agent.restart = on-failure
     a.await_event('task.started', task_id=task, attempt=2)
     shown = a.do('agent.get', agent='w')
     assert (shown['host'], shown['restarts']) == ('b', 1)
@@ -440,12 +440,14 @@ def test_a_log_is_read_on_the_host_that_has_it(country: Country, a: Place) -> No
     a.do('agent.spawn', name='w', host='b')
     wrong = country.halls['a'].get('/v1/agents/w/logs')
     assert (wrong.status, wrong.json['code']) == (409, 'other-host')
-    assert wrong.json['detail'] == "The log of 'w' is on host 'b'; ask there", 'a loopback address is no use elsewhere'
+    assert wrong.json['detail'] == "The log of 'w' is on host 'b'; ask there", (
+        'a loopback URL is useless on other hosts'
+    )
     assert ' is up (pid' in country.halls['b'].get('/v1/agents/w/logs').json['text']
 
 
-def test_who_has_a_log_is_said_where_it_can_be_reached(ground: Place) -> None:
-    heard_of(ground, hosts.Presence('far', new_id(), 'the place', 'http://192.0.2.7:8787'))
+def test_the_refusal_of_a_log_on_another_host_names_a_reachable_url(ground: Place) -> None:
+    stay_alive(ground, hosts.Presence('far', new_id(), 'the place', 'http://192.0.2.7:8787'))
     enlist(ground, 'w').hello(replace(ELSEWHERE, host='far'))
     wrong = problem(ground, 'agent.logs', agent='w')
     assert wrong.detail == "The log of 'w' is on host 'far'; ask its townhall:  tt --url http://192.0.2.7:8787"
@@ -460,13 +462,13 @@ def enlisted(place: Place) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------ orders
 
 
-class Watch:
-    """A steward whose workers the test plays, on the host of `presence`."""
+class FakeTownhall:
+    """Takes the orders of the host of `presence`. The test plays the workers that it starts."""
 
     def __init__(self, place: Place, presence: hosts.Presence) -> None:
         self.place = place
         self.started: list[str] = []
-        self.steward = HostOrders(place.town, presence, self.start)
+        self.orders = HostOrders(place.town, presence, self.start)
 
     def start(self, _town: Town, agent_id: str, name: str, instance: str) -> None:
         self.started.append(name)
@@ -474,7 +476,7 @@ class Watch:
 
 
 def register(place: Place, name: str, within: int) -> tuple[str, str]:
-    """An agent that host `far` is to start within so many ms: its id, and the order."""
+    """Registers an agent for host `far` to start within `within` ms. Returns the agent id and the order."""
     agent, instance = new_id(), new_id()
     head = f'{{"id":"{agent}","name":"{name}","role_id":null'
     where = ('far', within, 60_000)
@@ -482,43 +484,43 @@ def register(place: Place, name: str, within: int) -> tuple[str, str]:
     return agent, text(reply[1])
 
 
-def answers(place: Place, order: str) -> dict[str, str]:
-    """What is said to have come of an order."""
+def result_of(place: Place, order: str) -> dict[str, str]:
+    """The reported result of an order."""
     reply = place.store.call(place.store.entries(f'host:far:answer:{order}', '0-0', 20_000))
     return next(hosts.fields(reply))[1]
 
 
-def look(watch: Watch) -> None:
-    """One look, and all that follows from it."""
-    watch.steward.take_orders(10)
+def take_orders(townhall: FakeTownhall) -> None:
+    """Takes the orders that are there, and waits until they are carried out."""
+    townhall.orders.take_orders(10)
     for thread in threading.enumerate():
         if thread.name.startswith('host-orders-'):
             thread.join()
 
 
-def test_an_order_that_nobody_takes_is_withdrawn(ground: Place, played: hosts.Presence) -> None:
+def test_an_order_that_nobody_takes_is_withdrawn(ground: Place, far: hosts.Presence) -> None:
     config = ground.town.config
     hurried = config.but(townhall=config.townhall.but(request_timeout_ms=1200))
     call = Call(Town(ground.root, hurried, ground.store), OPERATOR)
     with pytest.raises(TownError) as raised:
-        ground.store.run(agents.spawn(call, name='w', host=played.host))
+        ground.store.run(agents.spawn(call, name='w', host=far.host))
     assert (raised.value.status, raised.value.code) == (503, 'host-silent')
     assert problem(ground, 'agent.get', agent='w').status == 404
     assert redis(ground, 'XLEN', ground.store.prefix + b'host:far:orders') == 0
     check(ground)
 
 
-def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place, played: hosts.Presence) -> None:
+def test_the_error_for_a_start_of_unknown_result_has_the_agents_id(ground: Place, far: hosts.Presence) -> None:
     config = ground.town.config
     hurried = config.but(townhall=config.townhall.but(request_timeout_ms=1500))
 
     def taken(spawning: Step[Any]) -> Step[Any]:
-        """Spawns, and has the townhall there take the order as soon as there is one."""
+        """Spawns; the townhall there takes the order as soon as there is one, but never reports a result."""
         command = next(spawning)
         while True:
             reply = yield command
             if orders := list(hosts.fields(ground.store.call(hosts.orders(ground.store, 'far', 1)))):
-                ground.store.call(hosts.take_order(ground.store, played, orders[0][0], ELSEWHERE.line))
+                ground.store.call(hosts.take_order(ground.store, far, orders[0][0], ELSEWHERE.line))
             command = spawning.send(reply)
 
     call = Call(Town(ground.root, hurried, ground.store), OPERATOR)
@@ -528,76 +530,76 @@ def test_who_is_left_unsure_of_a_start_is_told_the_id_of_the_agent(ground: Place
     assert f"'w' ({enlisted(ground)[0]})" in raised.value.detail
 
 
-def test_an_order_is_carried_out_once_and_what_came_of_it_is_told(ground: Place, played: hosts.Presence) -> None:
+def test_an_order_is_carried_out_once_and_its_result_is_reported(ground: Place, far: hosts.Presence) -> None:
     agent, order = register(ground, 'w', 60_000)
-    first, second = Watch(ground, played), Watch(ground, played)
-    look(first)
-    look(second)
+    first, second = FakeTownhall(ground, far), FakeTownhall(ground, far)
+    take_orders(first)
+    take_orders(second)
     assert (first.started, second.started) == (['w'], [])
-    assert answers(ground, order)['code'] == ''
+    assert result_of(ground, order)['code'] == ''
     assert ground.do('agent.get', agent=agent)['state'] == 'Idle'
 
 
-def test_an_order_to_start_that_comes_too_late_starts_nothing(ground: Place, played: hosts.Presence) -> None:
+def test_an_order_to_start_that_comes_too_late_starts_nothing(ground: Place, far: hosts.Presence) -> None:
     agent, order = register(ground, 'w', -1)
-    watch = Watch(ground, played)
-    look(watch)
-    assert watch.started == []
-    assert answers(ground, order)['code'] == 'order-late'
+    townhall = FakeTownhall(ground, far)
+    take_orders(townhall)
+    assert townhall.started == []
+    assert result_of(ground, order)['code'] == 'order-late'
     assert problem(ground, 'agent.get', agent=agent).status == 404
 
 
-def test_what_was_killed_before_it_was_started_is_not_started(ground: Place, played: hosts.Presence) -> None:
+def test_an_agent_that_was_killed_before_its_start_is_not_started(ground: Place, far: hosts.Presence) -> None:
     agent, order = register(ground, 'w', 60_000)
     stopping = ground.store.run(agents.look_up(Call(ground.town, OPERATOR), agent))
     ground.store.call(ground.store.stop_there(agent, stopping.instance, 'far', 'killed', 0, 'backlog', 60_000))
-    watch = Watch(ground, replace(played, host='far'))
+    townhall = FakeTownhall(ground, replace(far, host='far'))
     with named('far'):
-        look(watch)
-    assert watch.started == []
-    assert answers(ground, order)['code'] == 'stale-instance'
+        take_orders(townhall)
+    assert townhall.started == []
+    assert result_of(ground, order)['code'] == 'stale-instance'
     assert ground.do('agent.get', agent=agent)['state'] == 'Stopped'
 
 
-def test_a_townhall_that_is_not_there_takes_no_order(ground: Place, played: hosts.Presence) -> None:
+def test_a_townhall_that_has_ended_takes_no_order(ground: Place, far: hosts.Presence) -> None:
     register(ground, 'w', 60_000)
-    ground.store.call(played.gone(ground.store))
-    watch = Watch(ground, played)
-    look(watch)
-    assert watch.started == []
+    ground.store.call(far.gone(ground.store))
+    townhall = FakeTownhall(ground, far)
+    take_orders(townhall)
+    assert townhall.started == []
     assert redis(ground, 'XLEN', ground.store.prefix + b'host:far:orders') == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- names
 
 
-def test_a_host_s_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
-    other = heard_of(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
+def test_a_host_name_is_used_in_one_place_at_a_time(ground: Place) -> None:
+    other = stay_alive(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
     waits: list[float] = []
     with pytest.raises(UsageError, match=r'another place.*TINYTOWN_HOST'):
         hosts.arrive(ground.town, '', waits.append)
-    assert sum(waits) > hosts.SILENCE_SECS, 'it could have been one that died'
+    assert sum(waits) > hosts.SILENCE_SECS, 'the other townhall could have been a dead one'
     ground.store.call(other.gone(ground.store))
     assert hosts.arrive(ground.town, '', waits.append).host == this_host()
 
 
-def test_what_goes_by_the_name_of_another_place_frees_nothing(ground: Place) -> None:
+def test_recover_is_refused_if_another_place_uses_the_host_name(ground: Place) -> None:
     enlist(ground, 'w').becomes(replace(identify(os.getpid()), start='1'))
-    other = heard_of(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
+    other = stay_alive(ground, hosts.Presence(this_host(), new_id(), 'another place', ''))
     assert problem(ground, 'recovery.recover_agents').code == 'host-name-taken'
     assert 'TINYTOWN_HOST' in ground.tt('doctor', '--fix', check=False).stdout
     ground.store.call(other.gone(ground.store))
     assert ground.do('recovery.recover_agents')['agents'] == ['w']
 
 
-def test_a_name_is_free_when_whoever_had_it_has_fallen_silent(ground: Place) -> None:
+def test_a_host_name_is_free_again_when_its_townhall_is_silent(ground: Place) -> None:
     key = ground.store.prefix + f'host:{this_host()}'.encode()
     redis(ground, 'HSET', key, 'dead', '{"heard":"1","place":"another place","url":""}')
     hosts.arrive(ground.town, '')
     assert redis(ground, 'HEXISTS', key, 'dead') == 0
 
 
-def test_a_host_that_was_not_heard_of_for_a_week_is_forgotten(ground: Place) -> None:
+def test_a_host_without_a_heartbeat_for_a_week_is_forgotten(ground: Place) -> None:
     redis(ground, 'ZADD', ground.store.prefix + b'hosts', 1, 'old')
     redis(ground, 'XADD', ground.store.prefix + b'host:old:orders', '*', 'verb', 'forget')
     hosts.arrive(ground.town, '')
@@ -618,11 +620,11 @@ def test_a_directory_joins_a_town_whose_redis_it_names(country: Country, directo
     made.root.mkdir()
     words = ('init', '--join', '--name', 'test', '--redis-url', url, '--host', 'd')
     assert made.tt_json(*words)['host'] == 'd'
-    assert (made.root / 'tinytown.toml').stat().st_mode & 0o077 == 0, 'there may be a password in it'
+    assert (made.root / 'tinytown.toml').stat().st_mode & 0o077 == 0, 'it may contain a password'
 
 
 @pytest.mark.parametrize(
-    ('words', 'status', 'said'),
+    ('words', 'status', 'message'),
     [
         (('--name', 'other', '--redis-url', 'URL'), 1, "no town 'other'"),
         (('--name', 'test'), 2, 'redis.url is not set'),
@@ -630,16 +632,16 @@ def test_a_directory_joins_a_town_whose_redis_it_names(country: Country, directo
         (('--name', 'test', '--redis-url', 'URL', '--host', 'a b'), 2, '--host'),
     ],
 )
-def test_what_can_not_be_joined_leaves_no_town_behind(
-    country: Country, directory: Path, words: tuple[str, ...], status: int, said: str
+def test_a_refused_join_leaves_no_town_behind(
+    country: Country, directory: Path, words: tuple[str, ...], status: int, message: str
 ) -> None:
     url = f'unix://{country.a.root}/.tt/redis.sock'
     done = Place(directory).tt('init', '--join', *(word.replace('URL', url) for word in words), check=False)
     assert done.returncode == status
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (directory / 'tinytown.toml').exists()
 
 
-def test_a_worker_in_the_foreground_is_not_sent_elsewhere(country: Country) -> None:
+def test_a_foreground_spawn_on_another_host_is_refused(country: Country) -> None:
     done = country.b.tt('spawn', 'w', '--foreground', '--host', 'a', check=False)
     assert (done.returncode, '--host' in done.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""The table of operations, held to everything derived from it; and what the operations do to a town."""
+"""The table of operations: rows, schemas, dispatch, idempotency and paging; and what the operations do to a town."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..support import OPERATOR, Place
 
 # --------------------------------------------------------------------------------------------------------- the table
 
-# method, path, scope and status, as contract.md section 2 has them
+# method, path, scope and status of the published REST API
 CONTRACT = """
 GET /v1/town town.read 200
 GET /v1/status town.read 200
@@ -65,7 +65,7 @@ every_row = pytest.mark.parametrize('op', OPERATIONS, ids=[op.name for op in OPE
 
 
 @pytest.mark.parametrize('line', CONTRACT)
-def test_the_contract_has_its_row(line: str) -> None:
+def test_every_line_of_the_contract_has_a_row(line: str) -> None:
     method, path, scope, status = line.split()
     row = next(op for op in OPERATIONS if op.path == path and method in (op.method, op.also))
     assert (row.scope, row.status) == (scope, int(status))
@@ -105,7 +105,7 @@ def test_the_schemas_of_a_row_are_valid_and_its_defaults_fit(op: Op) -> None:
 
 
 def closed(schema: Any) -> Any:
-    """A schema that takes no field that it does not name; an event may say more."""
+    """A schema that refuses fields it does not name. Events are exempt, because their fields depend on their type."""
     if isinstance(schema, list):
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -116,7 +116,7 @@ def closed(schema: Any) -> Any:
 
 
 def watched(step: Step[Any], trips: list[Command]) -> Step[Any]:
-    """A step whose commands are noted."""
+    """Runs a step and appends its commands to `trips`."""
     try:
         command = next(step)
         while True:
@@ -132,7 +132,7 @@ def watched(step: Step[Any], trips: list[Command]) -> Step[Any]:
 
 
 class Scene:
-    """Runs operations on a town, holds every answer to its schema, and looks at the round trips of each."""
+    """Runs operations on a town. Checks every answer against its schema, and counts the round trips."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -145,7 +145,7 @@ class Scene:
         answer = json.loads(encode_answer(store.run(watched(call(self.place.town, OPERATOR, op, named), trips))))
         if not op.slow:
             assert len(trips) <= 1, f'{name} took {len(trips)} round trips'
-        assert {each.by for each in trips if each.script} <= {OPERATOR.name}, f'{name} did not say who asks'
+        assert {each.by for each in trips if each.script} <= {OPERATOR.name}, f'{name} did not name the caller'
         schema = closed(op.output)
         Draft202012Validator(schema).validate(answer)
         for missing in op.output['required']:
@@ -195,9 +195,9 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     assert scene('task.retry', task_id=added[2]) == {'task_id': added[2], 'state': 'pending'}
     assert scene('task.cancel', task_id=added[3]) == {'task_id': added[3], 'state': 'cancelled'}
     assert scene('backlog.assign_all', agent='child') == {'assigned': 1, 'tasks': [added[2]]}
-    told = scene('task.history', task_id=task['task_id'])['history']
-    assert [each['type'] for each in told] == ['task.created', 'task.assigned', 'task.started', 'task.completed']
-    assert [each.get('by') for each in told] == ['operator', 'operator', 'backend', 'backend']
+    changes = scene('task.history', task_id=task['task_id'])['history']
+    assert [each['type'] for each in changes] == ['task.created', 'task.assigned', 'task.started', 'task.completed']
+    assert [each.get('by') for each in changes] == ['operator', 'operator', 'backend', 'backend']
     page = scene('events.list', task=task['task_id'], limit=2)
     assert [each['type'] for each in page['events']] == ['task.created', 'task.assigned']
     assert (page['next_after'], page['more']) == (page['events'][-1]['id'], True)
@@ -251,7 +251,7 @@ def test_the_answer_of_every_operation_has_the_shape_that_its_row_publishes(plac
     check(place)
 
 
-# ---------------------------------------------------------------------------------------------------------- the door
+# ---------------------------------------------------------------------------------------------------------- dispatch
 
 
 @every_row
@@ -266,7 +266,7 @@ def test_a_caller_without_the_scope_of_a_row_is_refused_before_anything_else(gro
         ground.do(op.name, by=Principal('root', frozenset({ADMIN})), no_such_argument=1)
 
 
-def test_an_event_and_the_history_of_a_task_say_who_asked(ground: Place) -> None:
+def test_an_event_and_the_history_of_a_task_name_the_caller(ground: Place) -> None:
     agent = enlist(ground, 'a')
     by = Principal('key-7', frozenset({WRITE}), agent.id, 'a')
     task = ground.do('task.assign', by=by, agent='a', task='x')['task_id']
@@ -285,20 +285,20 @@ def test_an_event_and_the_history_of_a_task_say_who_asked(ground: Place) -> None
 # ----------------------------------------------------------------------------------------------------- naming agents
 
 
-def test_an_agent_is_meant_by_its_name_in_any_case_its_id_or_a_unique_start_of_it(ground: Place) -> None:
+def test_an_agent_is_found_by_its_name_in_any_case_its_id_or_a_unique_start_of_the_id(ground: Place) -> None:
     agent = enlist(ground, 'Backend')
     for ref in ('Backend', 'BACKEND', 'backend', agent.id, agent.id[:4], agent.id[:13]):
         assert ground.do('agent.get', agent=ref)['id'] == agent.id
 
 
 @pytest.mark.parametrize('ref', ['nobody', 'abc', '00000000', 'Back'])
-def test_what_means_no_agent_is_not_found(ground: Place, ref: str) -> None:
+def test_an_unknown_agent_is_not_found(ground: Place, ref: str) -> None:
     enlist(ground, 'Backend')
     with pytest.raises(NotFound, match=f"Agent '{ref}' not found"):
         ground.do('agent.get', agent=ref)
 
 
-def test_a_start_of_two_ids_is_ambiguous_and_three_characters_mean_nothing(ground: Place) -> None:
+def test_a_start_of_two_ids_is_ambiguous_and_three_characters_are_too_few(ground: Place) -> None:
     ids = ['abcd1111' + new_id()[8:], 'abcd2222' + new_id()[8:]]
     for number, agent_id in enumerate(ids):
         head = f'{{"id":"{agent_id}","name":"n{number}","cli":"demo"'
@@ -312,7 +312,7 @@ def test_a_start_of_two_ids_is_ambiguous_and_three_characters_mean_nothing(groun
 
 
 @pytest.mark.parametrize('ref', ['conductor', 'Supervisor', '00000000-0000-0000-0000-000000000001'])
-def test_the_conductor_is_a_mailbox_and_no_agent(ground: Place, ref: str) -> None:
+def test_the_conductor_is_a_mailbox_and_not_an_agent(ground: Place, ref: str) -> None:
     ground.do('message.send', to=ref, message='help')
     assert ground.do('agent.inbox', agent=ref)['messages'][0]['summary'] == 'help'
     for operation in ('agent.get', 'agent.kill', 'agent.close', 'agent.restart'):
@@ -327,7 +327,7 @@ def test_the_conductor_is_a_mailbox_and_no_agent(ground: Place, ref: str) -> Non
         ground.do('agent.spawn', name=ref)
 
 
-def test_a_name_that_is_taken_in_another_case_is_refused(ground: Place) -> None:
+def test_agent_names_are_unique_regardless_of_case(ground: Place) -> None:
     enlist(ground, 'Backend')
     with pytest.raises(Conflict) as caught:
         enlist(ground, 'bACKEND')
@@ -368,7 +368,7 @@ GIVING: dict[str, Callable[[Place, str, str], Any]] = {
 
 @pytest.mark.parametrize('operation', GIVING)
 @pytest.mark.parametrize('state', ['unknown', 'Stopped', 'Error', 'Draining'])
-def test_work_for_an_agent_that_can_not_take_it_is_refused_and_nothing_moves(
+def test_work_for_an_agent_that_does_not_accept_it_is_refused_and_nothing_moves(
     ground: Place, operation: str, state: str
 ) -> None:
     stopped = enlist(ground, 'at-rest')
@@ -391,7 +391,7 @@ def test_work_for_an_agent_that_can_not_take_it_is_refused_and_nothing_moves(
     assert snapshot(ground) == before
 
 
-def test_a_task_that_is_not_in_the_backlog_can_not_be_claimed_or_removed(ground: Place) -> None:
+def test_a_task_outside_the_backlog_cannot_be_claimed_or_removed(ground: Place) -> None:
     enlist(ground, 'a')
     enlist(ground, 'b')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
@@ -408,12 +408,12 @@ def test_a_task_that_is_not_in_the_backlog_can_not_be_claimed_or_removed(ground:
 def test_of_many_claimers_exactly_one_gets_each_task(ground: Place) -> None:
     agents = [enlist(ground, f'a{number}') for number in range(32)]
     tasks = [ground.do('backlog.add', description=f't{number}')['task_id'] for number in range(50)]
-    gate = threading.Barrier(32)
+    barrier = threading.Barrier(32)
 
     def claim(agent: Puppet) -> list[tuple[str, str]]:
         mine = random.Random(agent.name).sample(tasks, len(tasks))
         won = []
-        gate.wait()
+        barrier.wait()
         for task in mine:
             try:
                 won.append((task, ground.do('backlog.claim', task_id=task, agent=agent.name)['agent_id']))
@@ -430,7 +430,7 @@ def test_of_many_claimers_exactly_one_gets_each_task(ground: Place) -> None:
     check(ground)
 
 
-def test_assign_all_gives_the_oldest_first_and_two_hundred_at_once(ground: Place) -> None:
+def test_assign_all_assigns_the_oldest_tasks_first_at_most_two_hundred_a_call(ground: Place) -> None:
     agent = enlist(ground, 'a')
     heads = [(new_id(), number) for number in range(230)]
     pipeline(
@@ -459,7 +459,7 @@ def running(place: Place) -> tuple[Puppet, str]:
 
 
 @pytest.mark.parametrize('verb', ['complete', 'fail'])
-def test_the_same_report_of_the_same_attempt_is_taken_again_and_counts_once(ground: Place, verb: str) -> None:
+def test_a_repeated_report_of_an_attempt_is_accepted_and_counts_once(ground: Place, verb: str) -> None:
     agent, task = running(ground)
     first = ground.do(f'task.{verb}', task_id=task, attempt=1)
     ended = ground.do('task.get', task_id=task)
@@ -476,7 +476,7 @@ def test_the_same_report_of_the_same_attempt_is_taken_again_and_counts_once(grou
 
 
 @pytest.mark.parametrize('attempt', [2, 99])
-def test_a_report_of_an_attempt_that_is_not_the_current_one_changes_nothing(ground: Place, attempt: int) -> None:
+def test_a_report_of_an_attempt_other_than_the_current_one_changes_nothing(ground: Place, attempt: int) -> None:
     _, task = running(ground)
     before = snapshot(ground)
     with pytest.raises(Conflict) as caught:
@@ -485,7 +485,7 @@ def test_a_report_of_an_attempt_that_is_not_the_current_one_changes_nothing(grou
     assert snapshot(ground) == before
 
 
-def test_a_report_of_an_attempt_that_lost_its_task_is_stale_until_and_after_the_next(ground: Place) -> None:
+def test_an_attempt_that_lost_its_task_is_stale_before_and_after_the_next_attempt(ground: Place) -> None:
     agent, task = running(ground)
     agent.depart(to='inbox')
     with pytest.raises(Conflict) as caught:
@@ -501,7 +501,7 @@ def test_a_report_of_an_attempt_that_lost_its_task_is_stale_until_and_after_the_
 
 @pytest.mark.parametrize('prepare', ['pending', 'assigned', 'running'])
 @pytest.mark.parametrize('verb', ['complete', 'fail', 'cancel'])
-def test_an_operator_ends_a_task_in_any_unfinished_state(ground: Place, prepare: str, verb: str) -> None:
+def test_an_operator_can_end_a_task_in_any_unfinished_state(ground: Place, prepare: str, verb: str) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('backlog.add', description='x')['task_id']
     if prepare != 'pending':
@@ -521,7 +521,7 @@ def test_an_operator_ends_a_task_in_any_unfinished_state(ground: Place, prepare:
     check(ground)
 
 
-def test_a_cancelled_attempt_can_not_be_reported(ground: Place) -> None:
+def test_a_report_of_a_cancelled_attempt_is_refused(ground: Place) -> None:
     agent, task = running(ground)
     ground.do('task.cancel', task_id=task)
     with pytest.raises(Conflict) as caught:
@@ -531,7 +531,7 @@ def test_a_cancelled_attempt_can_not_be_reported(ground: Place) -> None:
 
 
 @pytest.mark.parametrize('verb', ['fail', 'cancel'])
-def test_a_retried_task_keeps_its_number_of_attempts_rising(ground: Place, verb: str) -> None:
+def test_the_attempt_number_of_a_retried_task_goes_on_rising(ground: Place, verb: str) -> None:
     agent, task = running(ground)
     ground.do(f'task.{verb}', task_id=task)
     assert ground.do('task.retry', task_id=task)['state'] == 'pending'
@@ -571,29 +571,29 @@ def test_an_unknown_task_is_not_found(ground: Place, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'said',
+    'content',
     ['"; DROP', 'a\\b\n\t"quoted" / \u2028 ä 🎉', '{"json": [1, null]}', ']]} --', "$(rm -rf /) `x` 'y'", '%s %d'],
 )
-def test_text_comes_back_as_it_was_given(ground: Place, said: str) -> None:
+def test_text_comes_back_as_it_was_given(ground: Place, content: str) -> None:
     agent = enlist(ground, 'a')
-    first = ground.do('task.assign', agent='a', task=said)['task_id']
-    ground.do('message.send', to='a', message=said)
-    assert ground.do('agent.inbox', agent='a')['messages'][0]['summary'] == said
+    first = ground.do('task.assign', agent='a', task=content)['task_id']
+    ground.do('message.send', to='a', message=content)
+    assert ground.do('agent.inbox', agent='a')['messages'][0]['summary'] == content
     agent.take()
-    assert ground.do('agent.get', agent='a')['current_scope'] == said.split('\n')[0]
-    ground.do('task.fail', task_id=first, error=said)
-    tag = said.replace(',', '').replace('\n', '').replace('\t', '')[:63]
-    second = ground.do('backlog.add', description=said, tags=[tag])['task_id']
+    assert ground.do('agent.get', agent='a')['current_scope'] == content.split('\n')[0]
+    ground.do('task.fail', task_id=first, error=content)
+    tag = content.replace(',', '').replace('\n', '').replace('\t', '')[:63]
+    second = ground.do('backlog.add', description=content, tags=[tag])['task_id']
     listed = {task['task_id']: task for task in ground.do('task.list')['tasks']}
-    assert (listed[first]['description'], listed[first]['error'], listed[second]['tags']) == (said, said, [tag])
-    assert ground.do('backlog.list')['backlog'][0]['description'] == said
+    assert (listed[first]['description'], listed[first]['error'], listed[second]['tags']) == (content, content, [tag])
+    assert ground.do('backlog.list')['backlog'][0]['description'] == content
 
 
 # ---------------------------------------------------------------------------------------------------------- recovery
 
 
 @pytest.mark.parametrize('to', ['', 'b'])
-def test_reclaim_moves_what_waits_for_an_agent_at_rest(ground: Place, to: str) -> None:
+def test_reclaim_moves_the_queued_work_of_a_stopped_agent(ground: Place, to: str) -> None:
     a, b = enlist(ground, 'a'), enlist(ground, 'b')
     tasks = [ground.do('task.assign', agent='a', task=f't{i}')['task_id'] for i in range(3)]
     ground.do('message.send', to='a', message='m')
@@ -631,7 +631,7 @@ def test_orphans_are_listed_requeued_cancelled_or_deleted(ground: Place, action:
     )
     rests.depart()
     prefix = text(ground.store.prefix)
-    redis(ground, 'DEL', f'{prefix}agent:{gone.id}')  # a damage that no operation does
+    redis(ground, 'DEL', f'{prefix}agent:{gone.id}')  # damage that no operation causes
     for key in ('ids', 'agents', 'live'):
         redis(ground, 'ZREM', prefix + key, gone.id)
     redis(ground, 'HDEL', f'{prefix}names', 'gone')
@@ -643,7 +643,7 @@ def test_orphans_are_listed_requeued_cancelled_or_deleted(ground: Place, action:
     states = {task['task_id']: task['state'] for task in ground.do('task.list')['tasks']}
     assert states == {of_lives: 'assigned'} | ({of_gone: expected, of_rests: expected} if expected else {})
     if action == 'list':
-        ground.do('task.complete', task_id=of_gone)  # ends it without making a ghost of its agent
+        ground.do('task.complete', task_id=of_gone)  # finishes the task without creating a record of its agent
         ground.do('recovery.orphan_tasks', action='to_backlog')
     check(ground)
 
@@ -667,12 +667,12 @@ def test_reset_leaves_nothing_but_the_town_and_its_event_ids_go_on_rising(ground
     history = ground.history()
     assert [event['type'] for event in history] == ['town.reset']
     stream = redis(ground, 'XINFO', 'STREAM', ground.store.prefix + b'events')
-    assert int(stream[stream.index(b'entries-added') + 1]) > 20  # the same stream, so its ids can't fall back
+    assert int(stream[stream.index(b'entries-added') + 1]) > 20  # the stream was not deleted, so its ids can't go back
     assert history[0]['id'] > last
 
 
 @pytest.mark.parametrize('by', ['ids', 'all'])
-def test_messages_are_cleared_by_id_or_all_at_once_and_tasks_stay(ground: Place, by: str) -> None:
+def test_messages_are_removed_by_id_or_all_at_once_and_tasks_stay(ground: Place, by: str) -> None:
     enlist(ground, 'a')
     ground.do('task.assign', agent='a', task='stays')
     ids = [new_id() for _ in range(130)]
@@ -699,10 +699,10 @@ def test_messages_are_cleared_by_id_or_all_at_once_and_tasks_stay(ground: Place,
 
 def test_many_requests_with_one_key_have_one_effect_and_one_answer(ground: Place) -> None:
     enlist(ground, 'a')
-    gate = threading.Barrier(20)
+    barrier = threading.Barrier(20)
 
     def ask(_: int) -> Any:
-        gate.wait()
+        barrier.wait()
         answer = ground.do('task.assign', agent='a', task='once', key='k1')
         ground.store.close()
         return answer
@@ -715,7 +715,7 @@ def test_many_requests_with_one_key_have_one_effect_and_one_answer(ground: Place
     check(ground)
 
 
-def test_a_key_belongs_to_its_request_its_caller_and_its_operation(ground: Place) -> None:
+def test_an_idempotency_key_belongs_to_one_request_caller_and_operation(ground: Place) -> None:
     enlist(ground, 'a')
     first = ground.do('task.assign', agent='a', task='x', key='k:1')
     with pytest.raises(Invalid) as caught:
@@ -728,7 +728,7 @@ def test_a_key_belongs_to_its_request_its_caller_and_its_operation(ground: Place
     assert ground.do('task.list')['count'] == 3
 
 
-def test_a_caller_whose_name_holds_separators_meets_nobody_elses_key(ground: Place) -> None:
+def test_callers_with_separators_in_their_names_do_not_share_idempotency_keys(ground: Place) -> None:
     scopes = frozenset({WRITE})
     for name, key in (('a', 'backlog.add:k'), ('a:backlog.add', 'k'), ('a backlog.add', 'k')):
         ground.do('backlog.add', by=Principal(name, scopes), description='x', key=key)
@@ -747,7 +747,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize('operation', ANSWERS)
-def test_a_repetition_is_given_the_first_answer_and_is_forgotten_after_a_day(ground: Place, operation: str) -> None:
+def test_a_repeated_request_gets_the_first_answer_for_a_day(ground: Place, operation: str) -> None:
     enlist(ground, 'a')
     first = ground.do(operation, key='k', **ANSWERS[operation])
     before = snapshot(ground)
@@ -757,7 +757,7 @@ def test_a_repetition_is_given_the_first_answer_and_is_forgotten_after_a_day(gro
     assert 86_000 < redis(ground, 'TTL', text(ground.store.prefix) + record) <= 86_400
 
 
-def test_a_request_that_failed_records_nothing(ground: Place) -> None:
+def test_a_failed_request_leaves_its_idempotency_key_free(ground: Place) -> None:
     for _ in range(2):
         with pytest.raises(NotFound):
             ground.do('task.assign', agent='late', task='x', key='k')
@@ -765,7 +765,7 @@ def test_a_request_that_failed_records_nothing(ground: Place) -> None:
     assert ground.do('task.assign', agent='late', task='x', key='k')['agent_name'] == 'late'
 
 
-def test_a_read_keeps_no_key(ground: Place) -> None:
+def test_a_read_ignores_the_idempotency_key(ground: Place) -> None:
     assert ground.do('backlog.list', key='k')['count'] == 0
     ground.do('backlog.add', description='x')
     assert ground.do('backlog.list', key='k')['count'] == 1
@@ -773,12 +773,12 @@ def test_a_read_keeps_no_key(ground: Place) -> None:
 
 
 def started(place: Place, **arguments: Any) -> Any:
-    """A slow operation with a key, its key taken and its work not begun; and its next command."""
+    """A slow operation that has reserved its key but not begun its work, and its next command."""
     step = call(place.town, OPERATOR, BY_NAME['recovery.reclaim_tasks'], arguments, 'k')
     return step, step.send(place.store.call(next(step)))
 
 
-def test_a_slow_operation_answers_in_progress_until_it_has_ended_and_then_its_first_answer(ground: Place) -> None:
+def test_a_repeated_slow_operation_is_in_progress_until_the_first_one_has_ended(ground: Place) -> None:
     enlist(ground, 'a')
     step, command = started(ground, to='a')
     with pytest.raises(Conflict) as caught:
@@ -792,7 +792,7 @@ def test_a_slow_operation_answers_in_progress_until_it_has_ended_and_then_its_fi
 
 
 def _finish(place: Place, step: Any, command: Command) -> Any:
-    """Runs a step that is under way to its end."""
+    """Runs a started step to its end, and returns the answer."""
     try:
         while True:
             command = step.send(place.store.call(command))
@@ -800,14 +800,14 @@ def _finish(place: Place, step: Any, command: Command) -> Any:
         return json.loads(encode_answer(end.value))
 
 
-def test_a_slow_operation_that_failed_frees_its_key(ground: Place) -> None:
+def test_a_failed_slow_operation_frees_its_key(ground: Place) -> None:
     with pytest.raises(NotFound):
         ground.do('recovery.reclaim_tasks', to='late', key='k')
     enlist(ground, 'late')
     assert ground.do('recovery.reclaim_tasks', to='late', key='k')['destination'] == 'late'
 
 
-def test_a_slow_operation_that_a_fault_of_ours_ended_frees_its_key(ground: Place) -> None:
+def test_a_crashed_slow_operation_frees_its_key(ground: Place) -> None:
     step, _ = started(ground)
     settle = step.throw(ZeroDivisionError('a fault'))
     with pytest.raises(ZeroDivisionError):
@@ -874,8 +874,8 @@ def _ack(place: Place, message: str) -> None:
     place.do('agent.ack', agent='a', ids=[message])
 
 
-# operation, its arguments, where the items and their ids stand, what makes twelve (in the order of birth), and what
-# takes one out of the list
+# For each list: the operation, its arguments, the field of the items, the field of an item's id, a function that
+# creates twelve items in order, and a function that removes an item from the list.
 LISTS: dict[str, tuple[str, dict[str, Any], str, str, Callable[[Place], list[str]], Callable[[Place, str], None]]] = {
     'agents': ('agent.list', {}, 'agents', 'id', many_agents, _remove),
     'status': ('town.get_status', {}, 'agents', 'id', many_agents, _remove),
@@ -899,7 +899,7 @@ every_list = pytest.mark.parametrize('which', LISTS)
 
 
 def walk(place: Place, which: str, limit: int, between: Callable[[list[str]], None] = lambda _ids: None) -> list[str]:
-    """The ids of all pages; `between` is called with those of each page before the next is asked for."""
+    """The ids of all pages. Calls `between` with the ids of each page before it requests the next one."""
     operation, arguments, items, key, *_ = LISTS[which]
     found: list[str] = []
     cursor: dict[str, Any] = {}
@@ -910,7 +910,7 @@ def walk(place: Place, which: str, limit: int, between: Callable[[list[str]], No
         found += ids
         if 'next_cursor' not in page:
             return found
-        assert ids, 'a page with a next one holds something'
+        assert ids, 'only the last page may be empty'
         cursor = {'cursor': page['next_cursor']}
         between(ids)
 
@@ -926,7 +926,7 @@ def test_pages_give_each_item_once_and_in_order(ground: Place, which: str, limit
     assert counted == 12
 
 
-def test_live_agents_are_paged_and_those_at_rest_left_out(ground: Place) -> None:
+def test_pages_of_live_agents_leave_out_stopped_ones(ground: Place) -> None:
     made = many_agents(ground)
     for agent in made[::3]:
         _leave(ground, agent)
@@ -942,13 +942,13 @@ def test_live_agents_are_paged_and_those_at_rest_left_out(ground: Place) -> None
 
 
 @every_list
-def test_items_that_vanish_between_pages_hide_no_others(ground: Place, which: str) -> None:
+def test_items_removed_between_pages_hide_no_others(ground: Place, which: str) -> None:
     make, vanish = LISTS[which][4:]
     made = set(make(ground))
     vanished: set[str] = set()
 
     def between(ids: list[str]) -> None:
-        for each in (ids[0], ids[-1]):  # the last one is the one that the cursor names
+        for each in (ids[0], ids[-1]):  # the last one is the item in the cursor
             vanish(ground, each)
             vanished.add(each)
 
@@ -958,7 +958,7 @@ def test_items_that_vanish_between_pages_hide_no_others(ground: Place, which: st
     assert vanished < made
 
 
-def test_an_inbox_goes_on_behind_a_lane_that_was_emptied_meanwhile(ground: Place) -> None:
+def test_an_inbox_page_continues_after_a_lane_that_was_emptied_meanwhile(ground: Place) -> None:
     enlist(ground, 'a')
     for i in range(2):
         ground.do('message.send', to='a', message=f'urgent {i}', urgent=True)
@@ -971,7 +971,7 @@ def test_an_inbox_goes_on_behind_a_lane_that_was_emptied_meanwhile(ground: Place
     assert (rest['messages'][1]['id'], rest['total'], rest['urgent']) == (task, 2, 0)
 
 
-def test_tasks_of_an_agent_stay_listed_when_they_have_ended(ground: Place) -> None:
+def test_tasks_of_an_agent_stay_listed_when_they_are_finished(ground: Place) -> None:
     made = assigned_tasks(ground)
     for task in made[:6]:
         ground.do('task.complete', task_id=task)
@@ -999,7 +999,7 @@ def test_a_page_is_bounded_to_about_a_mebibyte(ground: Place, which: str) -> Non
     'operation', ['agent.list', 'task.list', 'task.list_pending', 'backlog.list', 'town.get_status']
 )
 @pytest.mark.parametrize('cursor', ['x', '5', '1-1', 'n-1-1', '9' * 20 + '_' + CONDUCTOR_ID])
-def test_a_cursor_that_no_page_gave_is_refused(ground: Place, operation: str, cursor: str) -> None:
+def test_an_invalid_cursor_is_refused(ground: Place, operation: str, cursor: str) -> None:
     with pytest.raises(Invalid) as caught:
         ground.do(operation, cursor=cursor)
     assert caught.value.errors
@@ -1007,7 +1007,7 @@ def test_a_cursor_that_no_page_gave_is_refused(ground: Place, operation: str, cu
 
 
 @pytest.mark.parametrize('cursor', ['x', 'n', 'n-1', 'x-1-1', 'n-99999999999999999999-0', '1_' + CONDUCTOR_ID])
-def test_a_cursor_that_no_inbox_gave_is_refused(ground: Place, cursor: str) -> None:
+def test_an_invalid_inbox_cursor_is_refused(ground: Place, cursor: str) -> None:
     with pytest.raises(Invalid):
         ground.do('agent.inbox', agent='conductor', cursor=cursor)
 
@@ -1016,7 +1016,7 @@ def test_a_cursor_that_no_inbox_gave_is_refused(ground: Place, cursor: str) -> N
 
 
 def cost(place: Place, operation: str, **arguments: Any) -> tuple[int, int]:
-    """Round trips of an operation, and the commands that Redis ran for it."""
+    """The number of round trips of an operation, and of commands that Redis ran for it."""
     redis(place, 'CONFIG', 'RESETSTAT')
     place.do(operation, **arguments)
     stats = text(redis(place, 'INFO', 'commandstats'))
@@ -1040,7 +1040,7 @@ def cost(place: Place, operation: str, **arguments: Any) -> tuple[int, int]:
         ('task.list_pending', {}),
     ],
 )
-def test_a_list_is_one_round_trip_and_its_cost_does_not_follow_the_history(
+def test_a_list_is_one_round_trip_and_its_cost_does_not_grow_with_the_history(
     ground: Place, operation: str, arguments: dict[str, Any]
 ) -> None:
     agents = [new_id() for _ in range(100)]
@@ -1052,7 +1052,7 @@ def test_a_list_is_one_round_trip_and_its_cost_does_not_follow_the_history(
         ],
     )
     many_tasks(ground, count=50)
-    ground.do(operation, **arguments)  # the script is known
+    ground.do(operation, **arguments)  # so that Redis knows the script
     before = cost(ground, operation, **arguments)
     assert before[0] == 1
     for _ in range(3):

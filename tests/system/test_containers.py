@@ -210,7 +210,7 @@ def test_a_second_container_of_the_same_name_leaves_the_worker_of_the_first_alon
             said(volume.parent / second, r"Agent 'w' is Working; kill it first")
         with container('dup', volume, *TT, 'kill', 'w', **GIVEN) as (process, _):
             assert process.wait(PATIENCE) == 1
-            said(volume, r"'w' runs in another container \(namespace of pids\) of host 'dup'")
+            said(volume, r"'w' runs in another container \(pid namespace\) of host 'dup'")
         with container('dup', volume, *TT, 'recover', **GIVEN) as (process, _):
             assert process.wait(PATIENCE) == 0
         assert town.await_end(task)['attempt'] == 1

@@ -102,7 +102,7 @@ class Access:
         host = address[0] if isinstance(address, tuple) else ''
         return Peer(host, uid_of(sock) if self._settings.auth.mode == 'none' else None)
 
-    def gate(self, request: Request) -> CallLimits:
+    def call_limits(self, request: Request) -> CallLimits:
         """The rate limits and the audit that apply to the operations of this request."""
         return CallLimits(self._throttle, self.audit, request.id, request.peer.address)
 

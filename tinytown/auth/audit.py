@@ -15,7 +15,7 @@ Several processes may share a file, because it is opened for appending and each 
 that finds the file full rotates it under a lock, while nobody else writes. A number of old files is kept. When the
 oldest one is discarded, a `discarded` line in the new file gives its size.
 
-`core.operations` writes the lines of changes, `access` those of refusals.
+`core.dispatch` writes the lines of changes, `access` those of refusals.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""The logs of agents: what a worker and its coding CLI say, kept in a file that is put aside once when it is full.
+"""The logs of agents: the output of a worker and its coding CLI, in a file that is rotated when it is full.
 
-A place in a log is told by its offset: bytes since the log began, however often it was put aside. Where each of the two
-files begins is written beside them, by inode, so that a reader can tell whatever moment it comes in.
+A log is two files: NAME is the current one, NAME.1 the one before. A position in a log is an offset: the number of
+bytes since the log began, which goes on counting over rotations. The file NAME.at records at which offset each of the
+two files begins, by inode. So a reader knows the offsets even if it opens the files in the middle of a rotation.
+
+`worker.cli_run` rotates a log. `rest.sse_logs` and `tt` follow it with a `LogReader`. `read_log` is the operation.
 """
 
 from __future__ import annotations
@@ -25,18 +28,21 @@ from ..state.store import Step, text
 from . import hosts
 from .town import Call
 
-MAX_PAGE_BYTES: Final = 262144  # bytes of one page
-_PAGE: Final = 65536
+MAX_PAGE_BYTES: Final = 262144
+_PAGE: Final = 65536  # default size of a page, in bytes
 _LINES: Final = 100
 _CUT: Final = re.compile(
     rb'(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z'
-)  # part of a character
+)  # the incomplete start of a UTF-8 character
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 def rotate(file: Path) -> int:
-    """Puts a log aside as NAME.1 and begins a new one: its descriptor. Raises OSError."""
+    """Renames a log to NAME.1 and creates a new one. Returns the new file's descriptor. Raises OSError.
+
+    The offsets are written first, so that a crash at any point leaves files that a reader can place.
+    """
     fresh = file.with_name(f'{file.name}.new')
     fresh.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
@@ -44,9 +50,9 @@ def rotate(file: Path) -> int:
         with _opened(file) as pieces:
             begins = {piece.inode: piece.begin for piece in pieces[-1:]}
             begins[os.fstat(descriptor).st_ino] = pieces[-1].end if pieces else 0
-        write_atomically(_beside(file), json.dumps(begins), 0o600)
+        write_atomically(_offsets_file(file), json.dumps(begins), 0o600)
         with suppress(FileNotFoundError):
-            os.replace(file, _aside(file))
+            os.replace(file, _older_file(file))
         os.replace(fresh, file)
     except BaseException:
         os.close(descriptor)
@@ -74,27 +80,27 @@ class _Piece:
         return self.begin + self.size
 
 
-def _aside(file: Path) -> Path:
+def _older_file(file: Path) -> Path:
     return file.with_name(f'{file.name}.1')
 
 
-def _beside(file: Path) -> Path:
+def _offsets_file(file: Path) -> Path:
     return file.with_name(f'{file.name}.at')
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[list[_Piece]]:
-    """The files of a log that are there, the older one first, as they were at one moment."""
+    """The existing files of a log, the older one first. Opens them again if the log is rotated meanwhile."""
     with ExitStack() as stack:
         while True:
-            record = _record(file)
-            newer, older = _open(file, stack), _open(_aside(file), stack)
+            record = _read_offsets(file)
+            newer, older = _open(file, stack), _open(_older_file(file), stack)
             is_one = newer is not None and older is not None and newer.inode == older.inode
-            if not is_one and _record(file) == record:
+            if not is_one and _read_offsets(file) == record:
                 break
-            stack.close()  # it was put aside meanwhile
+            stack.close()  # the log was rotated meanwhile
         pieces = [piece for piece in (older, newer) if piece]
-        _place(pieces, _begins(record))
+        _place(pieces, _parse_offsets(record))
         yield pieces
 
 
@@ -108,26 +114,27 @@ def _open(path: Path, stack: ExitStack) -> _Piece | None:
     return _Piece(descriptor, status.st_ino, status.st_size)
 
 
-def _record(file: Path) -> bytes:
-    """What is written beside a log; b'' if nothing is. Putting it aside begins with writing this."""
+def _read_offsets(file: Path) -> bytes:
+    """The content of NAME.at, b'' if there is none. A rotation writes it first, so a change of it shows a rotation."""
     try:
-        return _beside(file).read_bytes()
+        return _offsets_file(file).read_bytes()
     except OSError:
         return b''
 
 
-def _begins(record: bytes) -> dict[str, int]:
+def _parse_offsets(record: bytes) -> dict[str, int]:
+    """The offset of each file's first byte, by inode."""
     try:
-        found: dict[str, int] = json.loads(record)
+        begins: dict[str, int] = json.loads(record)
     except ValueError:
         return {}
-    return found
+    return begins
 
 
 def _place(pieces: list[_Piece], begins: dict[str, int]) -> None:
-    """Gives each file the offset at which it begins. One that is not on record follows the other, or precedes it.
+    """Sets the offset at which each file begins. A file that is not in `begins` is placed next to the other one.
 
-    What was added to the older one, or cut from it, after it was put aside is left out of account.
+    The older file ends where the newer one begins, even if somebody appended to it or truncated it after the rotation.
     """
     end = 0
     for piece in pieces:
@@ -143,10 +150,11 @@ def _place(pieces: list[_Piece], begins: dict[str, int]) -> None:
 
 
 class LogPage(TypedDict):
-    """A part of an agent's log. Offsets are bytes since the log began; go on at next_offset.
+    """A part of an agent's log. Offsets are bytes since the log began; the next page begins at next_offset.
 
-    `size` is where the log ends now. `gap`: what was asked for is not kept any more, and the page begins with the
-    oldest that is. `truncated`: the log ends before the offset that was asked for, so the page begins anew.
+    `size` is the offset of the log's end now. `gap` means that a rotation deleted the requested part; the page begins
+    with the oldest part that is left. `truncated` means that the log ends before the requested offset; the page begins
+    at the start of the current file.
     """
 
     agent: str
@@ -159,7 +167,7 @@ class LogPage(TypedDict):
 
 
 class LogReader:
-    """Reads an agent's log, with secrets hidden."""
+    """Reads an agent's log and replaces secrets. Opens the files anew for each page."""
 
     def __init__(self, agent: str, file: Path, secrets: Secrets) -> None:
         self.agent = agent
@@ -167,20 +175,20 @@ class LogReader:
         self._secrets = secrets
 
     def version(self) -> tuple[int, int]:
-        """Something cheap to get, which is another one when there is more to read."""
+        """A cheap value that changes if there may be more to read: inode and size of the current file."""
         try:
-            found = self.file.stat()
+            status = self.file.stat()
         except FileNotFoundError:
             return 0, 0
-        return found.st_ino, found.st_size
+        return status.st_ino, status.st_size
 
-    def page(self, offset: int, most: int = _PAGE) -> LogPage:
-        """The page at an offset."""
+    def page(self, offset: int, max_bytes: int = _PAGE) -> LogPage:
+        """The page that begins at an offset."""
         with _opened(self.file) as pieces:
             first, size = (pieces[0].begin, pieces[-1].end) if pieces else (0, 0)
             newest = pieces[-1].begin if pieces else 0
             start = newest if offset > size else max(offset, first)
-            stop, shown = self._show(pieces, start, min(start + most, size))
+            stop, shown = self._show(pieces, start, min(start + max_bytes, size))
         page: LogPage = {'agent': self.agent, 'offset': start, 'next_offset': stop, 'size': size, 'text': shown}
         if offset > size:
             page['truncated'] = True
@@ -188,23 +196,24 @@ class LogReader:
             page['gap'] = True
         return page
 
-    def tail(self, lines: int, most: int = MAX_PAGE_BYTES) -> LogPage:
-        """The last lines, as far as they go into so many bytes."""
+    def tail(self, lines: int, max_bytes: int = MAX_PAGE_BYTES) -> LogPage:
+        """The last lines, but at most `max_bytes`. Begins with a whole line if one fits."""
         with _opened(self.file) as pieces:
             size = pieces[-1].end if pieces else 0
-            begin, data = _read(pieces, max(size - most, 0), size)
+            begin, data = _read(pieces, max(size - max_bytes, 0), size)
             at = len(data)
             for _ in range(lines + (data[-1:] == b'\n')):
                 at = data.rfind(b'\n', 0, max(at, 0))
             if at < 0 and begin > (pieces[0].begin if pieces else 0):
-                at = data.find(b'\n')  # the first of them is cut
+                at = data.find(b'\n')  # skip the first line, which is incomplete
             stop, shown = self._show(pieces, begin + at + 1, size)
         return {'agent': self.agent, 'offset': begin + at + 1, 'next_offset': stop, 'size': size, 'text': shown}
 
     def _show(self, pieces: list[_Piece], start: int, stop: int) -> tuple[int, str]:
-        """The text between two offsets, and where it really ends: not within a character, if it can be helped.
+        """The text between two offsets without secrets, and the offset where it ends.
 
-        What stands around is looked at too, so that no part of a secret is shown that lies on the edge.
+        It ends before `stop` if a character would be cut there. The bytes on both sides are searched for secrets too,
+        so that no part of a secret on the edge is shown. A secret is replaced where it begins.
         """
         begin, data = _read(pieces, start - self._secrets.longest, stop + self._secrets.longest)
         cut = _CUT.search(data, max(stop - begin - 3, start - begin), stop - begin)
@@ -220,7 +229,7 @@ class LogReader:
 
 
 def _read(pieces: list[_Piece], start: int, stop: int) -> tuple[int, bytes]:
-    """What is there between two offsets, and the offset at which it begins."""
+    """The bytes between two offsets as far as they exist, and the offset of the first one."""
     parts: list[bytes] = []
     begin = max(start, pieces[0].begin) if pieces else 0
     for piece in pieces:
@@ -233,14 +242,16 @@ def _read(pieces: list[_Piece], start: int, stop: int) -> tuple[int, bytes]:
 # --------------------------------------------------------------------------------------------------------- operations
 
 Offset = Annotated[
-    int, Field('From which byte on, counted from the beginning of the log', minimum=0, maximum=999_999_999_999_999)
+    int, Field('Offset of the first byte to return: bytes since the log began', minimum=0, maximum=999_999_999_999_999)
 ]
 Bytes = Annotated[int, Field('Most bytes to return', minimum=1, maximum=MAX_PAGE_BYTES)]
-Lines = Annotated[int, Field('The last so many lines; 100 if no offset is given either', minimum=1, maximum=10_000)]
+Lines = Annotated[
+    int, Field('How many lines to return from the end; 100 if no offset is given either', minimum=1, maximum=10_000)
+]
 
 
 def open_log(call: Call, agent: str) -> Step[LogReader]:
-    """The log of an agent. Raises NotFound for an unknown one, and Conflict for one whose log is on another host."""
+    """A reader for an agent's log. Raises NotFound for an unknown agent, Conflict if the log is on another host."""
     found = yield call.store.agent(agent)
     name, host = text(found[1]), text(found[5] or b'')
     file = TownDir(call.town.root).log(name)
@@ -257,12 +268,12 @@ def read_log(
     limit: Bytes | None = None,
     tail: Lines | None = None,
 ) -> Step[LogPage]:
-    """Show what an agent's worker and its coding CLI have said: the last lines, or the part at an offset.
+    """Show the output of an agent's worker and its coding CLI: the last lines, or the part at an offset.
 
-    It is there when the agent is stopped, too. The history of a task tells at which offsets its attempts stand.
+    The log is kept when the agent is stopped. The history of a task shows the log offsets of its attempts.
     """
     if offset is not None and tail is not None:
-        detail = 'give an offset, or the number of lines at the end, not both'
+        detail = 'give either offset or tail, not both'
         raise Invalid(f'/tail: {detail}', errors=[{'pointer': '/tail', 'detail': detail}])
     reader = yield from open_log(call, agent)
     if offset is None:

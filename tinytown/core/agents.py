@@ -1,4 +1,9 @@
-"""Agents: records with worker processes behind them."""
+"""Operations on agents. An agent is a record in Redis, and a worker process while it is live.
+
+Sections: reading, life cycle (spawn, kill, restart, prune, steering), and how a worker process starts. `hosts` sends
+the orders to start and stop agents on other hosts; `holders` frees the tasks of an agent that ended. `recovery`,
+`worker.supervisor` and `worker.host_orders` use the functions that are not operations.
+"""
 
 from __future__ import annotations
 
@@ -57,11 +62,11 @@ from . import holders, hosts
 from .tasks import listing
 from .town import Call, Town
 
-MAX_MOVED: Final = 200  # of what one script moves: a script blocks the server
-OnlyLive = Annotated[bool, Field('Only agents that are live')]
+MAX_MOVED: Final = 200  # tasks or messages that one script moves, because a script blocks Redis
+OnlyLive = Annotated[bool, Field('Only live agents')]
 NOT_STARTED: Final = 'its worker did not start'
-_GOODBYE_SECS: Final = 1.0  # for a worker that has nothing to do to end by itself, where nobody can end it
-WORKER_START_SECS: Final = 10.0  # how long a worker may take to come up
+_EXIT_SECS: Final = 1.0  # how long to wait for an idle worker on a silent host to exit by itself
+WORKER_START_SECS: Final = 10.0  # deadline for a worker's start
 
 
 class Spawned(TypedDict):
@@ -79,7 +84,7 @@ class Acted(TypedDict):
 
 
 class Pruned(TypedDict):
-    """`left` are live agents on hosts that are silent, of which nothing was touched."""
+    """`left` are live agents on silent hosts. They were not changed."""
 
     removed: int
     agents: list[str]
@@ -99,7 +104,7 @@ class LastResult(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the store knows of one agent and its process."""
+    """The record of one agent and the identity of its process. `json` is the agent as clients see it."""
 
     id: str
     name: str
@@ -110,9 +115,9 @@ class Known:
 
 
 def look_up(call: Call, ref: str) -> Step[Known]:
-    """The agent that `ref` means. Raises NotFound, and Conflict for the conductor, who has no process."""
+    """Finds an agent by name, id or start of an id. Raises NotFound; and Conflict for the conductor, a mailbox only."""
     if ref.lower() in CONDUCTOR_NAMES:
-        raise Conflict(f"'{ref}' is a mailbox for people and not an agent with a process", code='not-a-worker')
+        raise Conflict(f"'{ref}' is a mailbox for people, not an agent with a process", code='not-a-worker')
     reply = yield call.store.agent(ref)
     agent_id, name, record, state, instance, host, boot, pid, start = reply
     process = Identity(text(host or b''), text(boot or b''), int(pid or 0), text(start or b''))
@@ -120,7 +125,7 @@ def look_up(call: Call, ref: str) -> Step[Known]:
 
 
 def of_this_directory(call: Call) -> Step[list[Known]]:
-    """The live agents whose workers were started in the town's directory here, whatever this host was called then."""
+    """The live agents whose workers were started from this town directory, even if this host had another name then."""
     root = call.town.root
     running, known = report_spool.workers(root), []
     for row in (yield call.store.evidence(LIVE))[1]:
@@ -144,7 +149,7 @@ def list_agents(
 
 
 def show(call: Call, *, agent: AgentRef) -> Step[Page[Agent]]:
-    """Show one agent: state, process, current task, what waits in its inbox."""
+    """Show one agent: its state, process, current task, and how much waits in its inbox."""
     found = yield from look_up(call, agent)
     return Page(found.json)
 
@@ -156,16 +161,16 @@ def result(call: Call, *, agent: AgentRef) -> Step[Page[LastResult]]:
 
 
 def wait(call: Call, *, agent: AgentRef, timeout: WaitSeconds = 25) -> Step[Waited]:
-    """Wait until an agent has stopped (Stopped, Cold or Error), or for timeout seconds; say in which state it is."""
+    """Wait until an agent has stopped (Stopped, Cold or Error), at most timeout seconds, and show its state."""
     found = yield from _await_rest(call, agent, min(timeout, call.config.townhall.request_timeout_ms / 1000 - 1))
     return {'agent': found.name, 'state': _state(found.state), 'done': found.state in AT_REST}
 
 
 def _await_rest(call: Call, agent: str, seconds: float) -> Step[Known]:
-    """Waits until an agent has stopped, so long at most. What is known of it then."""
+    """Waits until an agent has stopped, at most `seconds`. Returns the agent as it is then."""
     deadline = time.monotonic() + seconds
     while True:
-        last = yield call.store.last_event()
+        last = yield call.store.last_event()  # before the look-up, so that no event in between is missed
         found = yield from look_up(call, agent)
         left = deadline - time.monotonic()
         if found.state in AT_REST or left <= 0:
@@ -192,12 +197,12 @@ def spawn(
     max_rounds: Rounds | None = None,
     host: HostName | None = None,
 ) -> Step[Spawned]:
-    """Start a new agent: a worker process that runs a coding CLI once a round. It runs when this answers.
+    """Start a new agent: a worker process that runs a coding CLI once a round. The answer comes when it is running.
 
-    With host it runs there, started by that host's townhall; else on the host of the townhall that is asked.
+    With host, the townhall of that host starts it. Without, it runs on the host of the townhall that you ask.
     """
-    there = host or ''
-    return (yield from enlist(call, name, cli, role_id, nickname, parent_agent_id, max_rounds, start_worker, there))
+    start, on_host = start_worker, host or ''
+    return (yield from enlist(call, name, cli, role_id, nickname, parent_agent_id, max_rounds, start, on_host))
 
 
 def enlist(
@@ -211,15 +216,16 @@ def enlist(
     start: Any,
     host: str = '',
 ) -> Step[Spawned]:
-    """Registers an agent and starts its process with `start(town, agent id, name, instance)`; undone if that fails.
+    """Registers an agent and starts its worker. If the start fails, removes the agent again and raises TownError.
 
-    On another `host` its townhall is what starts it, and knows the coding CLIs that are there.
+    `start(town, agent id, name, instance)` starts a worker on this host. On another `host`, the townhall there starts
+    it and checks the name of the coding CLI, because only it knows which ones are installed there.
     """
     if name.lower() in CONDUCTOR_NAMES or is_uuid(name):
-        detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox or reads as an id"
+        detail = f"'{name}' can't name an agent: it is reserved for the conductor's mailbox, or has the form of an id"
         raise Invalid(detail, errors=[{'pointer': '/name', 'detail': detail}])
-    there = hosts.is_other_host(host)
-    chosen = cli or call.config.default_cli if there else registry.find_cli(call.config, cli).name
+    is_remote = hosts.is_other_host(host)
+    chosen = cli or call.config.default_cli if is_remote else registry.find_cli(call.config, cli).name
     parent_id = (yield from look_up(call, parent)).id if parent else None
     agent_id, instance = new_id(), new_id()
     spawned: Spawned = {
@@ -234,34 +240,35 @@ def enlist(
     record |= {'spawn_mode': 'fresh', 'cli': chosen}
     head = json.dumps(record, ensure_ascii=False, separators=(',', ':'))[:-1]
     rounds = call.config.agent.max_rounds if max_rounds is None else max_rounds
-    us = identify(os.getpid()).line
-    where = hosts.where(call, host)
-    reply = yield call.store.register(agent_id, name, head, call.config.max_agents, rounds, instance, us, where)
-    yield from _bring_up(call, host, text(reply[1]), agent_id, name, instance, start, unmake)
+    starter = identify(os.getpid()).line
+    where = hosts.placement(call, host)
+    reply = yield call.store.register(agent_id, name, head, call.config.max_agents, rounds, instance, starter, where)
+    yield from _bring_up(call, host, text(reply[1]), agent_id, name, instance, start, undo_spawn)
     return spawned
 
 
 def _bring_up(
     call: Call, host: str, order: str, agent_id: str, name: str, instance: str, start: Any, undo: Any
 ) -> Step[None]:
-    """Starts a worker here, or has it started by the `order` that another host was given. `undo` where it will not run.
+    """Starts a worker here, or waits until another host has carried out the `order` to start it.
 
-    Where another host took the order that undoes it itself, or it is not known what came of it.
+    Calls `undo` if a start here fails, or if no townhall of the other host took the order. A townhall that took the
+    order undoes a failed start itself.
     """
-    there = hosts.is_other_host(host)
+    is_remote = hosts.is_other_host(host)
     try:
-        if there:
+        if is_remote:
             yield from hosts.await_start(call, host, order, name, agent_id)
         else:
             start(call.town, agent_id, name, instance)
     except TownError as e:
-        if not there or isinstance(e, HostSilent):
+        if not is_remote or isinstance(e, HostSilent):
             yield from undo(call, agent_id, instance)
         raise
 
 
-def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
-    """Undoes the registration of an agent whose worker did not start, unless the caretaker has gone on with it."""
+def undo_spawn(call: Call, agent_id: str, instance: str) -> Step[None]:
+    """Removes a new agent whose worker did not start, unless the supervisor has changed it already."""
     stop_tree(None, instance, 0)
     try:
         yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'backlog')
@@ -272,11 +279,12 @@ def unmake(call: Call, agent_id: str, instance: str) -> Step[None]:
 
 
 def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
-    """Stop an agent now: its whole process tree gets TERM, and KILL after 5 seconds (at once with force).
+    """Stop an agent now: its whole process tree gets SIGTERM, and SIGKILL after 5 seconds (at once with force).
 
-    When this answers no process of it is left, and its unfinished task is back in the backlog with its attempt
-    counted. To let it finish its round first, close it. An agent on another host is stopped by the townhall there; if
-    none is heard of, it is stopped when one is again, and with force it is given up now: what it says later is refused.
+    When the answer comes, no process of the agent is left, and its unfinished task is back in the backlog; the attempt
+    counts. To let an agent finish its round first, close it. If it runs on another host, the townhall there stops it.
+    If that host is silent, the agent is stopped when a townhall is back there. With force it is abandoned now: its task
+    returns to the backlog, and its later reports are refused.
     """
     found = yield from look_up(call, agent)
     yield from stop_process(call, found, 'killed', 0 if force else GRACE_SECS, abandon=force)
@@ -286,24 +294,25 @@ def kill(call: Call, *, agent: AgentRef, force: Force = False) -> Step[Acted]:
 def stop_process(
     call: Call, found: Known, why: str, grace: float, to: str = 'backlog', abandon: bool = False
 ) -> Step[None]:
-    """Ends every process of an agent and says so in its record. Its unfinished task goes `to` the backlog or inbox.
+    """Ends all processes of an agent and sets it to Stopped. Its unfinished task goes to the backlog or its inbox.
 
-    With `abandon` an agent on a host that is silent is given up; else that raises HostSilent.
+    `why` goes into the events. `grace` is the time in seconds between SIGTERM and SIGKILL. `to` is 'backlog' or
+    'inbox'. If the agent's host is silent, `abandon` frees its task at once; without `abandon` that raises HostSilent.
     """
     if found.instance and found.instance == os.environ.get(INSTANCE_VARIABLE):
         raise Conflict(
-            f"'{found.name}' can't be stopped from within its own run; to end after this round:  tt close {found.name}",
+            f"'{found.name}' can't stop itself from its own run; to stop after this round:  tt close {found.name}",
             code='own-run',
         )
     if found.state in LIVE:
         if hosts.is_other_host(found.process.host):
-            return (yield from _stop_there(call, found, why, grace, to, abandon))
+            return (yield from _stop_on_other_host(call, found, why, grace, to, abandon))
         judged = report_spool.judge(call.town.root, found.id, found.instance, found.process)
         if is_in_other_namespace(found.process) and judged != 'dead':
-            return (yield from _stop_beside(call, found, why, to, abandon))
+            return (yield from _stop_in_other_container(call, found, why, to, abandon))
         yield from _unless_gone(call, found.id, _drain(call, found.id))
     elif found.state == 'Error':
-        yield call.store.steer(found.id, 'stop', 'Stopped', ('Error',))  # nor is it started again
+        yield call.store.steer(found.id, 'stop', 'Stopped', ('Error',))  # the supervisor won't start it again
     if found.instance:
         left = stop_tree(found.process if found.process.pid else None, found.instance, grace)
         if left:
@@ -316,38 +325,38 @@ def stop_process(
 
 
 def _drain(call: Call, agent_id: str) -> Step[None]:
-    """Has an agent take nothing new from here on."""
+    """Makes an agent take no new work."""
     yield call.store.steer(agent_id, 'stop', 'Draining', LIVE)
 
 
-def _stop_there(call: Call, found: Known, why: str, grace: float, to: str, abandon: bool) -> Step[None]:
-    """As stop_process, for an agent on another host."""
+def _stop_on_other_host(call: Call, found: Known, why: str, grace: float, to: str, abandon: bool) -> Step[None]:
+    """`stop_process` for an agent on another host."""
     host = found.process.host
     since = yield from hosts.stop_remote(call, host, found.id, found.name, found.instance, why, grace, to)
-    if not since or (yield from _await_rest(call, found.id, _GOODBYE_SECS)).state in AT_REST:
+    if not since or (yield from _await_rest(call, found.id, _EXIT_SECS)).state in AT_REST:
         return
     if not abandon:
         raise HostSilent(
-            f"No townhall of host '{host}' is heard of (last: {since}); '{found.name}' is Draining: it ends after this "
-            f'round, or is stopped when one is there again. To give it up now:  tt kill {found.name} --force',
+            f"Host '{host}' is silent (last heartbeat of a townhall there: {since}). '{found.name}' is Draining: it "
+            f'ends after this round, or when a townhall is back. To abandon it now:  tt kill {found.name} --force',
             retry_after=5,
         )
-    yield from _give_up(call, found, f'{why}; given up, for host {host} is silent', to)
+    yield from _abandon(call, found, f'{why}; abandoned because host {host} is silent', to)
 
 
-def _stop_beside(call: Call, found: Known, why: str, to: str, abandon: bool) -> Step[None]:
-    """As stop_process, for an agent that goes by this host's name in another container: no process is seen of it."""
+def _stop_in_other_container(call: Call, found: Known, why: str, to: str, abandon: bool) -> Step[None]:
+    """`stop_process` for an agent in another container with this host's name. Its processes are not visible here."""
     if not abandon:
         raise Conflict(
-            f"'{found.name}' runs in another container (namespace of pids) of host '{found.process.host}'; stop it "
-            f'there, or give it up:  tt kill {found.name} --force',
+            f"'{found.name}' runs in another container (pid namespace) of host '{found.process.host}'; stop it "
+            f'there, or abandon it:  tt kill {found.name} --force',
             code='other-host',
         )
-    yield from _give_up(call, found, f'{why}; given up, for it runs in another container', to)
+    yield from _abandon(call, found, f'{why}; abandoned because it runs in another container', to)
 
 
-def _give_up(call: Call, found: Known, why: str, to: str) -> Step[None]:
-    """Frees what an agent holds whose process may live on: what it reports later is refused."""
+def _abandon(call: Call, found: Known, why: str, to: str) -> Step[None]:
+    """Frees the task of an agent whose process may still run. Its later reports are refused."""
 
     def depart() -> Step[None]:
         yield call.store.depart(found.id, found.instance, 'Stopped', why, to)
@@ -356,7 +365,7 @@ def _give_up(call: Call, found: Known, why: str, to: str) -> Step[None]:
 
 
 def _unless_gone(call: Call, agent_id: str, change: Step[None]) -> Step[None]:
-    """A change of an agent that is live, unless its worker has said goodbye by itself meanwhile."""
+    """Runs a change of a live agent. A Conflict is ignored if the worker has exited by itself meanwhile."""
     try:
         yield from change
     except Conflict:
@@ -365,44 +374,45 @@ def _unless_gone(call: Call, agent_id: str, change: Step[None]) -> Step[None]:
 
 
 def restart(call: Call, *, agent: AgentRef, host: HostName | None = None) -> Step[Acted]:
-    """Stop an agent if it runs, and start it again. It runs when this answers.
+    """Stop an agent if it runs, and start it again. The answer comes when it is running.
 
-    It takes up its unfinished task and its inbox. It runs on the host where it ran before, or moves to the one named.
+    It continues with its unfinished task and its inbox. It stays on its host, unless you name another host.
     """
     found = yield from look_up(call, agent)
-    there = host or found.process.host
-    if not hosts.is_other_host(there):
+    on_host = host or found.process.host
+    if not hosts.is_other_host(on_host):
         registry.find_cli(call.config, json.loads(found.json)['cli'])
     yield from stop_process(call, found, 'restarted', GRACE_SECS, 'inbox')
-    yield from revive(call, found.id, found.name, start_worker, there)
+    yield from revive(call, found.id, found.name, start_worker, on_host)
     return {'status': 'restarted', 'agent': found.name}
 
 
 def revive(call: Call, agent_id: str, name: str, start: Any, host: str = '') -> Step[None]:
-    """Starts a process for an agent that has none, with `start(town, agent id, name, instance)`, or on another host."""
+    """Starts a worker for an agent that has none: by `start(town, agent id, name, instance)`, or on another host."""
     instance = new_id()
-    us = identify(os.getpid()).line
-    reply = yield call.store.restarting(agent_id, call.config.max_agents, instance, us, hosts.where(call, host))
-    yield from _bring_up(call, host, text(reply[2]), agent_id, name, instance, start, put_down)
+    starter, where = identify(os.getpid()).line, hosts.placement(call, host)
+    reply = yield call.store.restarting(agent_id, call.config.max_agents, instance, starter, where)
+    yield from _bring_up(call, host, text(reply[2]), agent_id, name, instance, start, undo_restart)
 
 
-def put_down(call: Call, agent_id: str, instance: str) -> Step[None]:
-    """Says that the worker of an agent did not start, unless the caretaker was faster."""
+def undo_restart(call: Call, agent_id: str, instance: str) -> Step[None]:
+    """Sets an agent whose worker did not start to Error, unless the supervisor has changed it already."""
     stop_tree(None, instance, 0)
     with suppress(Conflict):
         yield call.store.depart(agent_id, instance, 'Error', NOT_STARTED, 'inbox')
 
 
 def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
-    """Forget the agents that are Stopped or in Error; with all, every agent, live ones being killed first.
+    """Remove the agents that are Stopped or in Error; with all, remove every agent, and kill live ones first.
 
-    Nothing of theirs is lost: queued tasks return to the backlog, messages go to the conductor's mailbox. Live ones on
-    hosts that are silent are left as they are, and named.
+    Their queued tasks return to the backlog, and their messages go to the conductor's mailbox. Live agents on silent
+    hosts are not changed; the answer lists them in left.
     """
     states: Iterable[str] = (*AT_REST, *LIVE) if all else ('Stopped', 'Error')
     reply = yield call.store.evidence(states)
     removed, left = [], []
-    silent = {each['host'] for each in (yield from hosts.list_hosts(call))['hosts'] if each['silent']} if all else set()
+    listed = (yield from hosts.list_hosts(call))['hosts'] if all else []
+    silent = {host['host'] for host in listed if host['silent']}
     for agent_id, *_ in reply[1]:
         try:
             found = yield from look_up(call, text(agent_id))
@@ -414,7 +424,7 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
             yield from _empty(call, found.id)
             yield call.store.remove(found.id, this_host())
         except (Conflict, NotFound, HostSilent):
-            continue  # alive again, gone meanwhile, or on a host that is silent: it stays out of the list
+            continue  # started again or removed meanwhile, or its host is silent: not in the list
         report_spool.forget(call.town.root, found.id)
         removed.append(found.name)
     pruned: Pruned = {'removed': len(removed), 'agents': removed}
@@ -422,31 +432,31 @@ def prune(call: Call, *, all: Everything = False) -> Step[Pruned]:
 
 
 def _empty(call: Call, agent_id: str) -> Step[None]:
-    """Returns the queued tasks of an agent that does not run to the backlog, a bounded number at a time."""
+    """Moves the queued tasks of an agent that does not run to the backlog, in scripts of bounded length."""
     while (yield call.store.reclaim(agent_id, '', MAX_MOVED))[0] == MAX_MOVED:
         pass
 
 
 def _steer(call: Call, agent: str, verb: str) -> Step[Acted]:
     if agent.lower() in CONDUCTOR_NAMES:
-        raise Conflict(f"'{agent}' is a mailbox for people and can't be told to {verb}", code='not-a-worker')
+        raise Conflict(f"'{agent}' is a mailbox for people; it has no process to {verb}", code='not-a-worker')
     steering = STEERING[verb]
     reply = yield call.store.steer(agent, verb, steering['to'], steering['legal'])
     return {'status': text(reply[1]).lower(), 'agent': text(reply[0])}
 
 
 def interrupt(call: Call, *, agent: AgentRef) -> Step[Acted]:
-    """Pause an agent: it finishes the round it is in and then takes nothing until it is resumed."""
+    """Pause an agent: it finishes its current round, then takes no work until it is resumed."""
     return (yield from _steer(call, agent, 'interrupt'))
 
 
 def resume(call: Call, *, agent: AgentRef) -> Step[Acted]:
-    """Let a paused agent go on."""
+    """Let a paused agent continue."""
     return (yield from _steer(call, agent, 'resume'))
 
 
 def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
-    """Let an agent finish the round it is in, and then stop. What waits in its inbox stays there."""
+    """Let an agent finish its current round and then stop. Its inbox keeps the tasks and messages that wait."""
     return (yield from _steer(call, agent, 'close'))
 
 
@@ -454,32 +464,35 @@ def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
 
 
 def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
-    """Starts an agent's worker and returns when it runs. Raises Unavailable with what it said if it does not."""
+    """Starts an agent's worker and waits until it runs. Raises Unavailable with its error message if it does not."""
     log = TownDir(town.root).log(name)
     env = registry.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
-    env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # by which doctor knows it
+    env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # `tt doctor` recognizes workers by these
     try:
-        ours, its = socket.socketpair()
-        with ours, its:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
             argv = python('tinytown.worker', name, '--fd', spawner.FD)
-            spawner.start(town.root, argv, town.root, env, log, [its.fileno()], instance)
-            its.close()
+            spawner.start(town.root, argv, town.root, env, log, [theirs.fileno()], instance)
+            theirs.close()
             ours.settimeout(WORKER_START_SECS)
-            ours.sendall(_charter(town, agent_id, instance))
+            ours.sendall(_handshake(town, agent_id, instance))
             ours.shutdown(socket.SHUT_WR)
-            said = ours.recv(4096).decode('utf-8', 'replace') or 'it ended'
+            answer = ours.recv(4096).decode('utf-8', 'replace') or 'it exited'
     except OSError as e:
-        said = str(e)
-    if said != 'ok':
+        answer = str(e)
+    if answer != 'ok':
         raise Unavailable(
-            f"The worker of '{name}' did not start within {WORKER_START_SECS:g} s: {said} (see {log})",
+            f"The worker of '{name}' did not start within {WORKER_START_SECS:g} s: {answer} (see {log})",
             code='spawn-failed',
             retry_after=5,
         )
 
 
-def _charter(town: Town, agent_id: str, instance: str) -> bytes:
-    """What a worker is told on its socket and not in argv or environment, because a Redis URL may hold a password."""
+def _handshake(town: Town, agent_id: str, instance: str) -> bytes:
+    """What a worker needs to know, as JSON. It goes over a socket because a Redis URL may contain a password.
+
+    Other users could read argv, and child processes inherit the environment.
+    """
     settings = configuration.as_told(town.config)
     return json.dumps(
         {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}

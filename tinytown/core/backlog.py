@@ -1,4 +1,4 @@
-"""The backlog: tasks that no agent has yet."""
+"""Operations on the backlog: the queue of tasks that are not yet assigned to an agent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..state.store import Page, Step, text
 from .tasks import assigned, listing, record
 from .town import Call
 
-MAX_ASSIGNED = 200  # 28 µs a task blocks the server
+MAX_ASSIGNED = 200  # one script moves them, and it blocks Redis for 28 µs a task
 
 
 class BacklogTask(TypedDict):
@@ -40,25 +40,25 @@ class Removed(TypedDict):
 
 
 def list_backlog(call: Call, *, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[BacklogPage]]:
-    """List the tasks that wait for someone to claim them, oldest first."""
+    """List the tasks in the backlog, oldest first. They wait until an agent claims them."""
     reply = yield call.store.backlog(limit, cursor)
     return Page(listing('backlog', reply))
 
 
 def add(call: Call, *, description: TaskText, tags: Tags = []) -> Step[Added]:  # noqa: B006 (never changed)
-    """Add a task to the backlog, for whichever agent it is given to later."""
+    """Add a task to the backlog, to be assigned to any agent later."""
     reply = yield call.store.backlog_add(record(call, description, tags))
     return {'task_id': text(reply[0]), 'description': description}
 
 
 def claim(call: Call, *, task_id: TaskId, agent: AgentRef) -> Step[Assigned]:
-    """Give a task of the backlog to an agent. Of many who claim one task exactly one gets it; the others are told."""
+    """Assign a task from the backlog to an agent. If several callers claim it, one gets it, the others get an error."""
     reply = yield call.store.claim(task_id, agent)
     return assigned(reply)
 
 
 def assign_all(call: Call, *, agent: AgentRef) -> Step[AssignedAll]:
-    """Give the whole backlog to one agent: its oldest 200 tasks (call again for more)."""
+    """Assign the whole backlog to one agent: the oldest 200 tasks a call, so call again if there are more."""
     reply = yield call.store.assign_all(agent, MAX_ASSIGNED)
     return {'assigned': len(reply[0]), 'tasks': [text(task) for task in reply[0]]}
 

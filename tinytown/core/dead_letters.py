@@ -1,4 +1,4 @@
-"""The dead letters: tasks and messages that were given up after as many attempts as they have."""
+"""Operations on dead letters: tasks and messages that used up their attempts (`agent.max_attempts`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from ..state.store import Page, Step, text
 from .tasks import listing
 from .town import Call
 
-LetterId = Annotated[str, Field('Id of the task or message that was given up', UUID_PATTERN, 'a UUID in lower case')]
+LetterId = Annotated[str, Field('Id of the task or message', UUID_PATTERN, 'a UUID in lower case')]
 
 
 class DeadLetter(TypedDict):
-    """What was given up: a task (its id, the start of its text) or a message. `died_at` is RFC 3339."""
+    """A task or message that used up its attempts. `text` is the message, or the start of the task's description.
+
+    `died_at` is RFC 3339.
+    """
 
     id: str
     kind: Literal['task', 'message']
@@ -37,19 +40,19 @@ class Settled(TypedDict):
 
 
 def list_dead(call: Call, *, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[DeadLetterPage]]:
-    """List the tasks and messages that were given up after max_attempts attempts, oldest first."""
+    """List the tasks and messages that failed after max_attempts attempts, oldest first."""
     reply = yield call.store.deadletter(limit, cursor)
     return Page(listing('dead_letters', reply))
 
 
 def retry(call: Call, *, id: LetterId) -> Step[Settled]:
-    """Give a dead letter a full set of attempts again: a task in the backlog, a message in the inbox it came from."""
+    """Give a dead letter max_attempts more attempts: a task returns to the backlog, a message to its inbox."""
     reply = yield call.store.deadletter_retry(id)
     return {'id': id, 'kind': _kind(reply), 'status': 'retried'}
 
 
 def drop(call: Call, *, id: LetterId) -> Step[Settled]:
-    """Take something off the dead letters for good: a task stays failed, a message is deleted."""
+    """Remove a dead letter for good: its task stays failed, its message is deleted."""
     reply = yield call.store.deadletter_drop(id)
     return {'id': id, 'kind': _kind(reply), 'status': 'dropped'}
 

@@ -1,7 +1,7 @@
 """Dispatch: the one way to an operation, for every front end.
 
-`call` checks the caller's scope and rate limit, validates the arguments, puts a change on record, and gives the steps.
-A front end that calls an operation's function itself would skip all of that, so none does.
+`call` checks the caller's scope and rate limit, validates the arguments, writes the audit records of a change, and
+returns the step to run. A front end that called an operation's function itself would skip these checks, so none does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .town import Call, Town
 
 
 class AuditSubject(NamedTuple):
-    """What an audit line is about. A request without a known principal has none (None)."""
+    """The request that an audit record describes. `by` is None if the caller was not authenticated."""
 
     request_id: str
     address: str
@@ -30,31 +30,34 @@ class AuditSubject(NamedTuple):
 
 
 class AuditTrail(Protocol):
-    """The record of changes and refusals (`auth.audit`)."""
+    """The audit log of changes and refusals. `auth.audit` implements it."""
 
-    def begin(self, visit: AuditSubject) -> Any:
-        """Writes that a change is about to be made. Raises Unavailable if it can't: then nothing may be changed."""
+    def begin(self, subject: AuditSubject) -> Any:
+        """Records that a change is about to run. Raises Unavailable if it can't; the change must not run then.
+
+        Returns the value that `end` takes as `record`.
+        """
         ...
 
-    def end(self, record: Any, outcome: str, made: Any) -> None:
-        """Writes the outcome of a change that `begin` announced."""
+    def end(self, record: Any, outcome: str, answer: Any) -> None:
+        """Records the outcome of a change: `ok` or an error code. `answer` is None if the change failed."""
         ...
 
-    def denied(self, visit: AuditSubject, error: TownError) -> None:
-        """Writes a refusal."""
+    def denied(self, subject: AuditSubject, error: TownError) -> None:
+        """Records a refusal."""
         ...
 
 
 class RateLimit(Protocol):
-    """How often a caller may call (`auth.rate_limit`)."""
+    """How often a caller may call. `auth.rate_limit` implements it."""
 
     def take(self, by: Principal, address: str, changes: bool) -> None:
-        """Counts one call, a read or a change. Raises TooManyRequests."""
+        """Counts one call. Raises TooManyRequests if the caller has reached its limit."""
         ...
 
 
 class CallLimits(NamedTuple):
-    """What dispatch enforces for one request beside scopes: the rate limit and the audit."""
+    """The rate limit and the audit log that apply to one request, with the request's id and the client's address."""
 
     throttle: RateLimit
     audit: AuditTrail
@@ -63,34 +66,34 @@ class CallLimits(NamedTuple):
 
 
 def call(
-    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', gate: CallLimits | None = None
+    town: Town, by: Principal, op: Op, arguments: dict[str, Any], key: str = '', limits: CallLimits | None = None
 ) -> Step[Any]:
-    """The one door: every front end comes through here, so no check can be missed by one of them.
+    """Checks a call and returns the step that carries it out. Every front end calls this, so none can skip a check.
 
-    Checks the caller's scope and rate, and validates: raises TownError at once. The step is what runs then, on a store
-    that is bound to the caller; every change and every refusal is on record. It gives what the operation gives: a dict
-    of its shape, or a Page (JSON text of that shape). Without a `gate` (`tt`, which acts directly) there is no rate and
-    no record.
+    Raises TownError at once if the caller lacks the scope, has reached its rate limit, or gave invalid arguments. The
+    step uses a store that is bound to the caller. It returns the operation's answer: a dict of its output shape, or a
+    Page, which is JSON text of that shape. `key` is the idempotency key, '' for none. `tt` works on a town directly and
+    passes no `limits`: then there is neither a rate limit nor an audit record.
     """
-    enter(by, op.name, op.scope, arguments, gate)
+    enter(by, op.name, op.scope, arguments, limits)
     step = _perform(town, by, op, arguments, validate(op.parameters, arguments), key)
-    if gate and op.changes:
-        return _on_record(gate.audit, AuditSubject(gate.request_id, gate.address, by, op.name, arguments), step)
+    if limits and op.changes:
+        return _audited(limits.audit, AuditSubject(limits.request_id, limits.address, by, op.name, arguments), step)
     return step
 
 
-def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], gate: CallLimits | None) -> None:
-    """The first half of the door: the caller's scope and rate. Raises Forbidden, TooManyRequests, and has it on record.
+def enter(by: Principal, name: str, scope: Scope, arguments: dict[str, Any], limits: CallLimits | None) -> None:
+    """Checks the caller's scope and rate limit, and records a refusal. Raises Forbidden, TooManyRequests.
 
-    What is served to callers who are known and is no operation comes through here too.
+    `rest.health` calls this for the endpoints that need a scope but are not operations.
     """
     try:
         _check_scope(by, name, scope)
-        if gate:
-            gate.throttle.take(by, gate.address, scope != READ)
+        if limits:
+            limits.throttle.take(by, limits.address, scope != READ)
     except TownError as e:
-        if gate:
-            gate.audit.denied(AuditSubject(gate.request_id, gate.address, by, name, arguments), e)
+        if limits:
+            limits.audit.denied(AuditSubject(limits.request_id, limits.address, by, name, arguments), e)
         raise
 
 
@@ -104,29 +107,29 @@ def _check_scope(by: Principal, name: str, scope: Scope) -> None:
         )
 
 
-def _on_record(audit: AuditTrail, subject: AuditSubject, step: Step[Any]) -> Step[Any]:
-    """Runs a change between its two lines of the audit. Without the first it is not run."""
+def _audited(audit: AuditTrail, subject: AuditSubject, step: Step[Any]) -> Step[Any]:
+    """Runs a change between its two audit records. If the first can't be written, the change does not run."""
     record = audit.begin(subject)
-    outcome, made = 'unknown', None
+    outcome, answer = 'unknown', None
     try:
-        made = yield from step
+        answer = yield from step
         outcome = 'ok'
     except TownError as e:
         outcome = e.code
         raise
     finally:
-        audit.end(record, outcome, made)
-    return made
+        audit.end(record, outcome, answer)
+    return answer
 
 
 def _perform(
     town: Town, by: Principal, op: Op, arguments: dict[str, Any], checked: dict[str, Any], key: str
 ) -> Step[Any]:
-    """The steps of an operation, which runs once for its idempotency key."""
+    """The step of an operation. With an idempotency key, a change runs only once for that key."""
     name = by.agent_name or by.name
     if not (key and op.changes):
         return op.function(Call(town, by, town.store.acting_as(name)), **checked)
-    scoped = f'{by.name} {op.name} {key}'  # neither an operation nor a key holds a space
+    scoped = f'{by.name} {op.name} {key}'  # unambiguous: operation names and keys contain no space
     fingerprint = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     if op.slow:
         return _once(town, op.function(Call(town, by, town.store.acting_as(name)), **checked), scoped, fingerprint)
@@ -134,9 +137,12 @@ def _perform(
 
 
 def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
-    """Runs an operation of several steps once for its key; a repetition is given the first answer."""
-    longest = town.config.townhall.request_timeout_ms // 1000 + 60
-    reply = yield town.store.begin(key, fingerprint, longest)
+    """Runs a slow operation once for its idempotency key. A repeated request gets the first answer.
+
+    Other operations are one script, which checks the key itself.
+    """
+    max_secs = town.config.townhall.request_timeout_ms // 1000 + 60  # after this, the key of a crashed request is free
+    reply = yield town.store.begin(key, fingerprint, max_secs)
     if reply[0] == b'done':
         return Page(reply[1])
     try:
@@ -149,7 +155,7 @@ def _once(town: Town, step: Step[Any], key: str, fingerprint: str) -> Step[Any]:
 
 
 def encode_answer(answer: Any) -> bytes:
-    """What an operation gave, as JSON."""
+    """An operation's answer as JSON bytes."""
     if isinstance(answer, bytes):
         return answer
     return to_json(answer).encode()

@@ -1,4 +1,4 @@
-"""Messages: what is said to an agent, or to the people who run the town (the conductor's mailbox)."""
+"""Operations on messages, to an agent or to the people who run the town (the conductor's mailbox)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..model import AgentRef, Everything, InboxCursor, Kind, Limit, MessageIds, 
 from ..state.store import Page, Step, text
 from .town import Call
 
-# How a kind reads in an inbox, as published.
+# The `type` of a message in an inbox, by the `kind` that the sender gave. Both are published.
 TYPES = {'task': 'task', 'query': 'query', 'info': 'info', 'ack': 'confirmation'}
 
 
-# One entry of an inbox. `from` is the sender's id, `verified` if it has shown its token; `summary` is the text, or the
-# start of a queued task's.
+# One entry of an inbox. `from` is the sender's id; `verified` is true if the sender presented its agent token.
+# `summary` is the text of a message, or the start of a queued task's description.
 Message = TypedDict(
     'Message',
     {
@@ -57,8 +57,8 @@ def send(
 ) -> Step[Sent]:
     """Send a message to an agent, or to `conductor`, the mailbox of the people who run the town.
 
-    A task or a query becomes work in the agent's next round; info and ack alone start no round and are read in the
-    next one. Urgent messages come first. For work that is tracked to its end, assign a task instead.
+    A message of kind task or query starts a round of the agent. One of kind info or ack waits for the next round and is
+    read there. Urgent messages come first. To have work tracked until it is finished, assign a task instead.
     """
     proof = ',"verified":true' if call.by.verified else ''
     rest = f'","type":"{TYPES[kind]}","summary":{to_json(message)}{proof}}}'
@@ -67,17 +67,17 @@ def send(
     return {'message_id': text(reply[0]), 'to_agent': text(reply[1]), 'urgent': urgent}
 
 
-def _own(call: Call, agent: str, what: str) -> str:
-    """Refuses an agent that gives itself out as another, or as the conductor. Raises Forbidden."""
+def _own(call: Call, agent: str, verb: str) -> str:
+    """Returns `agent`. Raises Forbidden if the caller is a different agent: an agent acts only for itself."""
     by = call.by
     mine = agent.lower() in (by.agent_name.lower(), by.agent_id) or (len(agent) >= 4 and by.agent_id.startswith(agent))
     if by.agent_id and not mine:
-        raise Forbidden(f"Agent '{by.agent_name}' can not {what} '{agent}'", code='not-yourself')
+        raise Forbidden(f"Agent '{by.agent_name}' can't {verb} '{agent}'", code='not-yourself')
     return agent
 
 
 def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: InboxCursor = '') -> Step[Page[Inbox]]:
-    """Show what waits for an agent: urgent messages, messages, queued tasks. Reading changes nothing."""
+    """Show what waits in an agent's inbox: urgent messages, other messages, queued tasks. Reading changes nothing."""
     reply = yield call.store.inbox(agent, limit, cursor)
     name, normal, urgent, following, messages = reply
     after = b',"next_cursor":"%b"' % following if following else b''
@@ -88,9 +88,9 @@ def inbox(call: Call, *, agent: AgentRef, limit: Limit = 500, cursor: InboxCurso
 def acknowledge(
     call: Call, *, agent: AgentRef, ids: MessageIds | None = None, all: Everything = False
 ) -> Step[Acknowledged]:
-    """Clear messages out of a mailbox: those with the given ids, or all of them. Queued tasks stay.
+    """Remove messages from a mailbox: those with the given ids, or all of them. Queued tasks stay.
 
-    This is how a person empties the conductor's mailbox; an agent's own messages are cleared by its rounds.
+    People use it to empty the conductor's mailbox. The messages of an agent are removed by its rounds.
     """
     if all == bool(ids):
         raise Invalid(

@@ -1,8 +1,9 @@
 """The table of operations.
 
-Everything a remote caller may do to a town is one row here. REST, MCP, the command line, OpenAPI and metrics are made
-from the rows and hold no policy of their own. To add a capability: write a function in its concern's module (its
-signature is the schema, its docstring the help, its return annotation the shape of the answer) and add a row.
+Everything that a client can ask of a town is one row here. REST, MCP, the command line, OpenAPI and metrics are derived
+from the rows and hold no policy of their own. To add an operation, write a function in its concern's module and add a
+row. The function's signature is the input schema, its docstring the help, its return annotation the output schema.
+`dispatch.call` runs an operation.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from . import agent_logs, agents, backlog, dead_letters, events, hosts, messages
 
 @dataclass(frozen=True)
 class Op:
-    """One row.
+    """One row of the table.
 
-    name      as MCP knows it, with a dot
-    function  takes a Call and keyword-only arguments, and is a Step
-    scope     what a caller must have
-    method    REST, with path; placeholders are arguments; `also` is a second method for the same
+    name      the operation's name; MCP tools have `_` instead of the dot
+    function  takes a Call and keyword-only arguments; returns a Step
+    scope     the scope that a caller needs
+    method    the REST method, for `path`; `also` is a second method that does the same
+    path      the REST path; its {placeholders} are arguments
     cli       the words after `tt`
-    status    of success
-    slow      it works on processes or waits: never on the event loop; may be more than one step
+    status    the HTTP status of success
+    slow      it waits or works on processes, so it runs on a thread and never on the event loop; only a slow operation
+              may take more than one round trip to Redis
     """
 
     name: str
@@ -57,17 +60,17 @@ class Op:
 
     @property
     def placeholders(self) -> list[str]:
-        """The arguments that stand in the path."""
+        """The names of the arguments in the path."""
         return [part[1:-1] for part in self.path.split('/') if part.startswith('{')]
 
     @property
     def summary(self) -> str:
-        """The first sentence of the help."""
+        """The first paragraph of the help, on one line."""
         return ' '.join((self.function.__doc__ or '').split('\n\n')[0].split())
 
     @property
     def changes(self) -> bool:
-        """Whether it may change the town."""
+        """Whether the operation may change the town."""
         return self.scope != READ
 
 

@@ -1,4 +1,7 @@
-"""Recovery: what to do when processes are gone and their work is not; and how a town begins anew."""
+"""Operations that free the work of dead or stopped agents, and the reset of a town.
+
+The supervisor does the same continuously; these are for people, and for towns without a running townhall.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from . import holders, hosts
 from .agents import MAX_MOVED, look_up, prune, stop_process
 from .town import Call
 
-ToBacklog = Annotated[bool, Field('To the backlog, which is where they go without a destination')]
+ToBacklog = Annotated[bool, Field('To the backlog, which is also the default')]
 AgentsOnly = Annotated[bool, Field('Keep tasks, messages and events')]
 OrphanAction = Annotated[
-    Literal['list', 'to_backlog', 'cancel', 'delete'], Field('What to do with them; list only tells of them')
+    Literal['list', 'to_backlog', 'cancel', 'delete'], Field('What to do with them; list changes nothing')
 ]
-Really = Annotated[bool, Field('Do it, and kill live agents first')]
+Really = Annotated[bool, Field('Really do it, and kill live agents first')]
 
 
 class Recovered(TypedDict):
@@ -52,11 +55,11 @@ class Reset(TypedDict):
 
 
 def recover(call: Call) -> Step[Recovered]:
-    """Find agents whose process is proven dead, and free what they held: a running task returns to the backlog.
+    """Find agents whose process is proven dead, and free their work: a running task returns to the backlog.
 
-    After its last attempt it becomes a dead letter. Dead means that the process is gone or its machine was booted
-    since; an agent that only has not been heard of, or that runs on another host, is left alone. Refused where the
-    name of this host is that of another place.
+    A task that has used up its attempts becomes a dead letter. Dead means that the process is gone or its machine was
+    rebooted. Agents that only miss heartbeats, or that run on another host, are not changed. This is refused if another
+    machine or directory uses the name of this host.
     """
     yield hosts.claim_host(call.store, call.town.root)
     reply = yield call.store.evidence(LIVE)
@@ -64,12 +67,12 @@ def recover(call: Call) -> Step[Recovered]:
     recovered = []
     for agent_id, name, _, instance, process in _evidence(found):
         if process.pid and report_spool.judge(call.town.root, agent_id, instance, process) == 'dead':
-            stop_tree(None, instance)  # what it left behind
+            stop_tree(None, instance)  # child processes that it left behind
             try:
                 death = holders.death(call.store, call.config, agent_id, instance, 'its process died')
                 yield from holders.free(call.store, call.town.root, agent_id, death)
             except (Conflict, NotFound):
-                continue  # someone else was faster
+                continue  # another process recovered it first
             recovered.append(name)
     return {'checked': checked, 'recovered': len(recovered), 'agents': recovered}
 
@@ -81,10 +84,11 @@ def _evidence(found: list[list[bytes]]) -> Iterator[tuple[str, str, int, str, Id
         yield agent_id, name, int(age or 0), instance, Identity(host, boot, int(pid or 0), start)
 
 
-def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[None]:
-    """Frees what a worker held that went by this host's name in another container, if it is silent for a lease.
+def free_if_silent(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[None]:
+    """Frees the work of a worker in another container with this host's name, if it sends no heartbeat for a lease.
 
-    That is for one whose end nothing proves: its volume is gone. Once it is heard of, this ends; `wait` takes seconds.
+    Use it if nothing else can prove that worker dead, because its volume is gone. Returns without a change as soon as
+    the worker sends a heartbeat. `wait` takes seconds.
     """
     wanted, before = (yield from look_up(call, agent)).id, -1
     for _ in range(call.config.agent.lease_secs + 1):
@@ -97,17 +101,17 @@ def outwait(call: Call, agent: AgentRef, wait: Callable[[float], None]) -> Step[
             return
         before = age
         wait(1.0)
-    death = holders.death(call.store, call.config, wanted, instance, 'its container was not heard of for a lease')
+    death = holders.death(call.store, call.config, wanted, instance, 'its container sent no heartbeat for a lease')
     yield from holders.free(call.store, call.town.root, wanted, death)
 
 
 def reclaim(
     call: Call, *, to_backlog: ToBacklog = False, to: AgentRef | None = None, from_: AgentRef | None = None
 ) -> Step[Reclaimed]:
-    """Move queued tasks away from agents that do not run: to the backlog, or to an agent.
+    """Move queued tasks away from agents that do not run: to the backlog (the default), or to another agent.
 
-    from names one such agent; without it all are searched. Messages go along to an agent, and stay where they are when
-    the tasks go to the backlog. Without a destination the tasks go to the backlog.
+    from names one such agent; without from, the tasks of all of them are moved. Messages move along to an agent; if the
+    tasks go to the backlog, messages stay where they are.
     """
     if to_backlog and to:
         raise Conflict('give either to_backlog or to, not both', code='two-destinations')
@@ -128,9 +132,9 @@ def reclaim(
 
 
 def orphan_tasks(call: Call, *, action: OrphanAction = 'list') -> Step[Orphans]:
-    """List unfinished tasks whose agent is gone or does not run; or return them to the backlog, cancel or delete them.
+    """List unfinished tasks whose agent was removed or does not run; or requeue, cancel or delete them.
 
-    At most 200 are handled at once; call again for more.
+    One call handles at most 200 tasks; call again for more.
     """
     reply = yield call.store.orphans(action, MAX_MOVED)
     orphans: list[Any] = [
@@ -141,14 +145,14 @@ def orphan_tasks(call: Call, *, action: OrphanAction = 'list') -> Step[Orphans]:
 
 
 def reset(call: Call, *, agents_only: AgentsOnly = False, force: Really = False) -> Step[Reset]:
-    """Empty the town: forget its agents and, unless agents_only, its tasks, messages and events.
+    """Empty the town: remove its agents and, unless agents_only, its tasks, messages and events.
 
-    It is refused, with what would go, unless force is given; live agents are killed first.
+    Without force it is refused, and the error says what would be removed. Live agents are killed first.
     """
     live = yield call.store.evidence(LIVE)
     if not force:
-        going = f'{live[0]} agents ({len(live[1])} of them live)' + ('' if agents_only else ', all tasks and messages')
-        raise Conflict(f'this would remove {going}; give force to do it', code='force-needed')
+        doomed = f'{live[0]} agents ({len(live[1])} of them live)' + ('' if agents_only else ', all tasks and messages')
+        raise Conflict(f'this would remove {doomed}; give force to do it', code='force-needed')
     for row in live[1]:
         found = yield from look_up(call, text(row[0]))
         yield from stop_process(call, found, 'town reset', GRACE_SECS, abandon=True)

@@ -1,7 +1,7 @@
-"""The census of a town: what it holds and has done at one moment, and what follows from that for those who watch it.
+"""Statistics of a town at one moment, for /metrics, /ready and /api/scaling, and the advice to autoscalers.
 
-One round trip. How long an agent has been idle, and when a worker was last heard of, is told by the clock of Redis
-alone. Nothing but advice follows from it; who is dead, and whose work moves, is the caretaker's to judge.
+`take_stats` reads them in one round trip. Idle times and heartbeat ages come from Redis' clock alone. The results are
+only advice: the supervisor decides whether a worker is dead and whose tasks move.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ Dispatcher = Literal['running', 'idle', 'stalled', 'unknown']
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """`at` is RFC 3339, `agents` counts them by state, `totals` what ever happened (see `store`).
+    """Counts of tasks and agents.
 
-    `resting` are the live agents that have been idle for `agent.idle_timeout_secs`, `heard` those that were heard of
-    within a lease.
+    at        when they were taken, RFC 3339
+    dead      dead letters
+    urgent    urgent messages in the agents' inboxes
+    resting   live agents that have been idle for `agent.idle_timeout_secs`
+    heard     live agents that are starting, or whose last heartbeat is younger than a lease
+    agents    agents by state
+    totals    counters since the town began (`state.store` lists them)
     """
 
     at: str
@@ -38,7 +43,7 @@ class Stats:
 
     @property
     def pending(self) -> int:
-        """Tasks that nobody works on yet."""
+        """Unfinished tasks that no agent is running."""
         return self.backlog + self.assigned
 
     @property
@@ -48,7 +53,7 @@ class Stats:
 
 
 class Scaling(TypedDict):
-    """What an autoscaler goes by, as published."""
+    """The input of an autoscaler: the answer of GET /api/scaling."""
 
     town: str
     timestamp: str
@@ -62,10 +67,10 @@ class Scaling(TypedDict):
     scaling_recommendation: Recommendation
 
 
-def take_census(town: Town) -> Step[Stats]:
-    """The census of a town, now."""
+def take_stats(town: Town) -> Step[Stats]:
+    """The current statistics of a town."""
     settings = town.config.agent
-    at, counts, agents, totals = yield town.store.census(settings.idle_timeout_secs * 1000, settings.lease_secs * 1000)
+    at, counts, agents, totals = yield town.store.stats(settings.idle_timeout_secs * 1000, settings.lease_secs * 1000)
     backlog, assigned, running, dead, urgent, resting, heard = counts
     by_state = _counts(agents)
     return Stats(text(at), backlog, assigned, running, dead, urgent, resting, heard, by_state, _counts(totals))
@@ -76,26 +81,26 @@ def _counts(flat: list[bytes]) -> dict[str, int]:
 
 
 def scaling(town: Town) -> Step[Scaling]:
-    """How many agents a town could use, and what to do about it."""
-    census = yield from take_census(town)
-    depth, most = census.pending + census.running, town.config.max_agents
-    desired = min(most, depth)
+    """How many agents the town needs (one for each unfinished task, at most `max_agents`), and a recommendation."""
+    stats = yield from take_stats(town)
+    depth, max_agents = stats.pending + stats.running, town.config.max_agents
+    desired = min(max_agents, depth)
     return {
         'town': town.name,
-        'timestamp': census.at,
+        'timestamp': stats.at,
         'queue_depth': depth,
-        'pending_tasks': census.pending,
-        'in_flight_tasks': census.running,
-        'active_agents': census.active,
-        'cold_agents': census.agents.get('Cold', 0),
+        'pending_tasks': stats.pending,
+        'in_flight_tasks': stats.running,
+        'active_agents': stats.active,
+        'cold_agents': stats.agents.get('Cold', 0),
         'desired_agents': desired,
-        'max_agents': most,
-        'scaling_recommendation': recommend(desired, census.active, census.pending, census.resting),
+        'max_agents': max_agents,
+        'scaling_recommendation': recommend(desired, stats.active, stats.pending, stats.resting),
     }
 
 
 def recommend(desired: int, active: int, pending: int, resting: int) -> Recommendation:
-    """What to do about the number of live agents, of which so many are at rest."""
+    """How to change the number of live agents. `active` is that number; `resting` of them have long been idle."""
     if desired > active:
         return 'scale_up'
     if desired == 0 and resting == active:
@@ -105,8 +110,8 @@ def recommend(desired: int, active: int, pending: int, resting: int) -> Recommen
     return 'steady'
 
 
-def dispatcher(census: Stats) -> Dispatcher:
-    """Whether work gets on: idle, there is none with an agent; stalled, there is, and no worker is heard of."""
-    if not census.assigned + census.running:
+def dispatcher(stats: Stats) -> Dispatcher:
+    """Whether work makes progress. Idle: no agent has a task. Stalled: agents have tasks, but none sends heartbeats."""
+    if not stats.assigned + stats.running:
         return 'idle'
-    return 'running' if census.heard else 'stalled'
+    return 'running' if stats.heard else 'stalled'

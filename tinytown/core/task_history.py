@@ -1,4 +1,4 @@
-"""A task's history as a person reads it: how long each step took, and its attempts one by one. Pure."""
+"""A task's history for people: how long each step took, and the list of its attempts. Pure functions, for `tasks`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _ENDS: Final[dict[str, RunOutcome]] = {
 
 
 class Change(TypedDict):
-    """One change of a task. `at` is RFC 3339; `secs` the seconds since the one before; `pause` those until it is queued
-    again.
+    """One change of a task. `at` is RFC 3339; `secs` are the seconds since the previous change.
+
+    `pause` is the backoff in seconds before the task is queued again.
     """
 
     type: str
@@ -34,10 +35,10 @@ class Change(TypedDict):
 
 
 class Run(TypedDict):
-    """One attempt of a task. Times are RFC 3339, `secs` is how long it took.
+    """One attempt of a task. Times are RFC 3339; `secs` is its duration.
 
-    What it said stands in its agent's log from log_from to log_to (bytes, see agent.logs); log_to is null while it
-    runs, or if its worker did not live to say.
+    log_from and log_to are the byte offsets of its output in its agent's log (see agent.logs). log_to is null while the
+    attempt runs, or if its worker died before it recorded the end.
     """
 
     attempt: int
@@ -51,29 +52,29 @@ class Run(TypedDict):
 
 
 def with_durations(changes: Iterable[Change]) -> list[Change]:
-    """The changes, each with the seconds since the one before."""
-    found: list[Change] = []
+    """The changes, with `secs` added to all but the first."""
+    timed: list[Change] = []
     for change in changes:
-        if found:
-            change['secs'] = _between(found[-1]['at'], change['at'])
-        found.append(change)
-    return found
+        if timed:
+            change['secs'] = _between(timed[-1]['at'], change['at'])
+        timed.append(change)
+    return timed
 
 
 def runs(changes: Iterable[Change], logs: Mapping[int, str]) -> list[Run]:
-    """The attempts in a history, oldest first; `logs` says where each stands in its log, as from-to or from."""
-    found: list[Run] = []
+    """The attempts in a history, oldest first. `logs` has the log offsets of each attempt, as `from-to` or `from`."""
+    attempts: list[Run] = []
     for change in changes:
         if change['type'] == 'task.started':
-            found.append(_begun(change, logs.get(change['attempt'], '')))
-        elif found and found[-1]['outcome'] == 'running' and change['type'] in _ENDS:
-            found[-1]['ended_at'] = change['at']
-            found[-1]['secs'] = _between(found[-1]['started_at'], change['at'])
-            found[-1]['outcome'] = _ENDS[change['type']]
-    return found
+            attempts.append(_started(change, logs.get(change['attempt'], '')))
+        elif attempts and attempts[-1]['outcome'] == 'running' and change['type'] in _ENDS:
+            attempts[-1]['ended_at'] = change['at']
+            attempts[-1]['secs'] = _between(attempts[-1]['started_at'], change['at'])
+            attempts[-1]['outcome'] = _ENDS[change['type']]
+    return attempts
 
 
-def _begun(change: Change, log: str) -> Run:
+def _started(change: Change, log: str) -> Run:
     begin, _, end = log.partition('-')
     return {
         'attempt': change['attempt'],

@@ -1,4 +1,7 @@
-"""Tasks: work that is tracked from its assignment to its end."""
+"""Operations on tasks: pieces of work that are tracked until they are finished.
+
+`recovery` and `dead_letters` handle tasks that lost their agent or used up their attempts.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class Retried(TypedDict):
 
 
 def record(call: Call, description: str, tags: list[str]) -> tuple[Part, ...]:
-    """A new task, as the scripts take it (new_task in scripts.lua); its id comes first."""
+    """A new task as arguments for the scripts (see new_task in scripts.lua). The task's id comes first."""
     task_id = new_id()
     head = f'{{"task_id":"{task_id}","description":{to_json(description)}'
     sender = call.by.agent_id or CONDUCTOR_ID
@@ -77,12 +80,12 @@ def record(call: Call, description: str, tags: list[str]) -> tuple[Part, ...]:
 
 
 def assigned(reply: list[bytes]) -> Assigned:
-    """What a script says of a task that now stands in an inbox."""
+    """The answer of an operation that assigned a task, from the script's reply."""
     return {'task_id': text(reply[0]), 'agent_id': text(reply[1]), 'agent_name': text(reply[2])}
 
 
 def listing(key: str, reply: list[bytes]) -> bytes:
-    """A page as JSON: its items, the total, and where to go on."""
+    """A page as JSON: its items under `key`, the total count, and the cursor of the next page if there is one."""
     count, following, items = reply
     total = int(count)
     after = b',"next_cursor":"%b"' % following if following else b''
@@ -90,16 +93,16 @@ def listing(key: str, reply: list[bytes]) -> bytes:
 
 
 def assign(call: Call, *, agent: AgentRef, task: TaskText) -> Step[Assigned]:
-    """Give an agent a new task. It waits in the agent's inbox until its worker takes it, one task a round.
+    """Assign a new task to an agent. It waits in the agent's inbox; the agent's worker takes one task a round.
 
-    For work that any agent may do, add it to the backlog instead.
+    If any agent may do the work, add the task to the backlog instead.
     """
     reply = yield call.store.assign(agent, record(call, task, []))
     return assigned(reply)
 
 
 def list_pending(call: Call, *, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[PendingPage]]:
-    """List the tasks that are assigned and wait in an inbox, oldest first. The backlog is listed apart."""
+    """List the assigned tasks that still wait in an inbox, oldest first. It does not include the backlog."""
     reply = yield call.store.pending(limit, cursor)
     return Page(listing('tasks', reply))
 
@@ -112,13 +115,13 @@ def list_tasks(
     limit: Limit = 500,
     cursor: Cursor = '',
 ) -> Step[Page[TaskPage]]:
-    """List tasks, newest first: all, those in one state, those of one agent, or both."""
+    """List tasks, newest first; with state or agent, only those in that state or of that agent."""
     reply = yield call.store.tasks(limit, cursor, state or '', agent or '')
     return Page(listing('tasks', reply))
 
 
 def show(call: Call, *, task_id: TaskId) -> Step[Page[Task]]:
-    """Show one task: its state, who has it, which attempt, and what came of it."""
+    """Show one task: its state, its agent, its attempt number, and its result or error."""
     reply = yield call.store.task(task_id)
     return Page(reply[0])
 
@@ -126,31 +129,31 @@ def show(call: Call, *, task_id: TaskId) -> Step[Page[Task]]:
 def complete(
     call: Call, *, task_id: TaskId, attempt: Attempt | None = None, result: Outcome | None = None
 ) -> Step[Finished]:
-    """Mark a task as done. An agent gives the attempt it holds; a stale one is refused and changes nothing.
+    """Mark a task as completed. An agent must give the number of its attempt; a stale attempt is refused.
 
-    Without attempt it is an operator's override, and recorded as such.
+    Without attempt, this is an operator's override and is recorded as one.
     """
-    held, said = _held(call, attempt), to_json(result)
-    reply = yield call.store.finish(task_id, held, 'completed', said, 'null', call.by.agent_id)
+    held = _held(call, attempt)
+    reply = yield call.store.finish(task_id, held, 'completed', to_json(result), 'null', call.by.agent_id)
     return {'task_id': task_id, 'state': _final(reply)}
 
 
 def fail(
     call: Call, *, task_id: TaskId, attempt: Attempt | None = None, error: Outcome | None = None
 ) -> Step[Finished]:
-    """Mark a task as failed. An agent gives the attempt it holds; a stale one is refused and changes nothing.
+    """Mark a task as failed. An agent must give the number of its attempt; a stale attempt is refused.
 
-    Without attempt it is an operator's override, and recorded as such. A failed task can be retried.
+    Without attempt, this is an operator's override and is recorded as one. A failed task can be retried.
     """
-    held, said = _held(call, attempt), to_json(error)
-    reply = yield call.store.finish(task_id, held, 'failed', 'null', said, call.by.agent_id)
+    held = _held(call, attempt)
+    reply = yield call.store.finish(task_id, held, 'failed', 'null', to_json(error), call.by.agent_id)
     return {'task_id': task_id, 'state': _final(reply)}
 
 
 def _held(call: Call, attempt: int | None) -> str:
-    """The attempt that a report is of, '' for an operator's override. An agent has none: it must say what it holds."""
+    """The reported attempt as text, '' for an operator's override. Raises Invalid if an agent gives no attempt."""
     if attempt is None and call.by.agent_id:
-        detail = 'attempt is missing: an agent gives the one that it holds (TINYTOWN_ATTEMPT)'
+        detail = 'attempt is missing: an agent must give the attempt it holds, which is in TINYTOWN_ATTEMPT'
         raise Invalid(detail, errors=[{'pointer': '/attempt', 'detail': detail}])
     return str(attempt or '')
 
@@ -160,15 +163,15 @@ def _final(reply: list[bytes]) -> Literal['completed', 'failed']:
 
 
 def release(call: Call, *, task_id: TaskId, attempt: Attempt | None = None) -> Step[Released]:
-    """Give a running task back to the backlog, its attempt counted. An agent gives the attempt it holds."""
+    """Return a running task to the backlog. The attempt counts. An agent must give the number of its attempt."""
     yield call.store.release(task_id, _held(call, attempt), call.by.agent_id)
     return {'task_id': task_id, 'state': 'pending'}
 
 
 def history(call: Call, *, task_id: TaskId) -> Step[History]:
-    """Tell why a task is where it is: each change of it, with when, by whom, which attempt and why.
+    """Show the history of a task: each change, with its time, caller, attempt and reason.
 
-    Beside them its attempts: how long each took, and where in its agent's log it stands.
+    The answer also lists the attempts: how long each one took, and which part of its agent's log belongs to it.
     """
     joined, *logs = yield call.store.history(task_id)
     changes = with_durations(json.loads(b'[%b]' % joined))
@@ -177,12 +180,12 @@ def history(call: Call, *, task_id: TaskId) -> Step[History]:
 
 
 def cancel(call: Call, *, task_id: TaskId) -> Step[Cancelled]:
-    """Cancel a task that is not finished, wherever it is. A worker that runs it stops within a heartbeat."""
+    """Cancel an unfinished task, wherever it is. If a worker is running it, the run stops within one heartbeat."""
     yield call.store.cancel(task_id)
     return {'task_id': task_id, 'state': 'cancelled'}
 
 
 def retry(call: Call, *, task_id: TaskId) -> Step[Retried]:
-    """Try a failed or cancelled task again: it returns to the backlog with a full set of attempts."""
+    """Try a failed or cancelled task again: it returns to the backlog and gets max_attempts more attempts."""
     yield call.store.retry(task_id)
     return {'task_id': task_id, 'state': 'pending'}

@@ -1,4 +1,7 @@
-"""A town: its directory, its configuration, its state; and what is to be told of it as a whole."""
+"""A town (its directory, configuration and store), and the operations that describe it as a whole.
+
+`open_town` is the way in for every program. Operations get a `Call` from `dispatch`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from ..state.store import Page, Step, Store, text
 
 @dataclass(frozen=True, slots=True)
 class Town:
-    """One town, opened."""
+    """An open town: its directory, its configuration, and the store that holds its state."""
 
     root: Path
     config: Config
@@ -34,12 +37,15 @@ class Town:
 
     @property
     def redis_url(self) -> str:
-        """Where the state is, without a password."""
+        """The URL of the town's Redis, with the password masked."""
         return masked(self.config.redis.url or f'unix://{managed_redis.socket_path(self.root)}')
 
 
 class Call:
-    """What every operation is given: the town, who asks, and the store, which the door binds to them."""
+    """The first argument of every operation: the town, the caller, and a store that stamps the caller on changes.
+
+    `dispatch` binds the store to the caller. Without a `store`, the town's own is used and changes name no caller.
+    """
 
     __slots__ = ('by', 'store', 'town')
 
@@ -54,20 +60,23 @@ class Call:
 
 
 def open_town(root: Path, flags: dict[str, Any] | None = None) -> Town:
-    """Opens the town in `root`, starting its managed Redis if that is not running. Raises UsageError, TownError."""
+    """Opens the town in `root`, and starts its managed Redis if it is not running. Raises UsageError, TownError."""
     town = _connect(root, configuration.load(root, flags))
     town.store.call(town.store.open(_identity(root)))
     return town
 
 
 def join(root: Path, check: Callable[[Town], None]) -> Town:
-    """Makes the directory `root` a further host of the town that its Redis holds, if `check` raises nothing.
+    """Makes the directory `root` another host of the town in the Redis that its configuration names.
 
-    Raises UsageError, TownError.
+    `check` is called with the town before anything is written; if it raises, `root` does not join. Raises UsageError,
+    TownError.
     """
     config = configuration.load(root)
     if not config.redis.url:
-        raise UsageError(f'{root / configuration.FILE}: redis.url is not set, by which a further host finds the town')
+        raise UsageError(
+            f'{root / configuration.FILE}: redis.url is not set; a host that joins needs it to find the town'
+        )
     town = _connect(root, config)
     owner = text(town.store.call(town.store.open(''))[0])
     check(town)
@@ -82,13 +91,13 @@ def _connect(root: Path, config: Config) -> Town:
 
 
 def _identity(root: Path) -> str:
-    """The id of the town in `root`, made when it is first opened; of two who open it at once both take the first's."""
+    """The id of the town in `root`, created on first opening. Processes that open it at once get the same id."""
     return write_once(TownDir(root).create().identity, new_id() + '\n').strip()
 
 
 # -------------------------------------------------------------------------------------------------------- operations
 
-Deep = Annotated[bool, Field('Also task counts and the latest events')]
+Deep = Annotated[bool, Field('Include task counts by state, and the latest events')]
 
 
 class TownInfo(TypedDict):
@@ -98,7 +107,7 @@ class TownInfo(TypedDict):
 
 
 class TownEvent(TypedDict):
-    """One change. Beside these, what it concerns: agent_id, agent_name, task_id, attempt, message_id, by, why."""
+    """One event. Depending on its type it also has agent_id, agent_name, task_id, attempt, message_id, by or why."""
 
     id: str
     type: str
@@ -117,15 +126,15 @@ class TownStatus(TypedDict):
 
 
 def info(call: Call) -> Step[TownInfo]:
-    """Say which town this is: its name, its directory, and where its state is kept."""
+    """Show which town this is: its name, its directory, and the Redis that stores its state."""
     yield from ()
     return _info_of(call.town)
 
 
 def status(call: Call, *, deep: Deep = False, limit: Limit = 500, cursor: Cursor = '') -> Step[Page[TownStatus]]:
-    """Show the town and its agents; with deep, also how many tasks are in each state and the latest events.
+    """Show the town and its agents; with deep, also how many tasks are in each state, and the latest events.
 
-    Begin here: it tells who is working on what.
+    Start here: it shows which agent is working on which task.
     """
     reply = yield call.store.status(limit, cursor, 20 if deep else 1)
     count, following, agents, tasks, events = reply

@@ -194,7 +194,7 @@ class Catalog:
             if op.name == 'agent.wait':
                 answer = yield from self._wait(request, op, arguments)
             else:
-                answer = yield from call(self._town(), request.by, op, _with(arguments, fixed), gate=request.limits)
+                answer = yield from call(self._town(), request.by, op, _with(arguments, fixed), limits=request.limits)
         except TownError as e:
             request.refusal = e
             text = yield from self._explain(request, e, op)
@@ -210,13 +210,13 @@ class Catalog:
         """Runs agent.wait in slices of a second, to report progress and to notice a cancellation in between."""
         total = arguments.get('timeout', op.parameters['timeout'].schema['default'])
         if not isinstance(total, int) or isinstance(total, bool) or not 0 < total <= 25:
-            return (yield from call(self._town(), request.by, op, arguments, gate=request.limits))
+            return (yield from call(self._town(), request.by, op, arguments, limits=request.limits))
         start = time.monotonic()
         limits = request.limits
         while True:
             left = total - (time.monotonic() - start)
             slice_secs = max(min(_PROGRESS_SECS, round(left)), 0)
-            answer = yield from call(self._town(), request.by, op, arguments | {'timeout': slice_secs}, gate=limits)
+            answer = yield from call(self._town(), request.by, op, arguments | {'timeout': slice_secs}, limits=limits)
             limits = None  # the whole wait counts as one call
             elapsed = time.monotonic() - start
             if answer['done'] or elapsed >= total or request.cancelled:
@@ -259,7 +259,7 @@ class Catalog:
             raise _no_resource(uri)
         name, arguments = parsed
         try:
-            answer = yield from call(self._town(), request.by, BY_NAME[name], arguments, gate=request.limits)
+            answer = yield from call(self._town(), request.by, BY_NAME[name], arguments, limits=request.limits)
         except TownError as e:
             if e.status in (404, 422):
                 raise _no_resource(uri, e.detail) from None
@@ -327,7 +327,7 @@ class Catalog:
 
     def _query(self, by: Principal, name: str, arguments: Json, limits: CallLimits | None = None) -> Step[Json]:
         """The answer of an operation. Without `limits` the call is not counted: one request counts once."""
-        answer = yield from call(self._town(), by, BY_NAME[name], arguments, gate=limits)
+        answer = yield from call(self._town(), by, BY_NAME[name], arguments, limits=limits)
         parsed: Json = json.loads(encode_answer(answer))
         return parsed
 

@@ -115,7 +115,7 @@ class McpHttp:
             message, by, channel.send, session,
             revision=(revision or BATCHING) if is_known else MODERN,
             check=lambda method, params: check_headers(request, self._mcp.catalog.tools(by), method, params),
-            limits=self._access.gate(request),
+            limits=self._access.call_limits(request),
         )  # fmt: skip
         if mcp_request is None:
             return Response(202)
@@ -199,7 +199,7 @@ class McpHttp:
         entries: list[McpRequest | Json | None] = []  # a request, an error reply, or nothing for a notification
         for message in messages:
             try:
-                limits = self._access.gate(request)
+                limits = self._access.call_limits(request)
                 mcp_request = self._mcp.read(message, by, lambda _message: None, session, BATCHING, limits=limits)
                 if mcp_request and mcp_request.is_modern:
                     raise not_batched(mcp_request)
@@ -267,7 +267,7 @@ class McpHttp:
             raise NotFound('this session has no stream; open one with GET /sse', code='no-such-session')
         check_type(request)
         session = http_session.session
-        limits = self._access.gate(request)
+        limits = self._access.call_limits(request)
         try:
             mcp_request = self._mcp.read(decode(request.body), by, session.send, session, limits=limits)
         except Fault as e:

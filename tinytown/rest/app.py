@@ -133,7 +133,7 @@ class RestApp:
         key = request.field(b'idempotency-key')
         if b'idempotency-key' in request.fields and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise BadRequest('Idempotency-Key must be 1 to 255 printable ASCII characters without spaces')
-        answer = yield from call(self.town, by, op, read_arguments(request, op), key, self.access.gate(request))
+        answer = yield from call(self.town, by, op, read_arguments(request, op), key, self.access.call_limits(request))
         return Response(op.status, encode_answer(answer))
 
     def read(self, request: Request, op: Op) -> Generator[Command, Any, dict[str, Any]]:
@@ -144,7 +144,7 @@ class RestApp:
     def dispatch(self, request: Request, op: Op, arguments: dict[str, Any]) -> Generator[Command, Any, Any]:
         """Authenticates the caller, and calls an operation with `dispatch.call`. Raises TownError."""
         by = yield from self.access.prove(request, op.name, request.values)
-        return (yield from call(self.town, by, op, arguments, gate=self.access.gate(request)))
+        return (yield from call(self.town, by, op, arguments, limits=self.access.call_limits(request)))
 
 
 # --------------------------------------------------------------------------------------------------------- arguments

@@ -72,7 +72,7 @@ class HealthRoutes:
         report: dict[str, Any] = {'status': 'ready', 'redis': 'connected'}
         start = time.monotonic()
         try:
-            counted = yield from stats.take_census(self._town())
+            counted = yield from stats.take_stats(self._town())
         except TownError as e:
             report = {'status': 'not_ready', 'redis': 'disconnected', 'dispatcher': 'unknown', 'detail': e.detail}
         else:
@@ -94,14 +94,14 @@ class HealthRoutes:
         scope = self._town().config.townhall.metrics.scope
         if scope and request.by is not None:
             by = yield from self._access.prove(request, name, {})
-            enter(by, name, scope, {}, self._access.gate(request))
+            enter(by, name, scope, {}, self._access.call_limits(request))
         return (yield from self._metrics() if name == 'metrics' else self._scaling())
 
     def _metrics(self) -> Reply:
         start = time.monotonic()
         counted, error = None, ''
         try:
-            counted = yield from stats.take_census(self._town())
+            counted = yield from stats.take_stats(self._town())
         except TownError as e:
             error = e.detail
         text = render_metrics(self._meter, counted, time.monotonic() - start, error)

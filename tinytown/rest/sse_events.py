@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from ..auth.access import is_slow
 from ..core.dispatch import encode_answer
-from ..core.events import Filter, as_page, choose, type_of, whole
+from ..core.events import Filter, as_page, find_filter, full_id, type_of
 from ..core.operations import Op
 from ..core.town import Town
 from ..errors import Invalid, Unavailable
@@ -217,7 +217,7 @@ class EventStreams:
     def _wanted(self, arguments: dict[str, Any]) -> Step[Filter]:
         """The filter that valid arguments ask for."""
         criteria = arguments.get('agent'), arguments.get('task'), arguments.get('type', ())
-        return (yield from choose(self._app.town.store, *criteria))
+        return (yield from find_filter(self._app.town.store, *criteria))
 
     # --------------------------------------------------------------------------------------------------- streams
 
@@ -228,7 +228,7 @@ class EventStreams:
         first = arguments | {'limit': 1} | ({'after': after} if after else {})
         page = yield from self._app.dispatch(request, op, first)
         wanted = yield from self._wanted(arguments)
-        position = json.loads(page)['next_after'] if after == '$' else whole(after)
+        position = json.loads(page)['next_after'] if after == '$' else full_id(after)
 
         def start(stream: Stream) -> None:
             frames = _Frames(stream, wanted, bool(after))

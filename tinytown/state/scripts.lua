@@ -835,7 +835,7 @@ local last = redis.call('HGET', P .. 'agent:' .. id, 'last')
 if not last or redis.call('EXISTS', P .. 'task:' .. last) == 0 then return {1, name, ''} end
 return {1, name, task_json(last)}
 
--- @script census oom
+-- @script stats oom
 -- What a town holds and has done, for those who watch it. A: ms after which an idle agent is at rest, ms after which a
 -- worker that was not heard of counts as silent.
 -- Returns {1, time, {backlog, assigned, running, dead letters, urgent messages in agents' inboxes, live agents at rest,

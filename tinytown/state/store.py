@@ -333,8 +333,8 @@ class Store:
     def evidence(self, states: Iterable[str]) -> Command:
         return self._script('evidence', *states)
 
-    def census(self, rest_ms: int, silence_ms: int) -> Command:
-        return self._script('census', rest_ms, silence_ms)
+    def stats(self, rest_ms: int, silence_ms: int) -> Command:
+        return self._script('stats', rest_ms, silence_ms)
 
     def status(self, limit: int, cursor: str, events: int) -> Command:
         return self._script('status', limit, cursor, events)

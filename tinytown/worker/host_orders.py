@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..core import hosts
-from ..core.agents import look_up, put_down, start_worker, stop_process, unmake
+from ..core.agents import look_up, start_worker, stop_process, undo_restart, undo_spawn
 from ..core.hosts import Presence
 from ..core.town import Call, Town
 from ..errors import Conflict, Internal, NotFound, TownError, Unavailable
@@ -115,7 +115,7 @@ class HostOrders(threading.Thread):
             known = yield from look_up(call, agent)
             self._start_worker(call.town, agent, known.name, instance)
         except TownError:
-            yield from (unmake if order['verb'] == 'spawn' else put_down)(call, agent, instance)
+            yield from (undo_spawn if order['verb'] == 'spawn' else undo_restart)(call, agent, instance)
             raise
 
 
