@@ -1,15 +1,16 @@
-# make run    sets everything up, makes or opens the town in .town, and serves REST on 127.0.0.1:8787
-# make test   sets everything up and runs the tests
-# make setup  only installs;  make lint  is ruff and mypy --strict
-# make chaos  sabotages a town for SECONDS=60 and kills a worker at every command; SEED= repeats a campaign
-# make dist   builds dist/townhall.pyz, dist/tt.pyz and the wheel;  make bundle  a tarball that installs without a network.
-#   WHEELS=DIR takes wheels from there: dist adds what is compiled for other platforms, bundle downloads nothing
-# make docs   writes what is made from the code into README.md and docs/
-# make bench  measures it beside other servers (needs wrk, and node for one of them); BENCH='--short --only townhall'
-# make conformance runs the official conformance suite of MCP, for both generations
-# make test-system is that, real MCP clients, what needs nginx, haproxy and promtool, what Schemathesis makes of our
-#   OpenAPI document, and a longer fuzz of the HTTP edge; SEED= makes another one
-# Needs Python 3.11 or newer with venv; another one:  make PYTHON=python3.13 run
+# make run          installs, creates or opens the town in .town, and serves REST on 127.0.0.1:8787
+# make test         installs, and runs the tests
+# make setup        only installs
+# make lint         runs ruff and mypy --strict
+# make chaos        kills and breaks parts of a town for SECONDS=60, and kills a worker at every command; SEED=N repeats a run
+# make dist         builds dist/townhall.pyz, dist/tt.pyz and the wheel; WHEELS=DIR adds files for other platforms from there
+# make bundle       builds a tarball that installs without a network; WHEELS=DIR takes wheels from there, without downloads
+# make docs         writes the parts of README.md and docs/ that are made from the code
+# make bench        compares the speed with other servers (needs wrk, and node for one of them); BENCH='--short --only townhall'
+# make conformance  runs the official MCP conformance suite, for both protocol generations
+# make test-system  runs that suite, real MCP clients, tests with nginx, haproxy and promtool, Schemathesis on our OpenAPI
+#                   document, and a longer fuzz of the HTTP parser; SEED=N sets its seed
+# Needs Python 3.11 or newer with venv. To choose another one:  make PYTHON=python3.13 run
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Townhall, as a drop-in script: runs from a checkout, through a symlink too, with only what the core needs installed.
+"""Townhall as a drop-in script: runs from a checkout, also through a symlink.
 
-That is the packages redis, argon2-cffi and tomli-w.
+Only the packages redis, argon2-cffi and tomli-w must be installed.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Measures Townhall side by side with servers that do the same work on the same Redis: `make bench`."""
+"""Compares Townhall with servers that do the same work on the same Redis: `make bench`. Start reading at `rows`."""

@@ -16,18 +16,20 @@ from .stage import Stage
 
 
 def main() -> int:
-    """Measures, prints a table, writes JSON. Exit status 1: a server did not do what was asked of it."""
+    """Measures, prints a table, writes JSON. Exits with 1 if a server gave a wrong answer."""
     parser = argparse.ArgumentParser(prog='python -m bench', description=__doc__)
-    parser.add_argument('--short', action='store_true', help='one round of one second, and less of everything')
-    parser.add_argument('--only', action='append', choices=NAMES, help='a server to measure (may be repeated)')
-    parser.add_argument('--rows', action='append', choices=list(ROWS), help='what to measure (may be repeated)')
-    parser.add_argument('--out', type=Path, default=REPOSITORY / 'bench' / 'results.json', help='where the JSON goes')
+    parser.add_argument('--short', action='store_true', help='one round of one second, and smaller counts')
+    parser.add_argument('--only', action='append', choices=NAMES, help='measure this server (may be repeated)')
+    parser.add_argument('--rows', action='append', choices=list(ROWS), help='measure this (may be repeated)')
+    parser.add_argument(
+        '--out', type=Path, default=REPOSITORY / 'bench' / 'results.json', help='the JSON file to write'
+    )
     arguments = parser.parse_args()
     names = _present(arguments.only or NAMES)
     rows: list[Row] = []
-    about = machine()
-    if about['busy'] > 0.5:
-        print(f'bench: {about["busy"]} processes are running already; the figures will tell little', file=sys.stderr)
+    host = machine()
+    if host['busy'] > 0.5:
+        print(f'bench: {host["busy"]} other processes are running; the figures will mean little', file=sys.stderr)
     try:
         with Stage() as stage:
             bench = Bench(stage, names, SHORT if arguments.short else LONG)
@@ -36,22 +38,22 @@ def main() -> int:
     except Wrong as e:
         print(f'bench: {e}', file=sys.stderr)
         return 1
-    write(arguments.out, rows, about)
-    print(f'{about["date"]}, {about["cpu"]}, {about["cores"]} cores; {arguments.out}\n\n{table(rows)}')
+    write(arguments.out, rows, host)
+    print(f'{host["date"]}, {host["cpu"]}, {host["cores"]} cores; {arguments.out}\n\n{table(rows)}')
     return 0
 
 
 def _present(wanted: list[str] | tuple[str, ...]) -> list[str]:
-    """Ours, and those of the wanted servers that can be run here; the others are named."""
-    found = []
+    """Townhall and those wanted servers that can run here. Prints why the others can't."""
+    present = []
     for name in NAMES:
         if name != OURS and name not in wanted:
             continue
-        if why := missing(name):
-            print(f'bench: {name} is not measured: {why}', file=sys.stderr)
+        if reason := missing(name):
+            print(f'bench: {name} is not measured: {reason}', file=sys.stderr)
         else:
-            found.append(name)
-    return found
+            present.append(name)
+    return present
 
 
 if __name__ == '__main__':

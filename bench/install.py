@@ -1,4 +1,4 @@
-"""What the peers need: a virtual environment and a node_modules of their own, below a directory that git ignores."""
+"""Installs the peers' dependencies into a virtual environment and a node_modules, in a directory that git ignores."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ NODE_PACKAGES = ('fastify@5', 'ioredis@6')
 
 
 def python_peers() -> str:
-    """Installs what the Python peers import, once. What stands in the way, or ''."""
+    """Installs the dependencies of the Python peers, once. Returns why that failed, or ''."""
     return _once('python', [sys.executable, '-m', 'venv', '.'], _pip('install', '--quiet', *PYTHON_PACKAGES))
 
 
 def node_peer() -> str:
-    """Installs what the Node peer requires, once. What stands in the way, or ''."""
+    """Installs the dependencies of the Node peer, once. Returns why that failed, or ''."""
     if not (shutil.which('node') and shutil.which('npm')):
-        return 'node and npm are not there'
+        return 'node and npm are not installed'
     quiet = ('--silent', '--no-audit', '--no-fund')
     return _once('node', ['npm', 'install', *quiet, '--prefix', '.', *NODE_PACKAGES])
 
 
 def versions() -> dict[str, str]:
-    """The versions of what was installed, by package."""
+    """The versions of the installed packages, by name."""
     found: dict[str, str] = {}
     if PYTHON.exists():
         listed = subprocess.run(_pip('list', '--format=json'), cwd=CACHE, capture_output=True, check=True).stdout
@@ -53,7 +53,7 @@ def _pip(*words: str) -> list[str]:
 
 
 def _once(name: str, *commands: list[str]) -> str:
-    """Runs commands in a directory of the cache unless they were run there already."""
+    """Runs commands in a directory of the cache, unless they ran there before. Returns the error, or ''."""
     place = CACHE / name
     ready = place / 'ready'
     wanted = repr(commands[-1])
@@ -63,7 +63,7 @@ def _once(name: str, *commands: list[str]) -> str:
     for command in commands:
         done = subprocess.run(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines()
-            return f'{command[0]} failed: {said[-1] if said else done.returncode}'
+            errors = done.stderr.strip().splitlines()
+            return f'{command[0]} failed: {errors[-1] if errors else done.returncode}'
     ready.write_text(wanted)
     return ''

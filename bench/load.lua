@@ -1,4 +1,4 @@
--- What wrk sends (arguments: method, JSON body or '', API key or ''), and what it found as one line of JSON.
+-- Sets the request that wrk sends (arguments: method, JSON body or '', API key or ''); prints the result as JSON.
 
 function init(arguments)
   wrk.method = arguments[1]

@@ -1,4 +1,4 @@
-"""Load: wrk for throughput, and new clients one after the other for what the first request of each costs."""
+"""Generates load: wrk measures throughput, new clients one after the other measure the cost of a first request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SCRIPT = Path(__file__).with_name('load.lua')
 
 
 class Wrong(Exception):
-    """A server did not do what was asked of it, so that its speed means nothing."""
+    """A server gave a wrong answer, so its speed means nothing."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, with an API key or none, and the status of its answer."""
+    """A request, with an API key or without, and the status to expect."""
 
     name: str
     method: str
@@ -31,7 +31,7 @@ class Ask:
     key: str = ''
 
     def send(self, port: int) -> bytes:
-        """The body of the answer, on a connection of its own. Raises Wrong."""
+        """Sends the request on a new connection. Returns the body of the answer. Raises Wrong for another status."""
         connection = HTTPConnection('127.0.0.1', port, timeout=10)
         try:
             headers = {'Content-Type': 'application/json'} if self.body else {}
@@ -49,10 +49,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of wrk found. `rate` is answers a second, p50 and p99 are milliseconds; bytes counts heads too.
+    """The result of one run of wrk. `rate` is answers per second, p50 and p99 are in ms, `bytes` includes heads.
 
-    `refused` are answers with an error status, `lost` are connections that failed or requests without an answer;
-    `cpu` is what the server's processes used for one answer, in microseconds.
+    `refused` counts answers with an error status, `lost` failed connections and unanswered requests. `cpu` is the CPU
+    time of the server's processes per answer, in microseconds.
     """
 
     requests: int
@@ -77,7 +77,7 @@ class Load:
 
 
 def wrk(ask: Ask, port: int, connections: int, seconds: int) -> Load:
-    """Asks for `seconds` on so many connections at once. Raises Wrong if wrk is not there or fails."""
+    """Sends a request again and again on `connections` for `seconds`. Raises Wrong if wrk is missing or fails."""
     if not (program := shutil.which('wrk')):
         raise Wrong('wrk is needed:  apt install wrk')
     arguments = [ask.method, json.dumps(ask.body) if ask.body else '', ask.key]
@@ -90,20 +90,20 @@ def wrk(ask: Ask, port: int, connections: int, seconds: int) -> Load:
 
 
 def newcomers(ask: Ask, port: int, count: int) -> list[float]:
-    """How long so many new clients wait for their first answer, one after the other, in milliseconds, sorted."""
+    """The times that `count` new clients, one after the other, wait for their first answer: in ms, sorted."""
     return timed(lambda: ask.send(port), count)
 
 
-def timed(what: Callable[[], object], count: int) -> list[float]:
-    """How long each of so many calls takes, in milliseconds, sorted."""
+def timed(call: Callable[[], object], count: int) -> list[float]:
+    """The times that `count` calls take: in ms, sorted."""
     taken = []
     for _ in range(count):
         began = time.perf_counter()
-        what()
+        call()
         taken.append((time.perf_counter() - began) * 1000)
     return sorted(taken)
 
 
 def percentile(ordered: Sequence[float], part: float) -> float:
-    """The value below which `part` (0 to 1) of the values lie."""
+    """The value below which the fraction `part` (0 to 1) of the values lies."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]

@@ -1,7 +1,7 @@
-"""MCP beside an equal server on the official Python SDK: python -m bench.mcp [--calls N].
+"""Compares MCP with an equal server on the official Python SDK: python -m bench.mcp [--calls N].
 
-Both serve one town over stdio and over HTTP to the same client, in turns; the tools do the same in Redis. Cold start is
-from exec to the answer of `server/discover`; memory is what the process holds after its calls.
+Both serve the same town to the same client in turns, over stdio and over HTTP, with tools that do the same in Redis.
+Cold start is the time from exec to the answer to `server/discover`; memory is resident memory after the calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.mcp_client import META
 from tests.support import REPOSITORY, environment, make_town
 
 PEER: Final = REPOSITORY / 'bench' / 'peers' / 'with_mcp.py'
-HALL: Final = REPOSITORY / 'townhall.py'
+TOWNHALL: Final = REPOSITORY / 'townhall.py'
 TOOLS: Final[dict[str, dict[str, Any]]] = {'town_get_status': {}, 'backlog_add': {'description': 'x', 'tags': ['y']}}
 ROUND: Final = 50
 
@@ -38,8 +38,8 @@ def request(method: str, params: dict[str, Any]) -> bytes:
 
 @contextmanager
 def over_stdio(name: str, root: Path) -> Iterator[tuple[Ask, int]]:
-    """A server as a child process, and what asks it."""
-    argv = [HALL, 'mcp-stdio', '--town', root] if name == 'townhall' else [PEER, 'stdio', root]
+    """Runs a server as a child process. Yields a function that sends it requests, and its pid."""
+    argv = [TOWNHALL, 'mcp-stdio', '--town', root] if name == 'townhall' else [PEER, 'stdio', root]
     command = [sys.executable, *map(str, argv)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
@@ -50,8 +50,8 @@ def over_stdio(name: str, root: Path) -> Iterator[tuple[Ask, int]]:
     def ask(method: str, params: dict[str, Any]) -> dict[str, Any]:
         sink.write(request(method, params) + b'\n')
         sink.flush()
-        found: dict[str, Any] = json.loads(source.readline())
-        return found
+        reply: dict[str, Any] = json.loads(source.readline())
+        return reply
 
     yield ask, process.pid
     process.kill()
@@ -60,10 +60,10 @@ def over_stdio(name: str, root: Path) -> Iterator[tuple[Ask, int]]:
 
 @contextmanager
 def over_http(name: str, root: Path) -> Iterator[tuple[Ask, int]]:
-    """A server on a port, and what asks it on one connection."""
+    """Runs a server on a port. Yields a function that sends it requests on one connection, and its pid."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    argv = [HALL, 'mcp-http', '--town', root, '--port', port] if name == 'townhall' else [PEER, 'http', root, port]
+    argv = [TOWNHALL, 'mcp-http', '--town', root, '--port', port] if name == 'townhall' else [PEER, 'http', root, port]
     command = [sys.executable, *map(str, argv)]
     settings = environment(TINYTOWN_TOWNHALL_ACCESS_LOG='off')
     process = subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -85,8 +85,8 @@ def over_http(name: str, root: Path) -> Iterator[tuple[Ask, int]]:
         connection.request('POST', '/mcp', request(method, params), head)
         body = connection.getresponse().read()
         data = body.partition(b'data: ')[2] if body.startswith(b'event') else body
-        found: dict[str, Any] = json.loads(data)
-        return found
+        reply: dict[str, Any] = json.loads(data)
+        return reply
 
     yield ask, process.pid
     connection.close()
@@ -98,18 +98,18 @@ TRANSPORTS: Final = {'stdio': over_stdio, 'http': over_http}
 
 
 def measure(ask: Ask, tool: str, count: int) -> list[float]:
-    """Round trips, ms."""
-    found = []
+    """The round trips of `count` calls of a tool, in ms."""
+    times = []
     for _ in range(count):
         began = time.perf_counter()
         reply = ask('tools/call', {'name': tool, 'arguments': TOOLS[tool]})
-        found.append((time.perf_counter() - began) * 1000)
+        times.append((time.perf_counter() - began) * 1000)
         assert not reply['result'].get('isError'), reply
-    return found
+    return times
 
 
 def cold(name: str, transport: str, root: Path) -> float:
-    """From exec to the first answer, ms."""
+    """The time from exec to the first answer, in ms."""
     began = time.perf_counter()
     with TRANSPORTS[transport](name, root) as (ask, _):
         assert ask('server/discover', {})['result']
@@ -117,7 +117,7 @@ def cold(name: str, transport: str, root: Path) -> float:
 
 
 def resident(pid: int) -> float:
-    """Memory of a process, MB."""
+    """The resident memory of a process, in MB."""
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
     return pages * os.sysconf('SC_PAGESIZE') / 1e6
 
@@ -130,14 +130,14 @@ def compare(transport: str, root: Path, calls: int) -> None:
             starts[name].append(cold(name, transport, root))
     open_one = TRANSPORTS[transport]
     with open_one('townhall', root) as (ours, our_pid), open_one('sdk', root) as (theirs, their_pid):
-        asks, pids = {'townhall': ours, 'sdk': theirs}, {'townhall': our_pid, 'sdk': their_pid}
+        clients, pids = {'townhall': ours, 'sdk': theirs}, {'townhall': our_pid, 'sdk': their_pid}
         for tool in TOOLS:
             times: dict[str, list[float]] = {name: [] for name in names}
             for name in names:
-                measure(asks[name], tool, ROUND)
+                measure(clients[name], tool, ROUND)
             for _ in range(calls // ROUND):
                 for name in names:
-                    times[name] += measure(asks[name], tool, ROUND)
+                    times[name] += measure(clients[name], tool, ROUND)
             for name in names:
                 median, p99 = statistics.median(times[name]), statistics.quantiles(times[name], n=100)[98]
                 print(f'{transport:6} {tool:16} {name:9} median {median:7.3f} ms   p99 {p99:7.3f} ms')
@@ -148,7 +148,7 @@ def compare(transport: str, root: Path, calls: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m bench.mcp', description=__doc__)
-    parser.add_argument('--calls', type=int, default=1000, help='calls of each tool')
+    parser.add_argument('--calls', type=int, default=1000, help='number of calls per tool')
     calls = parser.parse_args().calls
     with tempfile.TemporaryDirectory() as directory:
         place = make_town(Path(directory) / 't')

@@ -1,4 +1,4 @@
-"""What was found: a row a figure, as an aligned table and as JSON."""
+"""The report: one row per figure, printed as an aligned table and written as JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tinytown.host import managed_redis
 
 from . import install
 
-HEADINGS = ('what', 'beside', 'townhall', 'beside it', 'min', 'ratio', 'max', 'target', '')
+HEADINGS = ('what', 'compared with', 'townhall', 'the other', 'min', 'ratio', 'max', 'target', '')
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The least, the median and the greatest of the rounds."""
+    """The minimum, median and maximum over the rounds."""
 
     least: float
     median: float
@@ -38,7 +38,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of ours, what it is held against, and whether the target is met (by the median; None: no target)."""
+    """Our figure, the one it is compared with, and whether the median meets the target (None: there is no target)."""
 
     what: str
     ours: str
@@ -59,7 +59,7 @@ class Row:
 
 
 def ratio_row(what: str, ours: Sequence[float], beside: str, other: Sequence[float], at_least: float | None) -> Row:
-    """Rates of ours and of another, round by round, held against each other."""
+    """Compares the rates of Townhall with those of another server, round by round."""
     ratio = Spread.of(mine / its for mine, its in zip(ours, other, strict=True))
     target = '' if at_least is None else f'≥ {at_least:g} ×'
     met = None if at_least is None else ratio.median >= at_least
@@ -84,25 +84,25 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on, and with which versions."""
+    """The machine and the versions that were measured."""
     cpu = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
     return {
         'date': datetime.now(UTC).strftime('%Y-%m-%d'),
         'cpu': cpu[1] if cpu else platform.machine(),
         'cores': os.cpu_count(),
-        'busy': round(os.getloadavg()[0], 2),  # load of the last minute, before anything was started
+        'busy': round(os.getloadavg()[0], 2),  # load average of the last minute, before the servers start
         'system': platform.platform(),
         'versions': {
             'townhall': __version__,
             'python': platform.python_version(),
-            'node': _says('node', '--version'),
-            'redis-server': _says(str(managed_redis.find_server()), '--version'),
+            'node': _output('node', '--version'),
+            'redis-server': _output(str(managed_redis.find_server()), '--version'),
             **install.versions(),
         },
     }
 
 
-def _says(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -110,5 +110,5 @@ def _says(*command: str) -> str:
     return done.stdout.strip()
 
 
-def write(file: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    file.write_text(json.dumps(about | {'rows': [asdict(row) for row in rows]}, indent=1, ensure_ascii=False) + '\n')
+def write(file: Path, rows: Sequence[Row], host: dict[str, Any]) -> None:
+    file.write_text(json.dumps(host | {'rows': [asdict(row) for row in rows]}, indent=1, ensure_ascii=False) + '\n')

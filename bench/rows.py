@@ -1,4 +1,7 @@
-"""The figures, a function a kind: it takes the Bench and gives rows. Servers are measured in turn, round by round."""
+"""Measures the figures, one function per kind (see ROWS): it takes the Bench and yields rows.
+
+Servers are measured in turn, round by round, so that drift of the machine affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,20 @@ ASSIGN: Final = Ask('assign', 'POST', '/v1/tasks/assign', {'agent': WRITER, 'tas
 STATUS: Final = Ask('status of 100 agents', 'GET', '/v1/status')
 PAGE: Final = Ask('backlog page of 100', 'GET', '/v1/backlog?limit=100')
 
-# Least rate of ours as a multiple of each peer's, by when Redis writes to its disk.
+# The target for our rate, as a multiple of each peer's, by Redis's appendfsync.
 TARGETS: Final = {
     'everysec': {'fastapi': 3.0, 'starlette': 1.3, 'aiohttp': 1.2},
     'always': {'starlette': 1.0},
 }
-TWICE_TARGETS: Final = {'inbox': 1.0, 'assign': 0.8}  # of --workers 2 against fastify, everysec
+TWICE_TARGETS: Final = {'inbox': 1.0, 'assign': 0.8}  # --workers 2 compared with fastify, with everysec
 CONNECTIONS, BURST = 64, 256
-KEYED: Final = 0.91  # of the anonymous rate
-STEADY: Final = 0.85  # of a rate or its inverse: less than this is more than noise
+KEYED: Final = 0.91  # target for the rate with an API key, as a part of the rate without
+STEADY: Final = 0.85  # a smaller ratio of two rates is more than noise
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done: rounds, seconds of one run, finished tasks of the long history, samples of the rest."""
+    """How much to measure: rounds, seconds per run, finished tasks in the long history, samples of everything else."""
 
     rounds: int
     seconds: int
@@ -74,7 +77,7 @@ class Bench:
 
 
 def check_read(ask: Ask, ports: Mapping[str, int], items: str, count: int) -> int:
-    """Holds that all answer the same JSON, with so many items. The length of the shortest body. Raises Wrong."""
+    """Checks that all answer the same JSON with `count` items. Returns the shortest body's length. Raises Wrong."""
     answers = {name: ask.send(port) for name, port in ports.items()}
     documents = {name: json.loads(answer) for name, answer in answers.items()}
     first = next(iter(documents.values()))
@@ -85,14 +88,14 @@ def check_read(ask: Ask, ports: Mapping[str, int], items: str, count: int) -> in
 
 
 def check_assign(stage: Stage, ports: Mapping[str, int]) -> int:
-    """Holds that what each assigns stands in the inbox as one of ours does. The length of the shortest body."""
+    """Checks that a task from each server is in the inbox. Returns the shortest body's length. Raises Wrong."""
     answers = {name: ASSIGN.send(port) for name, port in ports.items()}
     writer = stage.place.do('agent.get', agent=WRITER)['id']
     queued = {task['task_id']: task for task in stage.place.do('task.list', state='assigned', agent=WRITER)['tasks']}
     for name, answer in answers.items():
-        said = json.loads(answer)
-        task = queued.pop(said.pop('task_id', ''), {})
-        if said != {'agent_id': writer, 'agent_name': WRITER} or task.get('description') != ASSIGN.body['task']:
+        body = json.loads(answer)
+        task = queued.pop(body.pop('task_id', ''), {})
+        if body != {'agent_id': writer, 'agent_name': WRITER} or task.get('description') != ASSIGN.body['task']:
             raise Wrong(f'{ASSIGN.path}: {name} answers {answer!r}, and the task is {task}')
     return min(map(len, answers.values()))
 
@@ -102,13 +105,13 @@ def check(stage: Stage, ask: Ask, ports: Mapping[str, int]) -> int:
 
 
 def measure(stage: Stage, server: Server, ask: Ask, connections: int, seconds: int, length: int) -> Load:
-    """One run against one server. Raises Wrong for answers that are too short, or stand for no change."""
+    """One run against one server. Raises Wrong if answers are too short, or if assigned tasks are missing."""
     before, used = stage.tasks(), server.cpu()
     load = wrk(ask, server.port, connections, seconds)
     load = replace(load, cpu=(server.cpu() - used) / max(load.requests, 1) * 1e6)
-    made = stage.tasks() - before
-    if load.bytes < load.served * length or made < (load.served if ask.name == ASSIGN.name else 0):
-        raise Wrong(f'{server.name}, {ask.name}: {load}; {made} tasks were made; a body has {length} bytes')
+    created = stage.tasks() - before
+    if load.bytes < load.served * length or created < (load.served if ask.name == ASSIGN.name else 0):
+        raise Wrong(f'{server.name}, {ask.name}: {load}; {created} tasks were created; a body has {length} bytes')
     return load
 
 
@@ -118,7 +121,7 @@ Loads = dict[str, list[Load]]
 
 
 def in_turn(bench: Bench, servers: Mapping[str, Server], ask: Ask, connections: int) -> Loads:
-    """Runs by server. Everyone begins each run on the same state."""
+    """The runs of each server. Every run starts from the same state."""
     plan, stage, found = bench.plan, bench.stage, defaultdict(list)
     length = check(stage, ask, {name: server.port for name, server in servers.items()})
     for number in range(-1 if plan.warm else 0, plan.rounds):
@@ -128,7 +131,7 @@ def in_turn(bench: Bench, servers: Mapping[str, Server], ask: Ask, connections: 
             load = measure(stage, server, ask, connections, plan.seconds if number >= 0 else plan.warm, length)
             if number >= 0:
                 found[name].append(load)
-        tell(f'{ask.name}, {connections} connections, round {number + 1}')
+        progress(f'{ask.name}, {connections} connections, round {number + 1}')
     return dict(found)
 
 
@@ -137,7 +140,7 @@ def rates(loads: Sequence[Load]) -> list[float]:
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
-    """inbox and assign at 64 connections, beside each peer, by when Redis writes to its disk."""
+    """inbox and assign on 64 connections, compared with each peer, for each appendfsync."""
     for policy in TARGETS:
         bench.stage.policy(policy)
         bench.stage.reset()
@@ -166,7 +169,7 @@ def _throughput_rows(what: str, policy: str, ask: Ask, found: Loads) -> Iterator
 
 
 def burst(bench: Bench) -> Iterator[Row]:
-    """The slowest hundredth at 256 connections, and what was lost."""
+    """p99 on 256 connections, and lost requests."""
     bench.stage.policy('everysec')
     bench.stage.reset()
     with started(bench.names, bench.stage) as servers:
@@ -174,19 +177,19 @@ def burst(bench: Bench) -> Iterator[Row]:
             for name, loads in in_turn(bench, servers, ask, BURST).items():
                 p99 = Spread.of(load.p99 for load in loads)
                 lost = sum(load.lost + load.refused for load in loads)
-                said = f'{p99.median:.0f} ms, {lost} lost'
+                result = f'{p99.median:.0f} ms, {lost} lost'
                 figures = {'p99': p99, 'lost': lost, 'runs': [load.figures() for load in loads]}
                 what = f'{ask.name} p99, {BURST} connections'
                 if name in (OURS, OURS_TWICE):
                     met = p99.median <= 100 and not lost
                     title = what if name == OURS else f'{what}, 2 workers'
-                    yield Row(title, said, target='≤ 100 ms, 0 lost', met=met, figures=figures)
+                    yield Row(title, result, target='≤ 100 ms, 0 lost', met=met, figures=figures)
                 else:
-                    yield Row(what, '', name, said, figures=figures)
+                    yield Row(what, '', name, result, figures=figures)
 
 
 def flat(bench: Bench) -> Iterator[Row]:
-    """status and a page of the backlog, of two towns in one Redis: one with a short, one with a long history."""
+    """status and a backlog page with a long history of tasks, compared with a short one in the same Redis."""
     plan = bench.plan
     bench.stage.policy('everysec')
     bench.stage.reset()
@@ -202,7 +205,7 @@ def flat(bench: Bench) -> Iterator[Row]:
                 for stage, server in servers.items():
                     length = check_read(ask, {OURS: server.port}, items, count)
                     found[stage].append(measure(stage, server, ask, CONNECTIONS, plan.seconds, length))
-            tell(ask.name)
+            progress(ask.name)
             what = f'{ask.name}, {plan.history:,} tasks ended'
             yield ratio_row(what, rates(found[far]), 'townhall, 100 ended', rates(found[near]), STEADY)
 
@@ -211,27 +214,27 @@ def flat(bench: Bench) -> Iterator[Row]:
 
 
 def access(bench: Bench) -> Iterator[Row]:
-    """inbox and assign with an API key, of a townhall that asks for one, beside the same without."""
+    """inbox and assign with an API key, compared with a townhall that requires none."""
     stage, plan, key = bench.stage, bench.plan, generate_key()
     stage.policy('everysec')
-    asked = {'TINYTOWN_TOWNHALL_AUTH_MODE': 'api_key', 'TINYTOWN_TOWNHALL_AUTH_API_KEY_HASH': key.hash}
-    with Server(OURS, stage) as plain, Server(OURS, stage, **asked) as guarded:
+    keyed = {'TINYTOWN_TOWNHALL_AUTH_MODE': 'api_key', 'TINYTOWN_TOWNHALL_AUTH_API_KEY_HASH': key.hash}
+    with Server(OURS, stage) as plain, Server(OURS, stage, **keyed) as guarded:
         replace(INBOX, status=401).send(guarded.port)
         for ask in (INBOX, ASSIGN):
             found: dict[Server, list[Load]] = {guarded: [], plain: []}
             for _ in range(plan.rounds):
-                for server, said in ((guarded, replace(ask, key=key.key)), (plain, ask)):
+                for server, request in ((guarded, replace(ask, key=key.key)), (plain, ask)):
                     stage.reset()
-                    length = len(said.send(server.port))
-                    found[server].append(measure(stage, server, said, CONNECTIONS, plan.seconds, length))
-            tell(f'{ask.name} with a key')
+                    length = len(request.send(server.port))
+                    found[server].append(measure(stage, server, request, CONNECTIONS, plan.seconds, length))
+            progress(f'{ask.name} with a key')
             yield ratio_row(f'{ask.name} with an API key', rates(found[guarded]), 'without', rates(found[plain]), KEYED)
 
 
 def idle(bench: Bench) -> Iterator[Row]:
-    """What idle keep-alive connections cost, and whether they slow a new client down."""
+    """The cost of idle keep-alive connections, and their effect on a new client."""
     bench.stage.reset()
-    plan, alone, beside, sizes, threads = bench.plan, [], [], [], []
+    plan, alone, crowded, sizes, threads = bench.plan, [], [], [], []
     for _ in range(min(plan.rounds, 3)):
         with Server(OURS, bench.stage) as server:
             newcomers(INBOX, server.port, plan.newcomers)  # warm
@@ -240,10 +243,10 @@ def idle(bench: Bench) -> Iterator[Row]:
             held = [_kept_alive(server.port) for _ in range(plan.idle)]
             sizes.append((server.memory() - memory) / plan.idle)
             threads.append((server.threads() - before) / plan.idle)
-            beside.append(percentile(newcomers(INBOX, server.port, plan.newcomers), 0.99))
+            crowded.append(percentile(newcomers(INBOX, server.port, plan.newcomers), 0.99))
             for connection in held:
                 connection.close()
-    tell('idle connections')
+    progress('idle connections')
     size, more = statistics.median(sizes), max(threads)
     yield Row(
         f'an idle connection, of {plan.idle:,}',
@@ -252,10 +255,10 @@ def idle(bench: Bench) -> Iterator[Row]:
         met=size <= 2048 and not more,
         figures={'bytes': sizes, 'threads': threads},
     )
-    ratio = Spread.of(new / old for new, old in zip(beside, alone, strict=True))
+    ratio = Spread.of(new / old for new, old in zip(crowded, alone, strict=True))
     yield Row(
-        "a new client's p99 beside them",
-        _ms(beside),
+        "a new client's p99 with them open",
+        _ms(crowded),
         'without them',
         _ms(alone),
         ratio,
@@ -269,11 +272,11 @@ def _ms(values: Sequence[float]) -> str:
 
 
 def _kept_alive(port: int) -> socket.socket:
-    """A connection that has had an answer and may have more."""
+    """A keep-alive connection that has received an answer."""
     sock = socket.create_connection(('127.0.0.1', port), timeout=10)
     sock.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n')
     if not sock.recv(65536).startswith(b'HTTP/1.1 200'):
-        raise Wrong('an idle connection was not welcome')
+        raise Wrong('an idle connection was refused')
     return sock
 
 
@@ -281,7 +284,7 @@ def _kept_alive(port: int) -> socket.socket:
 
 
 def pickup(bench: Bench) -> Iterator[Row]:
-    """From a client's assign to the worker's start on the task, each change on the disk."""
+    """The time from a client's assign to the start of the task in a worker, with every change synced to disk."""
     stage = bench.stage
     stage.policy('always')
     stage.reset()
@@ -291,7 +294,7 @@ def pickup(bench: Bench) -> Iterator[Row]:
         taken = sorted(_one_pickup(stage, connection) for _ in range(bench.plan.pickups))
         connection.close()
         Ask('kill', 'POST', '/v1/agents/runner/kill', {}).send(server.port)
-    tell('pickup')
+    progress('pickup')
     median, p99 = statistics.median(taken), percentile(taken, 0.99)
     yield Row(
         'pickup: assign → task.started',
@@ -318,7 +321,7 @@ def _one_pickup(stage: Stage, connection: http.client.HTTPConnection) -> float:
 
 
 def _await(stage: Stage, last: str, kind: str, task: str) -> str:
-    """Waits for an event after `last`; its id."""
+    """Waits for an event after `last`. Returns its id."""
     store = stage.place.store
     while True:
         found = store.call(store.next_event(last, 10_000))
@@ -334,7 +337,7 @@ def _await(stage: Stage, last: str, kind: str, task: str) -> str:
 
 
 def starts(bench: Bench) -> Iterator[Row]:
-    """From exec to the first 200 where Redis is up, and the memory of a server that has answered and is idle."""
+    """The time from exec to the first 200 with a running Redis, and the memory of an idle server after one answer."""
     bench.stage.reset()
     names = bench.names_of(OURS, 'fastapi', 'fastify')
     took: dict[str, list[float]] = defaultdict(list)
@@ -345,13 +348,13 @@ def starts(bench: Bench) -> Iterator[Row]:
                 took[name].append(server.took * 1000)
                 INBOX.send(server.port)
                 sizes[name].append(server.memory() / 1e6)
-    tell('starts')
-    yield from _beside('exec → first 200', 'ms', took, '≤ 250 ms', 250)
-    yield from _beside('idle memory', 'MB', sizes, '≤ 40 MB', 40)
+    progress('starts')
+    yield from _compared('exec → first 200', 'ms', took, '≤ 250 ms', 250)
+    yield from _compared('idle memory', 'MB', sizes, '≤ 40 MB', 40)
 
 
-def _beside(what: str, unit: str, found: Mapping[str, Sequence[float]], target: str, most: float) -> Iterator[Row]:
-    """A figure of ours with its target, and the ratio to each peer's."""
+def _compared(what: str, unit: str, found: Mapping[str, Sequence[float]], target: str, most: float) -> Iterator[Row]:
+    """Our figure with its target, and its ratio to each peer's."""
     medians = {name: statistics.median(values) for name, values in found.items()}
     ours = f'{medians[OURS]:.0f} {unit}'
     yield Row(what, ours, target=target, met=medians[OURS] <= most, figures=dict(found))
@@ -362,7 +365,7 @@ def _beside(what: str, unit: str, found: Mapping[str, Sequence[float]], target: 
 
 
 def commands(bench: Bench) -> Iterator[Row]:
-    """How long a person waits for `tt list` of 100 agents."""
+    """The time that `tt list` of 100 agents takes."""
     bench.stage.reset()
     taken = timed(lambda: bench.stage.place.tt('list'), bench.plan.starts)
     median = statistics.median(taken)
@@ -381,6 +384,6 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Row]]]] = {
 }
 
 
-def tell(what: str) -> None:
-    """Says how far it is."""
-    print(f'bench: {what}', file=sys.stderr, flush=True)
+def progress(step: str) -> None:
+    """Prints the step that was just completed."""
+    print(f'bench: {step}', file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The servers that are measured: each a process, with its children, that is started, asked and ended."""
+"""The servers to measure. A `Server` starts one as a process, waits until it is ready, and ends it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _PEERS = Path(__file__).parent / 'peers'
 
 @lru_cache
 def missing(name: str) -> str:
-    """Why a server can't be run here, or ''. Installs what a peer needs."""
+    """Why a server can't run here, or ''. Installs the dependencies of a peer."""
     if name in PYTHON_PEERS:
         return install.python_peers()
     if name == 'fastify':
         return install.node_peer()
     if name == OURS_TWICE:
-        said = subprocess.run([*_townhall(), '--help'], env=environment(), capture_output=True, text=True, check=True)
-        return '' if '--workers' in said.stdout else 'townhall has no --workers yet'
+        done = subprocess.run([*_townhall(), '--help'], env=environment(), capture_output=True, text=True, check=True)
+        return '' if '--workers' in done.stdout else 'townhall has no --workers yet'
     return ''
 
 
@@ -55,16 +55,16 @@ def _command(name: str, stage: Stage, port: int) -> list[str]:
 
 
 class Server:
-    """A server on a stage, started and ready. `took` is how long that was, from exec to the first 200, in seconds.
+    """A running server on a stage. `took` is the time from exec to its first 200, in seconds.
 
-    `more` is added to its environment.
+    `variables` are added to its environment.
     """
 
-    def __init__(self, name: str, stage: Stage, **more: str) -> None:
+    def __init__(self, name: str, stage: Stage, **variables: str) -> None:
         self.name = name
         self.port = _free_port()
         self._log = stage.root / f'{name.replace(" ", "-")}.log'
-        env = environment(NODE_PATH=str(install.NODE_MODULES), NODE_ENV='production', **more)
+        env = environment(NODE_PATH=str(install.NODE_MODULES), NODE_ENV='production', **variables)
         with open(self._log, 'ab') as log:
             began = time.perf_counter()
             self._process = subprocess.Popen(
@@ -101,15 +101,15 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    # ----------------------------------------------------------------------------------- what it takes of the machine
+    # ------------------------------------------------------------------------------------------------- resource usage
 
     def memory(self) -> int:
-        """Resident bytes of the process; with children, what they share is counted once."""
+        """Resident memory in bytes. With child processes, shared pages are counted once."""
         processes = self._processes()
         return sum(_memory(pid, 'Rss' if len(processes) == 1 else 'Pss') for pid in processes)
 
     def cpu(self) -> float:
-        """Seconds of processor time that it has used."""
+        """CPU time used so far, in seconds."""
         ticks = 0
         for pid in self._processes():
             fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
@@ -120,12 +120,12 @@ class Server:
         return sum(len(os.listdir(f'/proc/{pid}/task')) for pid in self._processes())
 
     def _processes(self) -> list[int]:
-        found = [self._process.pid]
-        for pid in found:  # it grows as we go
+        pids = [self._process.pid]
+        for pid in pids:  # the list grows while we iterate
             for thread in Path(f'/proc/{pid}/task').iterdir():
-                with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
-                    found += map(int, (thread / 'children').read_text().split())
-        return found
+                with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                    pids += map(int, (thread / 'children').read_text().split())
+        return pids
 
 
 def _memory(pid: int, kind: str) -> int:
@@ -142,6 +142,6 @@ def _free_port() -> int:
 
 @contextmanager
 def started(names: Iterable[str], stage: Stage) -> Iterator[dict[str, Server]]:
-    """Servers by name, all running for as long as it takes."""
+    """Runs several servers at once. Yields them by name."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(Server(name, stage)) for name in names}

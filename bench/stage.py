@@ -1,4 +1,4 @@
-"""The town that is measured: one Redis, 100 agents that are records only, an inbox of 10, a backlog of 100."""
+"""The town under test: one Redis, 100 agents (records without processes), an inbox of 10, a backlog of 100."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tinytown.state.store import Command, scripts
 
 AGENTS, MESSAGES, BACKLOG = 100, 10, 100
 READER, WRITER = 'agent-001', 'agent-002'
-_BATCH = 500  # commands in one write
+_BATCH = 500  # commands per write
 
 
 class Stage:
-    """A town in a directory of its own. `url` is another stage's Redis, where it is not to have one of its own."""
+    """A town in a directory of its own. It starts a Redis, unless `url` is that of another stage."""
 
     def __init__(self, url: str = '', finished: int = 0) -> None:
         self.root = Path(tempfile.mkdtemp(prefix='bench'))
@@ -32,7 +32,7 @@ class Stage:
         quiet = {'access_log': 'off'}
         self.place = make_town(self.root, name=self.root.name, max_agents=1000, townhall=quiet, **shared)
         self._owns_redis = not url
-        redis(self.place, 'CONFIG', 'SET', 'auto-aof-rewrite-percentage', 0)  # none in the middle of a measurement
+        redis(self.place, 'CONFIG', 'SET', 'auto-aof-rewrite-percentage', 0)  # no rewrite during a measurement
         for script in scripts().values():
             redis(self.place, 'SCRIPT', 'LOAD', script.text)
         self._settings()
@@ -51,22 +51,22 @@ class Stage:
         return f'unix://{managed_redis.socket_path(self.root)}'
 
     def _settings(self) -> None:
-        """Writes what a peer must know, in the file that it is given."""
+        """Writes the settings for the peers: socket, key names and scripts of this town."""
         store = self.place.store
         sock = str(managed_redis.socket_path(self.root))
-        told = {'socket': sock, 'prefix': store.prefix.decode(), 'events': store.events}
-        told |= {'conductor': CONDUCTOR_ID} | {name: scripts()[name].text.decode() for name in ('inbox', 'assign')}
+        values = {'socket': sock, 'prefix': store.prefix.decode(), 'events': store.events}
+        values |= {'conductor': CONDUCTOR_ID} | {name: scripts()[name].text.decode() for name in ('inbox', 'assign')}
         self.settings = self.root / 'peer.json'
-        self.settings.write_text(json.dumps(told))
+        self.settings.write_text(json.dumps(values))
 
     # ----------------------------------------------------------------------------------------------------- state
 
     def policy(self, appendfsync: str) -> None:
-        """When Redis writes to its disk: everysec or always."""
+        """Sets appendfsync: everysec or always."""
         redis(self.place, 'CONFIG', 'SET', 'appendfsync', appendfsync)
 
     def reset(self) -> None:
-        """The same state for everyone who is measured, and a short append-only file. Empties the whole Redis."""
+        """Restores the initial state, with a short append-only file. Empties the whole Redis."""
         redis(self.place, 'FLUSHALL')
         redis(self.place, 'BGREWRITEAOF')
         while b'aof_rewrite_in_progress:1' in self.place.store.call(self.place.store.info('persistence')):
@@ -85,7 +85,7 @@ class Stage:
         self._run(command for number in range(self.finished) for command in self._finished(number))
 
     def _agent(self, name: str) -> tuple[Command, Command]:
-        """An agent whose worker runs on another machine, so that nobody here can tell that there is none."""
+        """An agent whose worker claims to run on another machine, so that its absence is not noticed here."""
         store, agent, instance = self.place.store, new_id(), new_id()
         record = {'id': agent, 'name': name, 'nickname': None, 'role_id': 'worker', 'parent_agent_id': None}
         head = json.dumps(record | {'spawn_mode': 'fresh', 'cli': 'demo'}, separators=(',', ':'))[:-1]
@@ -97,11 +97,11 @@ class Stage:
         return self.place.store.backlog_add(task), self.place.store.finish(task[0], '', 'completed', '"done"', 'null')
 
     def tasks(self) -> int:
-        """How many tasks there are."""
+        """The number of tasks."""
         return int(redis(self.place, 'ZCARD', self.place.store.prefix + b'tasks'))
 
     def _run(self, commands: Iterable[Command]) -> None:
-        """Runs many commands, a batch with one write."""
+        """Runs many commands, with one write per batch."""
         connection = self.place.store.endpoint.open(timeout=60)
         try:
             batch: list[Command] = []

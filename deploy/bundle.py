@@ -1,8 +1,8 @@
-"""`make bundle`: one tarball that installs Townhall on a Linux machine without a network.
+"""`make bundle`: builds a tarball that installs Townhall on a Linux machine without a network.
 
-It holds the wheel, those of all that it needs for every Python it runs on, pip, and install.sh. Which wheels these are,
-to the byte, says wheels.sha256 (as sha256sum reads it). They come from --wheels DIR, and nothing is downloaded; without
-that, those that are not in build/wheels are downloaded into it.
+It contains the wheel of Townhall, the wheels of its dependencies for every supported Python, pip, and install.sh. The
+file wheels.sha256, in the format of sha256sum, pins the wheels. With --wheels DIR they are taken from there and nothing
+is downloaded. Otherwise pip downloads the missing ones into build/wheels.
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ BESIDE: Final = ('LICENSE', 'deploy/install.sh', 'docs/install.md')
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument('--wheels', type=Path, metavar='DIR', help='where the wheels are; nothing is downloaded then')
-    options.add_argument('--machine', default=os.uname().machine, help='x86_64 or aarch64 (default: that of this one)')
+    options.add_argument('--wheels', type=Path, metavar='DIR', help='take the wheels from there and download nothing')
+    options.add_argument('--machine', default=os.uname().machine, help='x86_64 or aarch64 (default: this machine)')
     options.add_argument('--out', type=Path, metavar='DIR', default=REPOSITORY / 'dist')
     arguments = options.parse_args()
-    made = build(arguments.out, arguments.machine, arguments.wheels)
-    print(f'{made}: {made.stat().st_size:,} bytes')
+    bundle = build(arguments.out, arguments.machine, arguments.wheels)
+    print(f'{bundle}: {bundle.stat().st_size:,} bytes')
 
 
 def build(out: Path, machine: str, wheels: Path | None = None) -> Path:
-    """Builds the tarball for a machine into a directory. Raises SystemExit for a wheel that is missing or another."""
+    """Builds the tarball for a machine into `out`. Raises SystemExit if a wheel is missing or has another digest."""
     wanted = locked(machine)
     if wheels is None:
         for name in wanted:
             if not (CACHE / name).exists():
                 _download(name)
-    found = [_checked((wheels or CACHE) / name, digest) for name, digest in wanted.items()]
+    dependencies = [_checked((wheels or CACHE) / name, digest) for name, digest in wanted.items()]
     with tempfile.TemporaryDirectory() as directory:
-        ours = build_wheel(Path(directory))
-        version = ours.name.split('-')[1]
-        members = [Member(f'wheels/{file.name}', file.read_bytes()) for file in (ours, *found)]
+        wheel = build_wheel(Path(directory))
+        version = wheel.name.split('-')[1]
+        members = [Member(f'wheels/{file.name}', file.read_bytes()) for file in (wheel, *dependencies)]
     members += [_beside(REPOSITORY / name) for name in BESIDE]
     members += [Member('version', f'{version}\n'.encode())]
-    sums = ''.join(f'{hashlib.sha256(each.data).hexdigest()}  {each.name}\n' for each in sorted(members))
+    sums = ''.join(f'{hashlib.sha256(member.data).hexdigest()}  {member.name}\n' for member in sorted(members))
     members += [Member('SHA256SUMS', sums.encode())]
     out.mkdir(parents=True, exist_ok=True)
     return _write(out / f'townhall-{version}-linux-{machine}.tar.gz', f'townhall-{version}', members)
 
 
 def locked(machine: str) -> dict[str, str]:
-    """The wheels for a machine, by name, with their SHA-256. Raises SystemExit where there are none for it."""
+    """The SHA-256 of the wheels for a machine, by file name. Raises SystemExit if there are none for it."""
     lines = (line.split() for line in LOCK.read_text().splitlines())
-    found = {name: digest for digest, name in lines if name.endswith(('-any.whl', f'_{machine}.whl'))}
-    if not any(name.endswith(f'_{machine}.whl') for name in found):
-        sys.exit(f'{LOCK} names no wheels for {machine}')
-    return found
+    wheels = {name: digest for digest, name in lines if name.endswith(('-any.whl', f'_{machine}.whl'))}
+    if not any(name.endswith(f'_{machine}.whl') for name in wheels):
+        sys.exit(f'{LOCK} lists no wheels for {machine}')
+    return wheels
 
 
 def _checked(file: Path, digest: str) -> Path:
     if not file.exists():
-        sys.exit(f'{file} is missing; download it there, or leave --wheels out')
+        sys.exit(f'{file} is missing; put it there, or run without --wheels')
     if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-        sys.exit(f'{file} is another file than {LOCK} says; remove it')
+        sys.exit(f'{file} does not have the digest in {LOCK}; remove it')
     return file
 
 
 def _download(name: str) -> None:
-    """Has pip download one wheel, for whatever machine and Python its name says (PEP 427)."""
+    """Downloads one wheel with pip, for the machine and Python in its name (PEP 427)."""
     package, version, python, abi, platforms = name.removesuffix('.whl').split('-')
     command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps']
     command += ['--only-binary', ':all:', '--dest', str(CACHE)]

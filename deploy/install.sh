@@ -1,15 +1,15 @@
 #!/bin/sh
-# Installs Townhall from the directory that this file is in, without a network:
+# Installs Townhall from the directory of this file, without a network:
 #
 #   ./install.sh [--prefix DIR] [--bin DIR] [--python PROGRAM] [--service [WORD …]]
 #
-#   --prefix   where it lives (default: /opt/townhall for root, ~/.local/share/townhall for others)
-#   --bin      where tt and townhall are linked (default: /usr/local/bin for root, ~/.local/bin for others)
-#   --python   the Python that runs it, 3.11 or newer (default: the first that fits of python3, python3.14 … python3.11)
-#   --service  comes last: runs  townhall service install WORD …  then
+#   --prefix   directory to install into (default: /opt/townhall for root, ~/.local/share/townhall for others)
+#   --bin      directory for the links tt and townhall (default: /usr/local/bin for root, ~/.local/bin for others)
+#   --python   the Python that runs it, 3.11 or newer (default: the first usable of python3, python3.14 … python3.11)
+#   --service  must come last: then runs  townhall service install WORD …
 #
-# Each version is installed beside the others, in PREFIX/releases, and PREFIX/current leads to the last. What runs goes
-# on with the version that it was started from. Once installed, running this again changes nothing.
+# Each version gets its own directory in PREFIX/releases; PREFIX/current links to the latest. A running townhall keeps the
+# version that it was started from. Installing the same version again changes nothing.
 set -eu
 umask 022
 unset PYTHONPATH PYTHONHOME || :
@@ -42,7 +42,7 @@ if [ -z "$prefix" ] || [ -z "$bin" ]; then
     fi
 fi
 case $prefix$bin in
-    *[[:space:]]*) stop "'$prefix', '$bin': no spaces, please; the scripts in it could not name their Python" ;;
+    *[[:space:]]*) stop "'$prefix', '$bin': no spaces in directories, please; the scripts in them could not name their Python" ;;
 esac
 prefix=${prefix%/} bin=${bin%/}
 case $prefix in /*) ;; *) prefix=$(pwd)/$prefix ;; esac
@@ -53,29 +53,29 @@ cd "$(dirname "$0")"
 sha256sum -c SHA256SUMS >/dev/null 2>&1 || stop "this bundle is damaged; copy it here again"
 version=$(cat version)
 
-# A Python that this bundle has wheels for; Debian's has `venv` even without python3-venv, which only adds pip.
+# Whether this bundle has wheels for a Python. Debian's has `venv` even without python3-venv, which only adds pip.
 fits() {
     tag=$("$1" -c 'import sys, venv; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null) &&
         ls wheels/cffi-*-"$tag"-*.whl >/dev/null 2>&1
 }
 if [ -n "$python" ]; then
-    fits "$python" || stop "$python is no Python 3.11 to 3.14 with the module venv; give another with --python"
+    fits "$python" || stop "$python is not a Python 3.11 to 3.14 with the module venv; give another with --python"
 else
     for python in python3 python3.14 python3.13 python3.12 python3.11 ''; do
         [ -z "$python" ] || ! fits "$python" || break
     done
     [ -n "$python" ] || stop "no Python 3.11 to 3.14 with the module venv is on the PATH; install one (Debian, Ubuntu:
-apt install python3; Fedora: dnf install python3), or give one that is elsewhere with --python"
+apt install python3; Fedora: dnf install python3), or give the path of one with --python"
     fits "$python"
 fi
 "$python" -c 'import os, sys; sys.exit(os.uname().machine not in sys.argv[1])' "$(ls wheels)" ||
-    stop "this bundle is for another machine than $(uname -m); get the one for that"
+    stop "this bundle is not for $(uname -m); get the bundle for this machine"
 
 for name in tt townhall; do
     if [ -e "$bin/$name" ] || [ -L "$bin/$name" ]; then
         case $(readlink "$bin/$name") in
             "$prefix"/*) ;;
-            *) stop "$bin/$name is there already and is not of $prefix; remove it, or choose another place with --bin" ;;
+            *) stop "$bin/$name exists and does not belong to $prefix; remove it, or choose another directory with --bin" ;;
         esac
     fi
 done
@@ -93,7 +93,7 @@ if [ ! -e "$release/complete" ] || ! "$release/bin/townhall" --version >/dev/nul
     : >"$release/complete"
 fi
 
-# A link is changed in one step: whoever follows it finds the old or the new.
+# Replaces a link in one step: a reader finds the old or the new target.
 link() {
     ln -s "$1" "$2.$$"
     mv -fT "$2.$$" "$2"
@@ -105,7 +105,7 @@ for name in tt townhall; do
     [ "$(readlink "$bin/$name" || :)" = "$prefix/current/bin/$name" ] || link "$prefix/current/bin/$name" "$bin/$name"
 done
 
-# The version before stays, to go back to, and so does what runs or what a unit of systemd is to run.
+# Removes old versions, except the previous one (for a rollback) and any that a process or a systemd unit uses.
 units="/etc/systemd/system/*.service ${HOME:-}/.config/systemd/user/*.service"
 for each in "$prefix"/releases/*; do
     [ "$before" != "$release" ] || break

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority, what it signs and revokes, and the contexts of clients."""
+"""Certificates for tests: a CA that signs and revokes them, and TLS contexts for clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(text: str) -> x509.Name:
 
 @dataclass(frozen=True)
 class Pair:
-    """A certificate and its key, in files."""
+    """A certificate and its private key, in files."""
 
     cert: Path
     key: Path
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass
 class Authority:
-    """Signs certificates into the files of a directory. Days are counted from now; '|' stands between common names."""
+    """A CA that writes certificates into a directory. Days count from now; | separates several common names."""
 
     directory: Path
     title: str = 'authority'
@@ -65,7 +65,7 @@ class Authority:
         password: bytes = b'',
         alternative: str = 'localhost',
     ) -> Pair:
-        """A new certificate with its key (mode 0600)."""
+        """Makes a certificate and its private key (mode 0600)."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         made = self._builder(title, key.public_key(), days)
         made = made.add_extension(x509.BasicConstraints(False, None), True)
@@ -82,7 +82,7 @@ class Authority:
         return pair
 
     def revoke(self, *pairs: Pair, days: float = 30) -> Path:
-        """A revocation list of these certificates, which is good for so many days."""
+        """Writes a revocation list of these certificates, valid for `days`."""
         made = x509.CertificateRevocationListBuilder().issuer_name(name(self.title))
         made = made.last_update(moment(-2)).next_update(moment(days))
         for pair in pairs:
@@ -93,12 +93,12 @@ class Authority:
         return path
 
     def client(self, pair: Pair | None = None, version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
-        """What a client needs that trusts this authority, and that has this certificate."""
+        """The TLS context of a client that trusts this CA and may have a certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.path)
         if pair:
             context.load_cert_chain(pair.cert, pair.key)
         if version:
-            context.set_ciphers('ALL:@SECLEVEL=0')  # as old as the client wants to be
+            context.set_ciphers('ALL:@SECLEVEL=0')  # allows the old versions, too
             context.minimum_version = context.maximum_version = version
         return context

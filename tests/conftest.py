@@ -1,4 +1,4 @@
-"""Fixtures: a town, a townhall that serves it, and the promise that a test leaves no process behind."""
+"""Fixtures: towns, townhalls that serve them, and stream clients. All processes are ended after the test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .support import Hall, Place, make_town
 
 _count = itertools.count()
 
-# Where we run in the background of a shell, SIGINT is ignored, and so it would be by all that is started here.
+# A shell starts background jobs with SIGINT ignored, and our child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -32,8 +32,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_steering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A test sees no Tinytown settings of the machine that it runs on."""
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hides the Tinytown settings of this machine from the test."""
     for name in list(os.environ):
         if name.startswith('TINYTOWN_') and name != 'TINYTOWN_REDIS_SERVER':
             monkeypatch.delenv(name)
@@ -42,7 +42,7 @@ def _no_steering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _log() -> Iterator[None]:
-    """The log of a process that has just begun; the faults of threads stay pytest's to tell."""
+    """Resets the log to that of a new process. pytest still reports exceptions in threads."""
     hook = threading.excepthook
     log.configure()
     threading.excepthook = hook
@@ -53,9 +53,9 @@ def _log() -> Iterator[None]:
 @pytest.fixture
 def place(directory: Path) -> Iterator[Place]:
     """A town of its own, with its own Redis."""
-    made = make_town(directory)
-    yield made
-    made.close()
+    town = make_town(directory)
+    yield town
+    town.close()
 
 
 @pytest.fixture
@@ -66,16 +66,16 @@ def hall(place: Place) -> Hall:
 
 @pytest.fixture(scope='module')
 def soil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """One town for the tests of a module; take `ground`."""
-    made = make_town(tmp_path_factory.mktemp(f's{next(_count)}'), max_agents=1000)
-    yield made
-    made.store.call(Command(None, ('FLUSHALL',)))  # its agents have no processes that could be stopped
-    made.close()
+    """One town for all tests of a module. Tests use it through `ground`."""
+    town = make_town(tmp_path_factory.mktemp(f's{next(_count)}'), max_agents=1000)
+    yield town
+    town.store.call(Command(None, ('FLUSHALL',)))  # its agents have no processes to stop
+    town.close()
 
 
 @pytest.fixture
 def ground(soil: Place) -> Place:
-    """The module's town, empty: cheaper than `place` where no process and no fault of Redis is concerned."""
+    """The module's town, emptied. Cheaper than `place`, for tests that need no processes and do not break Redis."""
     store = soil.store
     store.call(Command(None, ('FLUSHALL',)))
     store.call(store.open((soil.root / '.tt' / 'town-id').read_text().strip()))
@@ -84,12 +84,12 @@ def ground(soil: Place) -> Place:
 
 @pytest.fixture
 def listen() -> Iterator[Listen]:
-    """Makes clients of streams, and closes them at the end of a test."""
+    """Creates stream clients, and closes them at the end of the test."""
     with ExitStack() as stack:
 
-        def make(*given: Any, **named: Any) -> Listener:
-            made = Listener(*given, **named)
-            stack.callback(made.close)
-            return made
+        def make(*args: Any, **kwargs: Any) -> Listener:
+            listener = Listener(*args, **kwargs)
+            stack.callback(listener.close)
+            return listener
 
         yield make

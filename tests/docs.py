@@ -1,7 +1,7 @@
-"""`make docs`: writes the parts of the documents that are made from the code, between their markers.
+"""`make docs`: writes those parts of the documents that are generated from the code.
 
-A part begins with `<!-- made: NAME -->` and ends with `<!-- end -->`. `tests/test_docs.py` holds the files to what this
-would write.
+A part begins with `<!-- made: NAME -->` and ends with `<!-- end -->`. The functions in PARTS generate them.
+`tests/test_docs.py` checks that the files are up to date.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pages() -> list[Path]:
 
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table. `head` has its titles with | between."""
+    """A Markdown table. `head` is its column titles, separated by |."""
     titles = head.split('|')
     lines = [f'| {" | ".join(map(_cell, line))} |' for line in (titles, *rows)]
     return '\n'.join([lines[0], '|---' * len(titles) + '|', *lines[1:]])
@@ -52,13 +52,13 @@ def _cell(text: str) -> str:
 
 @cache
 def event_types() -> frozenset[str]:
-    """Every type of event, from the scripts that tell of them."""
+    """Every event type in the Redis scripts."""
     scripts = (REPOSITORY / 'tinytown' / 'state' / 'scripts.lua').read_text()
     return frozenset(re.findall(r"'((?:agent|task|message|town)\.[a-z_]+)'", scripts))
 
 
 def first_sentence(text: str) -> str:
-    """What stands before the first full stop, colon or semicolon."""
+    """The text before the first full stop, colon or semicolon."""
     return re.split(r'(?<=[.;:])\s', ' '.join(text.split()))[0].rstrip('.;:')
 
 
@@ -66,7 +66,7 @@ def first_sentence(text: str) -> str:
 
 
 def settings() -> str:
-    """Every setting, by table of the file."""
+    """Every setting, by table of the configuration file."""
     parts: dict[str, list[list[str]]] = {}
     for each in config.settings().values():
         section, _, key = each.path.rpartition('.')
@@ -74,7 +74,7 @@ def settings() -> str:
         reload = 'restart' if each.path in process._FIXED else 'reload'
         row = [f'`{key}`{env}', _kind(each), f'`{to_toml(each.default)}`', reload, each.doc]
         parts.setdefault(section, []).append(row)
-    head = 'setting|kind|default|taken up|meaning'
+    head = 'setting|type|default|applied at|meaning'
     titles = {section: f'[{section}]' if section else 'At the top of the file' for section in parts}
     return '\n\n'.join(f'### {titles[section]}\n\n{table(head, rows)}' for section, rows in parts.items())
 
@@ -104,7 +104,7 @@ def _word_of(kind: Any) -> str:
 
 
 def commands() -> str:
-    """Every command of `tt`, by the topics of its help."""
+    """Every command of `tt`, under the headings of its help."""
     parser = cli.build_parser()
     lines = []
     for line in (parser.description or '').splitlines()[1:]:
@@ -133,7 +133,7 @@ def service_commands() -> str:
 
 
 def shared_options() -> str:
-    """What every command of `tt` takes."""
+    """The options of every `tt` command."""
     return '\n'.join(_options(cli.build_parser(), frozenset({'help'})))
 
 
@@ -176,8 +176,8 @@ def _options(parser: argparse.ArgumentParser, without: frozenset[str]) -> list[s
     for action in parser._actions:
         if action.dest not in without and not isinstance(action, argparse._SubParsersAction):
             name = _spelled(action) if action.option_strings else _usage(action).strip('[]')
-            said = (action.help or '').replace('%%', '%')
-            found.append(f'- `{name}`{f": {said}" if said else ""}')
+            help_text = (action.help or '').replace('%%', '%')
+            found.append(f'- `{name}`{f": {help_text}" if help_text else ""}')
     return found
 
 
@@ -185,7 +185,7 @@ def _options(parser: argparse.ArgumentParser, without: frozenset[str]) -> list[s
 
 
 def operations() -> str:
-    """The README's table of operations."""
+    """The table of operations."""
     rows = (
         [f'`{op.name}`', f'{_methods(op)} `{op.path}`', f'`{op.cli}`', f'`{op.scope}`', first_sentence(op.summary)]
         for op in OPERATIONS
@@ -198,7 +198,7 @@ def _methods(op: Op) -> str:
 
 
 def routes() -> str:
-    """Every route of the table with what it takes and may answer."""
+    """Every route of an operation with its arguments and statuses."""
     rows = (
         [f'{_methods(op)} `{op.path}`', _arguments(op), str(op.status), f'`{op.scope}`', _statuses(op)]
         for op in OPERATIONS
@@ -212,21 +212,21 @@ def _arguments(op: Op) -> str:
 
 
 def _statuses(op: Op) -> str:
-    """What may be refused beyond what every request may be."""
+    """The error statuses, without those that every request can get."""
     every = {400, 403, 413, 415, 422, 429, 500, 503}
     return ', '.join(str(status) for status in sorted(openapi._failures(op, op.method, 'none') - every))
 
 
 def arguments() -> str:
-    """Every argument by its name, with the meanings that it has."""
+    """Every argument by name, with its meaning, or several if operations differ."""
     meanings: dict[str, dict[str, list[str]]] = {}
     for op in OPERATIONS:
         for each in op.parameters.values():
             meanings.setdefault(each.name, {}).setdefault(_meaning(each), []).append(op.name)
     rows = []
     for name, found in sorted(meanings.items()):
-        for said, used in found.items():
-            rows.append([f'`{name}`', said if len(found) == 1 else f'{said} ({_some(used)})'])
+        for meaning, users in found.items():
+            rows.append([f'`{name}`', meaning if len(found) == 1 else f'{meaning} ({_some(users)})'])
     return table('argument|what it is', rows)
 
 
@@ -244,16 +244,16 @@ def _meaning(parameter: Parameter) -> str:
     words += f', {" to ".join(bounds)}' if bounds else ''
     words += f', {schema["maxLength"]:,} characters at most' if 'maxLength' in schema else ''
     words += f'; default `{json.dumps(schema["default"])}`' if 'default' in schema else ''
-    said = schema.get('description', '')
-    return said if words == 'text' else f'{said} ({words})' if said else words
+    description = schema.get('description', '')
+    return description if words == 'text' else f'{description} ({words})' if description else words
 
 
 @cache
 def codes() -> dict[str, int]:
-    """The code of every problem document that the code can make, with its status."""
+    """The status of every error code that a problem document can have."""
     found = {code: kind.status for code, (kind, _) in errors.REFUSALS.items()}
     for file in sorted((REPOSITORY / 'tinytown').rglob('*.py')):
-        found |= dict(_written(ast.parse(file.read_text())))
+        found |= dict(_explicit_codes(ast.parse(file.read_text())))
     return found | {kind.code: kind.status for kind in _kinds().values()}
 
 
@@ -262,8 +262,8 @@ def _kinds() -> dict[str, type[errors.TownError]]:
     return {kind.__name__: kind for kind in found if issubclass(kind, errors.TownError)}
 
 
-def _written(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """(code, status) of the errors that are made with a code of their own."""
+def _explicit_codes(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(code, status) of the errors that the source raises with an explicit code."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _kinds():
             for keyword in node.keywords:
@@ -275,7 +275,7 @@ def _written(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def tools() -> str:
-    """Every tool with what its hints say."""
+    """Every tool, with the effect that its hints declare."""
     rows = []
     for name, tool in catalog.tools().items():
         hints = tool['annotations']
@@ -304,13 +304,13 @@ def prompts() -> str:
 
 
 def metrics() -> str:
-    """Every metric, from what a townhall says when it is scraped."""
+    """Every metric in a townhall's answer to a scrape."""
     meter = Meter()
     meter.observe('town.get', 'GET', 200, 0.001)
-    said = render_metrics(meter, Stats('', 0, 0, 0, 0, 0, 0, 0, {}, {}), 0.0)
+    text = render_metrics(meter, Stats('', 0, 0, 0, 0, 0, 0, 0, {}, {}), 0.0)
     rows = []
-    for name, what, kind in re.findall(r'^# HELP (\w+) (.+)\n# TYPE \w+ (\w+)$', said, re.M):
-        labels = sorted({label for line in re.findall(rf'^{name}\w*{{(.*)}}', said, re.M) for label in _labels(line)})
+    for name, what, kind in re.findall(r'^# HELP (\w+) (.+)\n# TYPE \w+ (\w+)$', text, re.M):
+        labels = sorted({label for line in re.findall(rf'^{name}\w*{{(.*)}}', text, re.M) for label in _labels(line)})
         rows.append([f'`{name}`', kind, ', '.join(f'`{label}`' for label in labels if label != 'le'), what])
     return table('metric|kind|labels|what it is', rows)
 
@@ -320,7 +320,7 @@ def _labels(line: str) -> list[str]:
 
 
 def buckets() -> str:
-    """The bounds of the histograms, in seconds."""
+    """The bucket bounds of the histograms, in seconds."""
     shown = [', '.join(f'{bound:g}' for bound in bounds) for bounds in (HTTP_BOUNDS, TASK_BOUNDS)]
     return f'Buckets of requests: {shown[0]} s. Buckets of tasks: {shown[1]} s.'
 
@@ -335,33 +335,33 @@ def alerts() -> str:
         summary = re.search(r"summary: '(.*)'", block)
         assert severity
         assert summary
-        said = re.sub(r'\{\{ *\$(\w+)(?:\.(\w+))?.*?\}\}', r'…', summary[1])
-        rows.append([f'`{block.split()[0]}`', severity[1], held[1] if held else 'at once', said])
+        message = re.sub(r'\{\{ *\$(\w+)(?:\.(\w+))?.*?\}\}', r'…', summary[1])
+        rows.append([f'`{block.split()[0]}`', severity[1], held[1] if held else 'at once', message])
     return table('alert|severity|after|what it says', rows)
 
 
 def served() -> str:
-    """The routes that are no operations."""
+    """The routes that are not operations."""
     rows = [[f'GET `{path}`', what] for path, what in _PLAIN.items()]
     assert set(_PLAIN) == set(health.ROUTES)
     return table('route|what it is', rows)
 
 
 _PLAIN: Final = {
-    '/health': 'the process serves; asks nobody else',
+    '/health': 'whether the process serves; it does not check Redis',
     '/healthz': 'the same',
-    '/ready': 'requests can be served: Redis answers, the audit can be written, it does not drain; else 503 and why',
+    '/ready': 'whether it can serve: Redis answers, the audit log is writable, no drain; else 503 with the reason',
     '/readyz': 'the same',
-    '/metrics': 'Prometheus text 0.0.4; 503, with what is known, while Redis does not answer',
-    '/api/scaling': 'how many agents the town could use',
-    '/openapi.json': 'OpenAPI 3.1 of everything here',
+    '/metrics': 'Prometheus text format 0.0.4; 503 with the remaining metrics while Redis does not answer',
+    '/api/scaling': 'a recommended number of agents',
+    '/openapi.json': 'the OpenAPI 3.1 document of this API',
 }
 
 # --------------------------------------------------------------------------------------------------------- architecture
 
 
 def rooms() -> str:
-    """Every room of the package from the bottom up: its one job, and its modules."""
+    """Every room of the package from the bottom up, with its job and its modules."""
     rows = []
     for room in ('', *(room for floor in FLOORS for room in floor)):
         folder = REPOSITORY / 'tinytown' / room
@@ -371,7 +371,7 @@ def rooms() -> str:
     return table('room|its one job|modules', rows)
 
 
-# The order of rooms: a room imports from those before its floor, and siblings never from each other.
+# The order of rooms: a room imports only from rooms on floors before its own.
 FLOORS: Final = (
     ('state', 'clis'),
     ('host', 'http'),
@@ -385,13 +385,13 @@ FLOORS: Final = (
 # -------------------------------------------------------------------------------------------------------------- writing
 
 PARTS: Final[dict[str, Callable[[], str]]] = {
-    made.__name__: made
-    for made in (settings, commands, shared_options, townhall_options, operations, routes, arguments, tools)
-} | {made.__name__: made for made in (resources, prompts, metrics, buckets, alerts, served, service_commands, rooms)}
+    part.__name__: part
+    for part in (settings, commands, shared_options, townhall_options, operations, routes, arguments, tools)
+} | {part.__name__: part for part in (resources, prompts, metrics, buckets, alerts, served, service_commands, rooms)}
 
 
 def written(text: str) -> str:
-    """A page with its parts made anew. Raises KeyError for a part that is none."""
+    """A page with its parts generated again. Raises KeyError for an unknown part."""
     return PART.sub(lambda match: f'{match[1]}{PARTS[match[2]]()}\n{match[3]}', text)
 
 

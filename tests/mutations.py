@@ -1,4 +1,4 @@
-"""Requests that are nearly right: made from good ones by seeded mutation, each again from its seed and number alone."""
+"""Slightly wrong HTTP requests, made from valid ones by mutation. A seed and a number reproduce each of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CRLF: Final = b'\r\n'
 
 @dataclass
 class Parts:
-    """One request, taken apart so that a mutation can hit a part of it."""
+    """A request in parts, so that a mutation can change one of them."""
 
     line: bytes
     fields: list[bytes]
@@ -23,14 +23,14 @@ class Parts:
         return CRLF.join([self.line, *self.fields, b'', self.body])
 
     def set(self, name: bytes, *values: bytes) -> None:
-        """Replaces a field by as many of its name as there are values."""
-        kept = [each for each in self.fields if not each.lower().startswith(name.lower() + b':')]
+        """Replaces a header field with one field per value."""
+        kept = [line for line in self.fields if not line.lower().startswith(name.lower() + b':')]
         self.fields = kept + [name + b': ' + value for value in values]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one client sends: in these segments, then it may close its side; and what it was made by."""
+    """What one client sends, in segments. If it `finishes`, it closes its side then. `made_by` names the mutations."""
 
     number: int
     segments: list[bytes]
@@ -57,18 +57,18 @@ def _add(text: bytes, *fields: bytes, path: bytes = b'/v1/backlog') -> Parts:
 
 
 def _chunked(text: bytes) -> Parts:
-    made = _add(text)
-    made.set(b'Content-Length')
-    made.set(b'Transfer-Encoding', b'chunked')
-    made.body = b'%x\r\n%b\r\n0\r\n\r\n' % (len(made.body), made.body)
-    return made
+    parts = _add(text)
+    parts.set(b'Content-Length')
+    parts.set(b'Transfer-Encoding', b'chunked')
+    parts.body = b'%x\r\n%b\r\n0\r\n\r\n' % (len(parts.body), parts.body)
+    return parts
 
 
-def _holding_another(text: bytes) -> Parts:
-    made = _add(text)
-    made.body = _add(text + b'-within').join()
-    made.set(b'Content-Length', b'%d' % len(made.body))
-    return made
+def _with_request_in_body(text: bytes) -> Parts:
+    parts = _add(text)
+    parts.body = _add(text + b'-within').join()
+    parts.set(b'Content-Length', b'%d' % len(parts.body))
+    return parts
 
 
 GOOD: Final[tuple[Callable[[bytes], Parts], ...]] = (
@@ -78,7 +78,7 @@ GOOD: Final[tuple[Callable[[bytes], Parts], ...]] = (
     lambda text: _add(text, path=b'/nowhere'),
     lambda text: _add(text, path=b'/v1/status'),
     _chunked,
-    _holding_another,
+    _with_request_in_body,
     lambda _: _get(b'/health'),
     lambda _: _get(b'/v1/tasks?limit=5'),
     lambda _: _get(b'/v1/town', b'HEAD'),
@@ -258,7 +258,7 @@ STRUCTURE: Final = (
 
 
 def make(seed: int, number: int) -> Case:
-    """The case of that number in a campaign; every task that it adds has a text of its own."""
+    """The case with this number. Every task that it adds has a unique text."""
     rng = random.Random(f'{seed} {number}')
     data, made_by = b'', []
     for i in range(rng.choice((1, 1, 2, 2, 3))):

@@ -1,8 +1,8 @@
-"""A proxy on a unix socket in front of a Redis, where a test decides what becomes of each command and of its sender.
+"""A proxy in front of Redis, on a unix socket, that breaks a chosen command at a chosen moment.
 
-A command can be followed up to three moments: it has *arrived* and Redis has not seen it; it was *executed* and its
-reply is held back; it was *answered*, its reply is passed on. At any of them the sender's process can be killed, or its
-connection cut.
+The moments: the command has *arrived*, and Redis has not received it; it was *executed*, and its reply is held back; it
+was *answered*, and its reply was forwarded. At that moment the proxy kills the client's process or closes its
+connection.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _MORE: Final = object()
 
 
 class Fate(NamedTuple):
-    """What is done, and at which moment of a command's life."""
+    """What happens to the client, and at which moment of a command."""
 
     deed: Literal['kill', 'cut']
     moment: Literal['arrived', 'executed', 'answered']
 
 
 Judge = Callable[[int, str], Fate | None]
-"""Called for every command with the sender's pid and the command's name: a script's, or Redis' own."""
+"""Called for every command with the client's pid and the name of the script or Redis command."""
 
 
 class Proxy:
-    """Stands between clients that connect to `listen` and the Redis at `server`.
+    """Forwards between clients that connect to `listen` and the Redis at `server`.
 
-    When that Redis is gone its clients are cut off, and the proxy stops listening, as a dead server does.
+    When that Redis ends, the proxy disconnects the clients and stops listening, as a dead server does.
     """
 
     def __init__(self, listen: Path, server: Path, judge: Judge = lambda _pid, _name: None) -> None:
@@ -56,7 +56,7 @@ class Proxy:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept, which close alone does not
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`; closing alone does not
         self._listener.close()
 
     def _accept(self) -> None:
@@ -76,23 +76,23 @@ class Proxy:
                 self.close()
 
     def name_of(self, command: list[bytes]) -> str:
-        """What a command is called here."""
+        """The name of a command: a script's, or Redis's own."""
         if command[0] in (b'EVALSHA', b'EVAL'):
             return self._names.get(command[1], 'script')
         return text(command[0])
 
 
 class _Passage:
-    """One client's connection and the one to Redis that stands for it."""
+    """One client's connection, and its own connection to Redis."""
 
     def __init__(self, proxy: Proxy, client: socket.socket, server: socket.socket) -> None:
         self._proxy, self._client, self._server = proxy, client, server
         self._pid = peer(client)
         self._requests, self._replies = (hiredis.Reader(notEnoughData=_MORE) for _ in range(2))
-        self._fates: deque[Fate | None] = deque()  # of the commands whose replies are due
+        self._fates: deque[Fate | None] = deque()  # of the commands that await a reply
 
     def run(self) -> None:
-        """Passes on what comes, until either side closes or a fate ends it."""
+        """Forwards data until either side closes, or a fate ends the connection."""
         ready = select.poll()
         ready.register(self._client, select.POLLIN)
         ready.register(self._server, select.POLLIN)
@@ -104,7 +104,7 @@ class _Passage:
                     return
 
     def _ask(self, data: bytes) -> bool:
-        """Passes commands on to Redis. Whether the passage is over."""
+        """Forwards commands to Redis. Returns whether the connection ends."""
         self._requests.feed(data)
         while (command := self._requests.gets()) is not _MORE:
             fate = self._proxy.judge(self._pid, self._proxy.name_of(command))
@@ -115,7 +115,7 @@ class _Passage:
         return False
 
     def _answer(self, data: bytes) -> bool:
-        """Passes replies on to the client; what came together with a reply that is held back is held back, too."""
+        """Forwards replies to the client. Data received together with a held-back reply is held back, too."""
         self._replies.feed(data)
         fulfilled = None
         while not fulfilled and self._replies.gets() is not _MORE:
@@ -132,13 +132,13 @@ class _Passage:
 
 
 def peer(sock: socket.socket) -> int:
-    """The process on the other end of a unix socket; of a listener's, the one that began to listen."""
+    """The pid at the other end of a unix socket. For a server's socket, the process that called `listen`."""
     pid: int = struct.unpack('3i', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     return pid
 
 
 def accepts(path: Path) -> int:
-    """The process that listens on a socket; 0 if none does."""
+    """The pid of the process that listens on a socket, or 0."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -1,4 +1,4 @@
-"""HTTP in bytes: requests as a client writes them, and what comes back."""
+"""Raw HTTP: requests as bytes, and a parser for the answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GET = b'GET /health HTTP/1.1\r\n' + HOST + b'\r\n'
 
 
 def post(body: bytes, *fields: bytes, path: bytes = b'/v1/backlog') -> bytes:
-    """A POST in bytes, with the framing that is right."""
+    """A POST as bytes, with a correct Content-Length."""
     head = [b'POST ' + path + b' HTTP/1.1', b'Host: localhost', b'Content-Type: application/json', *fields]
     return b'\r\n'.join([*head, b'Content-Length: %d' % len(body), b'', body])
 
@@ -33,7 +33,7 @@ def add(text: str, *fields: bytes) -> bytes:
 
 
 def answers(raw: bytes, *, to_head: bool = False) -> list[Reply]:
-    """All answers in what a server sent, each of its exact length."""
+    """Parses all answers that a server sent, and checks their lengths."""
     found = []
     while raw:
         head, blank, raw = raw.partition(b'\r\n\r\n')
@@ -49,7 +49,7 @@ def answers(raw: bytes, *, to_head: bool = False) -> list[Reply]:
 
 
 def read_answer(sock: socket.socket) -> Reply:
-    """The next answer on a connection on which one is due."""
+    """Reads the next answer from a connection."""
     raw = b''
     while b'\r\n\r\n' not in raw:
         part = sock.recv(65536)
@@ -67,13 +67,13 @@ def backlog(hall: Hall) -> list[str]:
 
 @contextmanager
 def connections(hall: Service, count: int) -> Iterator[list[socket.socket]]:
-    """Many connections at once, closed afterwards."""
+    """Opens many connections, and closes them afterwards."""
     with ExitStack() as stack:
         yield [stack.enter_context(hall.connect()) for _ in range(count)]
 
 
 def descriptors(hall: Hall) -> int:
-    """The TCP sockets that a townhall holds; its connections to Redis are none."""
+    """The number of TCP sockets that a townhall has open. Its Redis connections are unix sockets, and not counted."""
     tcp = {line.split()[9] for line in Path('/proc/net/tcp').read_text().splitlines()[1:]}
     directory = Path(f'/proc/{hall.process.pid}/fd')
     links = []
@@ -84,23 +84,24 @@ def descriptors(hall: Hall) -> int:
 
 
 def await_descriptors(hall: Hall, most: int) -> None:
-    """Waits until the server holds no more than so many, asking it something meanwhile."""
+    """Waits until the server has at most `most` TCP sockets open. Checks that it still answers in the meantime."""
     deadline = time.monotonic() + PATIENCE
     while descriptors(hall) > most:
-        assert hall.get('/health').status in (200, 503)  # 503 while those who went still count
+        assert hall.get('/health').status in (200, 503)  # 503 while closed connections still count
         assert time.monotonic() < deadline, f'{descriptors(hall)} descriptors are open, not {most}'
 
 
 def timed(talk: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-    """What a call gives, and the seconds it takes."""
+    """Calls a function. Returns its result and the time it took, in seconds."""
     began = time.monotonic()
     return talk(*arguments), time.monotonic() - began
 
 
 class Load:
-    """Clients that add tasks, one after the other on kept connections, until they are told to stop or nobody listens.
+    """Clients that add tasks on keep-alive connections until `stop` is called or the port is closed.
 
-    `statuses` has the answer to each text, 0 where the connection was closed without one; `broken` what was cut off.
+    `statuses` maps the text of each task to the status of its answer, or 0 if the connection was closed without one.
+    `broken` lists truncated answers.
     """
 
     def __init__(self, front: Service, clients: int) -> None:
@@ -114,7 +115,7 @@ class Load:
             thread.start()
 
     def await_flow(self, answers: int) -> None:
-        """Waits until so many more were answered."""
+        """Waits for this number of further answers."""
         self._wanted = len(self.statuses) + answers
         self._flows.clear()
         assert self._flows.wait(PATIENCE), f'{len(self.statuses)} answers, not {self._wanted}'
@@ -140,7 +141,7 @@ class Load:
                         pass
 
     def _add(self, sock: socket.socket, text: str) -> bool:
-        """Adds one task. False once the connection is of no more use."""
+        """Adds one task. Returns whether the connection can be used again."""
         raw = b''
         with suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(add(text))

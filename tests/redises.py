@@ -1,4 +1,4 @@
-"""Redis servers of every kind on loopback: alone, with replicas and sentinels, as a Cluster."""
+"""Redis servers on loopback: a single one, a master with replicas and sentinels, and a Cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOST = '127.0.0.1'
 
 
 def _ports() -> tuple[int, int]:
-    """A free port, and the one 10,000 above it, that its cluster bus would have. The kernel gives neither to others."""
+    """A free port, and the port 10,000 above it for the cluster bus. Both are outside the kernel's ephemeral range."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             port = 10000 + int.from_bytes(os.urandom(4)) % 10000
@@ -36,7 +36,7 @@ def _ports() -> tuple[int, int]:
 
 
 class Node:
-    """One server process. `options` are lines of its configuration."""
+    """A server process. `options` are lines of its configuration file."""
 
     def __init__(
         self, directory: Path, options: Iterable[str], server: RedisServer, mode: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Node:
         return True
 
     def ask(self, *parts: bytes | str | int) -> Any:
-        """A reply on a connection of its own."""
+        """Sends a command on a new connection. Returns the reply."""
         connection = self.server.open(PATIENCE)
         try:
             return connection.ask(*parts, timeout=PATIENCE)
@@ -79,7 +79,7 @@ class Node:
             connection.close()
 
     def info(self, name: str) -> str:
-        """A field of INFO; '' if it is not there."""
+        """A field of INFO, or '' if there is none."""
         for line in text(self.ask('INFO', 'everything')).splitlines():
             if line.startswith(f'{name}:'):
                 return line.partition(':')[2]
@@ -90,13 +90,13 @@ class Node:
         self.process.wait()
 
     def stop(self) -> None:
-        """Has it stand still, by SIGSTOP."""
+        """Freezes the process with SIGSTOP."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
 
 class Nodes:
-    """Servers that end together. `login`, `tls` are how they are spoken to; `options` what all of them have."""
+    """A group of servers that end together. `options` are for all of them; `login` and `tls` are for the clients."""
 
     def __init__(self, directory: Path, *options: str, login: Login = Login(), tls: Tls | None = None) -> None:
         self.directory = directory
@@ -113,7 +113,7 @@ class Nodes:
         return self
 
     def begin(self) -> None:
-        """Starts those that a group begins with."""
+        """Starts the first servers of the group."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for node in self.all:
@@ -123,7 +123,7 @@ class Nodes:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def add(self, *options: str) -> Node:
-        """One more server."""
+        """Starts another server."""
         self.all.append(Node(self.directory, [*self.options, *options], self.server))
         return self.all[-1]
 
@@ -152,9 +152,9 @@ class Sentinels(Nodes):
             'sentinel failover-timeout main 5000',
             *self._watch,
         ]
-        spoken_to = RedisServer(tls=self.server.tls)
+        endpoint = RedisServer(tls=self.server.tls)
         for _ in range(3):
-            self.all.append(Node(self.directory, lines, spoken_to, ('--sentinel',)))
+            self.all.append(Node(self.directory, lines, endpoint, ('--sentinel',)))
         self.sentinels = self.all[3:]
         until(lambda: all(self._known(each, b'num-other-sentinels') == b'2' for each in self.sentinels), LONG)
         until(lambda: all(self._linked(each) == [b'ok'] * 2 for each in self.sentinels), LONG)
@@ -171,7 +171,7 @@ class Sentinels(Nodes):
 
     @staticmethod
     def _linked(sentinel: Node) -> list[bytes]:
-        """How each replica says that its link to the master is. One that said nothing yet is not made the master."""
+        """The link to the master as each replica reports it. A replica without a report is never promoted."""
         found = sentinel.ask('SENTINEL', 'REPLICAS', 'main')
         return [dict(zip(each[::2], each[1::2], strict=True))[b'master-link-status'] for each in found]
 
@@ -180,16 +180,16 @@ class Sentinels(Nodes):
         return 'redis+sentinel://' + ','.join(each.place for each in self.sentinels) + '/main'
 
     def named(self) -> int:
-        """The port of the master, as a sentinel names it."""
+        """The master's port according to a sentinel."""
         return int(self.sentinels[0].ask('SENTINEL', 'get-master-addr-by-name', 'main')[1])
 
     def master(self) -> Node:
-        """The server that runs and says that it is the master."""
+        """The running server that reports to be the master."""
         return next(node for node in self.data if node.process.poll() is None and node.ask('ROLE')[0] == b'master')
 
 
 class Cluster(Nodes):
-    """Three masters with a third of the slots each, and a replica of the one that holds `slot`."""
+    """Three masters with a third of the slots each, and a replica of the master of `slot`."""
 
     def __init__(self, directory: Path, slot: int) -> None:
         quick = 'cluster-node-timeout 1000', 'cluster-replica-validity-factor 0'
@@ -209,7 +209,7 @@ class Cluster(Nodes):
         until(lambda: all('state:ok' in text(each.ask('CLUSTER', 'INFO')) for each in self.all), LONG)
 
     def _have_met(self) -> bool:
-        """Whether each knows every other by its id. Else they meet again: a meeting may fail after a second."""
+        """Whether every server knows all others by id. If not, repeats CLUSTER MEET, which may time out."""
         ids = {self.id_of(each) for each in self.all}
         known = [{line.split()[0] for line in text(each.ask('CLUSTER', 'NODES')).splitlines()} for each in self.all]
         if all(ids <= each for each in known):

@@ -1,4 +1,4 @@
-"""A client of server-sent events in bytes, and towns with many events."""
+"""A raw client for server-sent events, and helpers that create many events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .support import PATIENCE, Place, Service
 
 
 class Heard(NamedTuple):
-    """One block of a stream: a comment has neither id nor data, `retry` alone says when to come back."""
+    """One block of a stream. A comment has neither id nor data; neither has a block that only sets `retry`."""
 
     type: str
     id: str
@@ -28,7 +28,7 @@ class Heard(NamedTuple):
 
 
 class Listener:
-    """One client: a socket, what it has read, and the id by which it would resume."""
+    """A client: a socket, the data read so far, and `last`, the id to resume from."""
 
     def __init__(self, service: Service, path: str, *fields: str, last: str = '', version: str = '1.1') -> None:
         self.sock = socket.socket()
@@ -67,7 +67,7 @@ class Listener:
         return b'\r\nTransfer-Encoding: chunked\r\n' in self.head + b'\r\n'
 
     def _more(self) -> None:
-        """Reads what comes next. Raises ConnectionError when no more does."""
+        """Reads more data. Raises ConnectionError at the end of the stream."""
         if not self._is_over and (part := self.sock.recv(1 << 20)):
             self._raw += part
         else:
@@ -75,7 +75,7 @@ class Listener:
         self._unwrap()
 
     def _unwrap(self) -> None:
-        """Takes what has been read out of its chunks, and apart."""
+        """Decodes the chunks read so far, and splits them into blocks."""
         if not self.is_chunked:
             self._body, self._raw = self._body + self._raw, b''
         at = 0
@@ -92,7 +92,7 @@ class Listener:
         self._blocks += blocks
 
     def block(self) -> Heard:
-        """The next block, be it an event or not. Raises ConnectionError at the end, TimeoutError if nothing comes."""
+        """The next block of any kind. Raises ConnectionError at the end of the stream, TimeoutError after PATIENCE."""
         while not self._blocks:
             self._more()
         raw = self._blocks.popleft()
@@ -111,13 +111,13 @@ class Listener:
         return [self.event() for _ in range(count)]
 
     def ready(self) -> Listener:
-        """Waits until it is told where it stands: from here on it misses nothing."""
+        """Waits for the first id. From then on the client misses no event."""
         while not self.block().id:
             pass
         return self
 
     def rest(self) -> tuple[list[Heard], bool]:
-        """What comes until the end, and whether it is the proper end of a chunked body."""
+        """All blocks until the end, and whether the chunked body ended properly."""
         found = []
         try:
             while True:
@@ -126,7 +126,7 @@ class Listener:
             return found, self._is_over
 
     def is_quiet(self, seconds: float) -> bool:
-        """Whether nothing at all comes for so long."""
+        """Whether nothing arrives for `seconds`."""
         self.sock.settimeout(seconds)
         try:
             return not self.sock.recv(1)
@@ -143,7 +143,7 @@ Listen = Callable[..., Listener]
 
 
 def happen_often(place: Place, times: int, count: int) -> threading.Thread:
-    """So many times so many events, on a thread of its own."""
+    """Creates `count` events `times` times, on a thread of its own."""
 
     def write() -> None:
         for _ in range(times):
@@ -155,7 +155,7 @@ def happen_often(place: Place, times: int, count: int) -> threading.Thread:
 
 
 def happen(place: Place, count: int, size: int = 0) -> None:
-    """So many events: tasks for the backlog, whose creator has a name of that size."""
+    """Creates events by adding tasks to the backlog. `size` is the length of their creator's name."""
     commands = []
     for i in range(count):
         command = place.store.backlog_add((new_id(), '{"x":"x"', '"x"', '[]', '', 3))
@@ -166,7 +166,7 @@ def happen(place: Place, count: int, size: int = 0) -> None:
 
 
 def ids(place: Place) -> list[str]:
-    """The ids of all events that are kept."""
+    """The ids of all events in the town's stream."""
     return [event['id'] for event in place.history()]
 
 
@@ -182,7 +182,7 @@ def newest(place: Place) -> str:
 
 
 def await_streams(service: Service, count: int) -> None:
-    """Waits until so many streams are counted in the metrics."""
+    """Waits until the metrics count this number of open streams."""
     deadline = time.monotonic() + PATIENCE
-    while f'\ntinytown_http_streams {count}\n' not in (said := service.get('/metrics').body.decode()):
-        assert time.monotonic() < deadline, re.findall(r'tinytown_http_streams.*', said)
+    while f'\ntinytown_http_streams {count}\n' not in (metrics := service.get('/metrics').body.decode()):
+        assert time.monotonic() < deadline, re.findall(r'tinytown_http_streams.*', metrics)

@@ -1,4 +1,4 @@
-"""What the tests stand on: towns in temporary directories, real servers, real clients, and waiting without sleeping."""
+"""Test support: towns in temporary directories, real servers, real clients, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tinytown.state.store import Store, text
 from tinytown.toml_edit import to_toml
 
 REPOSITORY = Path(__file__).parents[1]
-PATIENCE = 20.0  # seconds after which something that should have happened has not
-LONG = 3 * PATIENCE  # for what takes some ten seconds by design, as servers that agree among themselves
+PATIENCE = 20.0  # seconds to wait for something before the test fails
+LONG = 3 * PATIENCE  # for what takes ten seconds or so by design, such as a failover
 OPERATOR = Principal('operator', ALL_SCOPES)
 
 
 class Reply(NamedTuple):
-    """An HTTP answer. `json` is its body, None where that is no JSON."""
+    """An HTTP answer. `json` is its decoded body."""
 
     status: int
     headers: dict[str, str]
@@ -47,7 +47,7 @@ class Reply(NamedTuple):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Our environment without what would steer Tinytown, and with this checkout importable."""
+    """Our environment without Tinytown settings, with this checkout importable."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith('TINYTOWN_')}
     kept['PYTHONPATH'] = str(REPOSITORY)
     if server := os.environ.get('TINYTOWN_REDIS_SERVER'):
@@ -57,14 +57,14 @@ def environment(**more: str) -> dict[str, str]:
 
 @dataclass
 class Place:
-    """A town in a directory of its own, with what a test does to it."""
+    """A town in a directory of its own, with helpers for tests."""
 
     root: Path
     halls: list[Hall] = field(default_factory=list)
 
     @property
     def town(self) -> Town:
-        """The town, opened (its Redis is started if need be)."""
+        """The open town. Opening starts its Redis if necessary."""
         if not hasattr(self, '_town'):
             self._town = open_town(self.root)
         return self._town
@@ -74,7 +74,7 @@ class Place:
         return self.town.store
 
     def do(self, operation: str, by: Principal = OPERATOR, key: str = '', **arguments: Any) -> Any:
-        """The answer of an operation, through the door. `from` is given as `from_`."""
+        """Calls an operation through dispatch. Returns its answer. The argument `from` is `from_` here."""
         named = {name.rstrip('_'): value for name, value in arguments.items()}
         return json.loads(encode_answer(self.store.run(call(self.town, by, BY_NAME[operation], named, key))))
 
@@ -98,7 +98,7 @@ class Place:
         return json.loads(self.tt(*words, '--json', check=True, **more).stdout)
 
     def hall(self, *flags: str, **more: str) -> Hall:
-        """A townhall on a port of its own choice, listening."""
+        """Starts a townhall on a free port. Returns when it listens."""
         started = Hall(self.root, flags, environment(**more))
         self.halls.append(started)
         return started
@@ -111,7 +111,7 @@ class Place:
         return [{'id': text(row[0])} | json.loads(b'{' + row[1][1] + b'}') for row in rows]
 
     def await_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """The first event of that type and fields, once it has happened. It waits on the stream and does not poll."""
+        """Waits for the first event with this type and these fields. It blocks on the stream instead of polling."""
         deadline = time.monotonic() + PATIENCE
         while True:
             events = self.history()
@@ -123,7 +123,7 @@ class Place:
             self.store.call(self.store.next_event(events[-1]['id'] if events else '0-0', max(int(left * 1000), 1)))
 
     def await_end(self, task_id: str) -> dict[str, Any]:
-        """A task, once it has ended."""
+        """Waits until a task has ended. Returns the task."""
         deadline = time.monotonic() + PATIENCE
         while True:
             last = self.store.call(self.store.last_event())
@@ -138,7 +138,7 @@ class Place:
         return (self.root / '.tt' / 'logs' / f'{agent}.log').read_text()
 
     def let_go(self) -> None:
-        """Closes our own connection to its Redis, if there is one."""
+        """Closes our own connection to the town's Redis, if there is one."""
         if hasattr(self, '_town'):
             self._town.store.close()
 
@@ -152,13 +152,13 @@ class Place:
 
 
 class Service:
-    """Something that serves HTTP at `address` and `port`."""
+    """An HTTP server at `address` and `port`."""
 
     address: str
     port: int
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """One request on a connection of its own. `body` is sent as JSON, bytes as they are."""
+        """Sends one request on a new connection. `body` is sent as JSON, or unchanged if it is bytes."""
         connection = http.client.HTTPConnection(self.address, self.port, timeout=PATIENCE)
         named = {name.replace('_', '-'): value for name, value in headers.items()}
         if body is not None and 'content-type' not in {name.lower() for name in named}:
@@ -181,7 +181,7 @@ class Service:
         return socket.create_connection((self.address, self.port), timeout=PATIENCE)
 
     def talk(self, data: bytes, finish: bool = True) -> bytes:
-        """Sends raw bytes on a connection of its own and gives all that comes back until the server closes it."""
+        """Sends raw bytes on a new connection. Returns everything received until the server closes it."""
         with self.connect() as sock:
             sock.sendall(data)
             if finish:
@@ -194,7 +194,7 @@ _OPEN = r'is open on https?://([\d.]+|\[[\da-f:]+\]):(\d+)'
 
 
 class Hall(Service):
-    """A townhall process. What it says is in `log_file`."""
+    """A townhall process. Its stderr goes to `log_file`."""
 
     def __init__(
         self, root: Path, flags: Iterable[str], env: dict[str, str], program: Iterable[str] = FROM_CHECKOUT
@@ -213,7 +213,7 @@ class Hall(Service):
         self.address, self.port = found[1].strip('[]'), int(found[2])
 
     def said(self, pattern: str) -> str:
-        """All that it has said, once a pattern is in it."""
+        """Waits until the log matches a pattern. Returns the whole log."""
         deadline = time.monotonic() + PATIENCE
         while True:
             ended = self.process.poll() is not None
@@ -225,7 +225,7 @@ class Hall(Service):
             select.select([], [], [], 0.005)
 
     def cpu_secs(self) -> float:
-        """The seconds that it has worked, which other work on the machine does not lengthen much."""
+        """CPU time used so far, in seconds. Other load on the machine hardly changes it."""
         fields = Path(f'/proc/{self.process.pid}/stat').read_text().rsplit(')', 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
@@ -235,14 +235,14 @@ class Hall(Service):
         self.process.wait()
 
 
-def until(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """What a function gives as soon as that is true; it may raise TownError until then."""
+def until(condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """Calls a function until it returns a true value, and returns that. It may raise TownError before."""
     deadline = time.monotonic() + patience
     while True:
         fault: object = 'no'
         try:
-            if found := what():
-                return found
+            if result := condition():
+                return result
         except TownError as e:
             fault = e
         assert time.monotonic() < deadline, fault
@@ -250,7 +250,7 @@ def until(what: Callable[[], Any], patience: float = PATIENCE) -> Any:
 
 
 def free_port(among: range = range(30000, 32768)) -> int:
-    """A port that is free, and none of those that the kernel gives to whoever asks for any, nor those of `redises`."""
+    """A free port outside the kernel's ephemeral range and outside the range of `redises`."""
     for port in random.SystemRandom().sample(among, 200):
         with socket.socket() as sock:
             try:
@@ -262,7 +262,7 @@ def free_port(among: range = range(30000, 32768)) -> int:
 
 
 def read_all(sock: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
+    """Everything received until the other side closes."""
     parts = []
     while True:
         try:
@@ -276,7 +276,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def status_of(answer: bytes) -> int:
-    """The status of a raw answer."""
+    """The status code of a raw answer."""
     assert answer.startswith(b'HTTP/1.1 '), answer[:200]
     return int(answer[9:12])
 
@@ -288,7 +288,7 @@ def make_town(root: Path, **settings: Any) -> Place:
     for name, value in settings.items():
         if isinstance(value, dict):
             tables.append(f'[{name.replace("__", ".")}]')
-            tables += [f'{key} = {to_toml(each)}' for key, each in value.items()]
+            tables += [f'{key} = {to_toml(item)}' for key, item in value.items()]
         else:
             lines = [line for line in lines if not line.startswith(f'{name} =')] + [f'{name} = {to_toml(value)}']
     (root / config.FILE).write_text('\n'.join([*lines, *tables]) + '\n')
@@ -301,7 +301,7 @@ def shell_cli(script: str) -> str:
 
 
 def redis_pid(place: Place) -> int:
-    """The process of a town's managed Redis."""
+    """The pid of a town's managed Redis."""
     info = place.store.call(place.store.info('server')).decode()
     return int(re.search(r'process_id:(\d+)', info)[1])  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""The structure of the code is what ARCHITECTURE.md says."""
+"""The code has the structure that ARCHITECTURE.md describes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .support import REPOSITORY
 PACKAGE = REPOSITORY / 'tinytown'
 PAGE = (REPOSITORY / 'ARCHITECTURE.md').read_text()
 FLOOR = {'': 0} | {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
-# Names of 0.1.0 that its units and its running processes start; each only points at a room.
+# Module names of 0.1.0 that its units and running processes still start. Each only forwards to a room.
 OLD_NAMES = {'demo', 'keeper', 'standstill'}
 
 
@@ -25,7 +25,7 @@ def room_of(file: Path) -> str:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The rooms of the package that a module imports from, late imports and those for types too."""
+    """The rooms that a module imports from, including late imports and imports for types."""
     package = ('tinytown', *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -65,7 +65,7 @@ def test_every_file_that_the_architecture_names_exists() -> None:
 
 
 def modules_imported(file: Path) -> set[Path]:
-    """The modules of ours that a module imports, late imports too."""
+    """The modules of the package that a module imports, including late imports."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -87,7 +87,7 @@ def modules_imported(file: Path) -> set[Path]:
         'worker/main.py',
     ],
 )
-def test_of_the_command_tt_a_server_or_worker_imports_the_parser_alone(start: str) -> None:
+def test_servers_and_workers_import_only_the_parser_from_the_room_of_tt(start: str) -> None:
     found: set[Path] = set()
     queue = {PACKAGE / start}
     while queue:
@@ -98,7 +98,7 @@ def test_of_the_command_tt_a_server_or_worker_imports_the_parser_alone(start: st
     assert {file.stem for file in found if room_of(file) == 'cli'} <= {'parser'}
 
 
-def test_one_module_spells_what_the_directory_of_a_town_holds() -> None:
+def test_one_module_spells_the_paths_in_a_town_directory() -> None:
     spelled = {
         file.stem
         for folder in ('tinytown', 'deploy')
@@ -106,4 +106,6 @@ def test_one_module_spells_what_the_directory_of_a_town_holds() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and re.fullmatch(r'\.tt(/\S*)?', str(node.value))
     }
-    assert spelled == {'town_dir', 'config', 'settings'}, 'config: the file in the home; settings: where the audit is'
+    assert spelled == {'town_dir', 'config', 'settings'}, (
+        'config: the file in the home directory; settings: the audit file'
+    )

@@ -1,4 +1,4 @@
-"""The bench: that it measures what it says, and only servers that did the work. How fast they are is no test."""
+"""The benchmark measures what it claims, and rejects servers that did not do the work. Speed itself is not tested."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .support import REPOSITORY, environment
 
 @pytest.fixture(scope='module')
 def stage() -> Iterator[Stage]:
-    with Stage() as made:
-        made.reset()
-        yield made
+    with Stage() as stage:
+        stage.reset()
+        yield stage
 
 
 @pytest.fixture(scope='module')
@@ -37,18 +37,18 @@ def server(stage: Stage) -> Iterator[Server]:
 
 
 class Liar(BaseHTTPRequestHandler):
-    """Answers what it was told to answer, and does nothing."""
+    """Sends a fixed answer and does nothing."""
 
     answer: Any = None
 
     def do_GET(self) -> None:
-        self._say(200)
+        self._reply(200)
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers['Content-Length']))
-        self._say(201)
+        self._reply(201)
 
-    def _say(self, status: int) -> None:
+    def _reply(self, status: int) -> None:
         self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(self.answer).encode())
@@ -78,53 +78,51 @@ def test_the_short_form_measures_and_writes_a_table_and_json(tmp_path: Path) -> 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    assert found['cores'] == os.cpu_count()
-    assert {'townhall', 'python', 'redis-server'} <= found['versions'].keys()
-    whats = [row['what'] for row in found['rows']]
-    assert len(whats) == 6, whats
-    for row in found['rows']:
+    results = json.loads(out.read_text())
+    assert results['cores'] == os.cpu_count()
+    assert {'townhall', 'python', 'redis-server'} <= results['versions'].keys()
+    names = [row['what'] for row in results['rows']]
+    assert len(names) == 6, names
+    for row in results['rows']:
         assert row['what'] in done.stdout
         assert row['ours'], row
         assert row['target'], row
 
 
-def test_a_townhall_answers_as_the_bench_asks(stage: Stage, server: Server) -> None:
+def test_a_townhall_gives_the_answers_that_the_benchmark_expects(stage: Stage, server: Server) -> None:
     for ask in (INBOX, ASSIGN):
         assert check(stage, ask, {OURS: server.port}) > 50
 
 
-def test_a_server_that_answers_something_else_is_not_measured(stage: Stage, server: Server, liar: int) -> None:
+def test_a_server_with_a_different_answer_is_not_measured(stage: Stage, server: Server, liar: int) -> None:
     Liar.answer = json.loads(INBOX.send(server.port))
     Liar.answer['messages'][MESSAGES - 1]['summary'] = 'something else'
     with pytest.raises(Wrong, match='liar answers'):
         check(stage, INBOX, {OURS: server.port, 'liar': liar})
 
 
-def test_a_server_that_says_that_it_assigned_and_did_not_is_not_measured(
-    stage: Stage, server: Server, liar: int
-) -> None:
+def test_a_server_that_only_claims_to_assign_is_not_measured(stage: Stage, server: Server, liar: int) -> None:
     Liar.answer = json.loads(ASSIGN.send(server.port)) | {'task_id': '0b7f7b5e-0000-4000-8000-000000000000'}
     with pytest.raises(Wrong, match='liar answers'):
         check(stage, ASSIGN, {OURS: server.port, 'liar': liar})
 
 
 @pytest.mark.parametrize(
-    ('ask', 'found'), [(ASSIGN, {'requests': 5, 'bytes': 5000}), (INBOX, {'requests': 5, 'bytes': 100})]
+    ('ask', 'counts'), [(ASSIGN, {'requests': 5, 'bytes': 5000}), (INBOX, {'requests': 5, 'bytes': 100})]
 )
-def test_a_run_whose_answers_stand_for_nothing_is_wrong(
-    stage: Stage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any, found: dict[str, int]
+def test_a_run_with_short_answers_or_missing_tasks_is_rejected(
+    stage: Stage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Any, counts: dict[str, int]
 ) -> None:
-    told = json.dumps({'seconds': 1.0, 'p50': 1.0, 'p99': 1.0, 'refused': 0, 'lost': 0} | found)
+    result = json.dumps({'seconds': 1.0, 'p50': 1.0, 'p99': 1.0, 'refused': 0, 'lost': 0} | counts)
     program = tmp_path / 'wrk'
-    program.write_text(f"#!/bin/sh\necho '{told}'\n")
+    program.write_text(f"#!/bin/sh\necho '{result}'\n")
     program.chmod(0o755)
     monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
     with pytest.raises(Wrong, match='5'):
         measure(stage, server, ask, CONNECTIONS, 1, 100)
 
 
-def test_a_ratio_is_taken_round_by_round_and_its_median_decides() -> None:
+def test_the_median_of_the_ratios_of_all_rounds_decides() -> None:
     row = ratio_row('inbox', [30.0, 20.0, 90.0], 'peer', [10.0, 20.0, 30.0], 3)
     assert row.ratio is not None
     assert (row.ratio.least, row.ratio.median, row.ratio.most, row.met) == (1.0, 3.0, 3.0, True)

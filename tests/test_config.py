@@ -1,4 +1,4 @@
-"""Configuration: where settings come from, what is refused and how that is said, and changing one line of a file."""
+"""Configuration: sources and precedence, refused values and their messages, changing one line of a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_flag_beats_the_environment_the_towns_file_the_global_file_and_the_def
     assert value({path: flag}) == flag
 
 
-def test_coding_clis_of_the_global_file_are_known_beside_the_towns_own(directory: Path) -> None:
+def test_coding_clis_of_the_global_file_are_added_to_the_towns_own(directory: Path) -> None:
     (directory / '.tt').mkdir()
     (directory / '.tt' / 'config.toml').write_text('[agent_clis]\na = "one"\nb = "two"\n')
     environ = {'HOME': str(directory)}
@@ -99,7 +99,7 @@ def test_coding_clis_of_the_global_file_are_known_beside_the_towns_own(directory
             '[townhall.limit]\nidle_secs = 1',
             '[townhall.limit] is not a table of settings; did you mean townhall.limits?',
         ),
-        ('zzzzzz = 1', 'zzzzzz is not a setting; `tt config` lists what there is'),
+        ('zzzzzz = 1', 'zzzzzz is not a setting; `tt config` lists all settings'),
         ('townhall = 3', 'townhall = 3: it is a table; write [townhall]'),
         ('[[redis]]\nurl = ""', "redis = [{'url': ''}]: it is a table; write [redis]"),
         ('max_agents = "10"', "max_agents = '10': give a whole number"),
@@ -110,8 +110,8 @@ def test_coding_clis_of_the_global_file_are_known_beside_the_towns_own(directory
         ('redis.appendfsync = "no"', "redis.appendfsync = 'no': choose one of 'always', 'everysec'"),
         ('agent.pass_env = "A"', "agent.pass_env = 'A': give a list of texts"),
         ('agent.pass_env = [1]', 'agent.pass_env = [1]: give a list of texts'),
-        ('default_cli = 1', 'default_cli = 1: give a text in quotes'),
-        ('default_cli = "a\\nb"', "default_cli = 'a\\nb': give a text of printable characters"),
+        ('default_cli = 1', 'default_cli = 1: give text in quotes'),
+        ('default_cli = "a\\nb"', "default_cli = 'a\\nb': give text of printable characters only"),
         ('name = "My Town"', "name = 'My Town': it must match [a-z0-9]"),
         ('name = ""', "name = '': it must match"),
         ('agent_clis = "x"', 'give a table of name = "command --flag"'),
@@ -123,11 +123,11 @@ def test_coding_clis_of_the_global_file_are_known_beside_the_towns_own(directory
         ('a = ' + '[' * 3000, 'it is not TOML'),
     ],
 )
-def test_what_is_wrong_is_named_with_its_value_and_its_mend(text: str, says: str) -> None:
+def test_an_error_message_names_the_setting_the_value_and_the_fix(text: str, says: str) -> None:
     assert says in refusal(text)
 
 
-def test_a_file_that_is_not_utf_8_is_named(directory: Path) -> None:
+def test_a_file_that_is_not_utf_8_is_refused_by_name(directory: Path) -> None:
     (directory / FILE).write_bytes(b'name = "\xff"')
     with pytest.raises(UsageError, match=r'tinytown\.toml: it is not UTF-8 \(byte 8\)'):
         load(directory, environ={})
@@ -136,40 +136,40 @@ def test_a_file_that_is_not_utf_8_is_named(directory: Path) -> None:
 @pytest.mark.parametrize(
     ('value', 'says'), [('many', 'give a whole number'), ('', 'give a whole'), ('70000', 'give 0 to')]
 )
-def test_a_wrong_environment_variable_is_named(directory: Path, value: str, says: str) -> None:
+def test_an_invalid_environment_variable_is_refused_by_name(directory: Path, value: str, says: str) -> None:
     with pytest.raises(UsageError, match=f'^{ENV}: townhall.rest_port = .*{says}'):
         load(town(directory, 'name = "a"'), environ={ENV: value})
 
 
-def test_a_file_that_anyone_may_change_is_refused(directory: Path) -> None:
+def test_a_file_that_every_user_can_write_to_is_refused(directory: Path) -> None:
     file = town(directory, 'name = "a"') / FILE
     file.chmod(0o646)
-    with pytest.raises(UsageError, match=f'{file} may be changed by every user.*chmod o-w {file}'):
+    with pytest.raises(UsageError, match=f'{file} can be changed by every user.*chmod o-w {file}'):
         load(directory, environ={})
     file.chmod(0o644)
     (directory / '.tt').mkdir()
     shared = directory / '.tt' / 'config.toml'
     shared.touch()
     shared.chmod(0o666)
-    with pytest.raises(UsageError, match=f'{shared} may be changed'):
+    with pytest.raises(UsageError, match=f'{shared} can be changed'):
         load(directory, environ={'HOME': str(directory)})
 
 
 @pytest.mark.parametrize(
     ('text', 'said'),
     [
-        ('"townhall.rest_port" = 3', '"townhall.rest_port" is no setting.* townhall.rest_port'),
-        ('[townhall]\n"tls.enabled" = true', 'townhall."tls.enabled" is no setting.* townhall.tls.enabled'),
+        ('"townhall.rest_port" = 3', '"townhall.rest_port" is not a setting.* townhall.rest_port'),
+        ('[townhall]\n"tls.enabled" = true', 'townhall."tls.enabled" is not a setting.* townhall.tls.enabled'),
     ],
 )
-def test_a_dot_in_quotes_makes_no_table(text: str, said: str) -> None:
+def test_a_quoted_name_with_a_dot_is_refused(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse(text.encode(), FILE)
 
 
-def test_a_table_is_no_text(directory: Path) -> None:
+def test_a_table_can_not_be_set_from_the_environment(directory: Path) -> None:
     env = {'TINYTOWN_AGENT_ROLE_SCOPES': 'lead=admin'}
-    said = r'^TINYTOWN_AGENT_ROLE_SCOPES: agent.role_scopes is a table; write \[agent.role_scopes\] and its lines in'
+    said = r'^TINYTOWN_AGENT_ROLE_SCOPES: agent.role_scopes is a table; write \[agent.role_scopes\] and its entries'
     with pytest.raises(UsageError, match=said):
         load(town(directory, 'name = "a"'), environ=env)
 
@@ -182,7 +182,7 @@ def test_a_town_without_a_name_is_refused(directory: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- init
 
 
-def test_init_writes_what_was_given_and_the_rest_as_comments(
+def test_init_writes_the_given_settings_and_all_others_as_comments(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = directory / 'new' / 'My Town'
@@ -200,11 +200,11 @@ def test_init_writes_what_was_given_and_the_rest_as_comments(
     assert not (directory / FILE).exists()
 
 
-def test_the_comments_of_a_new_file_are_the_defaults() -> None:
-    given = template('x', {})
-    lines = [line.removeprefix('# ') for line in given.splitlines() if 'my-cli' not in line]
-    found = parse('\n'.join(lines).encode(), 'x')
-    assert found == {path: setting.default for path, setting in settings().items()} | {'name': 'x'}
+def test_the_comments_in_a_new_file_show_the_defaults() -> None:
+    text = template('x', {})
+    lines = [line.removeprefix('# ') for line in text.splitlines() if 'my-cli' not in line]
+    values = parse('\n'.join(lines).encode(), 'x')
+    assert values == {path: setting.default for path, setting in settings().items()} | {'name': 'x'}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_town_is_named_after_its_directory(directory: Path, directory_name: st
 
 # ---------------------------------------------------------------------------------------------------- changing a line
 
-# Valid files, awkward in some way.
+# Valid files that are hard to edit.
 AWKWARD = {
     'new': template('a', {}),
     'name alone': 'name = "a"',
@@ -270,7 +270,7 @@ def test_a_changed_setting_leaves_every_other_byte_as_it_is(source: str, path: t
 
 
 def assert_only_its_lines_changed(before: str, after: str) -> None:
-    """What is gone is one line, or the lines of one value; the comment behind it stands, and every end of a line."""
+    """Only one line, or the lines of one value, may change. A trailing comment and all line ends must stay."""
     kept = after.split('\n')
     gone = [line for line in before.split('\n') if line not in kept]
     assert len(gone) <= (1 if '"""' not in before else 6)
@@ -280,7 +280,7 @@ def assert_only_its_lines_changed(before: str, after: str) -> None:
         assert after.count('\n') == after.count('\r\n')
 
 
-def test_a_new_line_stands_where_a_person_would_look_for_it() -> None:
+def test_a_new_setting_is_inserted_where_a_person_would_look_for_it() -> None:
     changed = change(template('a', {}), ('townhall', 'rest_port'), 1).splitlines()
     assert changed[changed.index('rest_port = 1') - 1].startswith('# rest_port = 8787')
     source = 'name = "a"\n\n[agent]\nlease_secs = 9\n\n# the hall\n[townhall]\n'
@@ -289,8 +289,8 @@ def test_a_new_line_stands_where_a_person_would_look_for_it() -> None:
     assert change(source, ('redis', 'url'), '') == source + '\n[redis]\nurl = ""\n'
 
 
-def test_a_table_in_braces_is_left_to_the_person() -> None:
-    with pytest.raises(UsageError, match=r'redis = \{ … \}: it is written in braces; change it by hand'):
+def test_an_inline_table_is_not_edited() -> None:
+    with pytest.raises(UsageError, match=r'redis = \{ … \}: this table is written in braces; change it by hand'):
         change('redis = { url = "" }\n', ('redis', 'url'), 'unix:///x')
 
 
@@ -326,14 +326,14 @@ def test_config_shows_and_changes_settings(directory: Path, tt_config: Any) -> N
     )
 
 
-def test_config_keeps_the_password_of_redis_to_the_file_and_the_file_to_its_owner(
-    directory: Path, tt_config: Any
-) -> None:
+def test_config_never_shows_the_redis_password_and_makes_its_file_private(directory: Path, tt_config: Any) -> None:
     file = directory / FILE
     assert tt_config('redis.url', 'redis://db:7')[0] == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
-    said = [tt_config('redis.url', 'redis://me:s[cret@db'), tt_config('redis.url'), tt_config(), tt_config('--json')]
-    assert [(status, 'redis://me:***@db' in out, 's[cret' in out) for status, out, _ in said] == [(0, True, False)] * 4
+    results = [tt_config('redis.url', 'redis://me:s[cret@db'), tt_config('redis.url'), tt_config(), tt_config('--json')]
+    assert [(status, 'redis://me:***@db' in out, 's[cret' in out) for status, out, _ in results] == [
+        (0, True, False)
+    ] * 4
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert load(directory).redis.url == 'redis://me:s[cret@db'
 
@@ -348,7 +348,7 @@ def test_config_keeps_the_password_of_redis_to_the_file_and_the_file_to_its_owne
         (('max_agent', '1'), 2, 'did you mean max_agents?'),
         (('name', 'Not Good'), 2, 'it must match'),
         (('townhall', '1'), 2, 'townhall is not a setting; did you mean townhall.'),
-        (('agent_clis', 'x'), 2, 'agent_clis is a table; write [agent_clis] and its lines in tinytown.toml'),
+        (('agent_clis', 'x'), 2, 'agent_clis is a table; write [agent_clis] and its entries into tinytown.toml'),
         (('agent_clis.z', ''), 2, 'give a table of name'),
         (('agent_clis.z', "a 'b"), 2, 'give a table of name'),
         (('agent_clis.a b', 'x'), 2, 'give a table of name'),
@@ -356,18 +356,18 @@ def test_config_keeps_the_password_of_redis_to_the_file_and_the_file_to_its_owne
         (('default_cli', '\udcff'), 2, 'printable'),
     ],
 )
-def test_config_refuses_what_could_not_be_loaded(
+def test_config_refuses_a_change_that_could_not_be_loaded(
     directory: Path, tt_config: Any, words: tuple[str, ...], status: int, says: str
 ) -> None:
     before = (directory / FILE).read_bytes()
-    found = tt_config(*words)
-    assert (found[0], found[1]) == (status, '')
-    assert says in found[2]
-    assert found[2].count('\n') == 1
+    result, out, err = tt_config(*words)
+    assert (result, out) == (status, '')
+    assert says in err
+    assert err.count('\n') == 1
     assert (directory / FILE).read_bytes() == before
 
 
-def test_a_changed_file_keeps_its_mode_and_stays_a_link(directory: Path, tt_config: Any) -> None:
+def test_a_changed_file_keeps_its_mode_and_stays_a_symbolic_link(directory: Path, tt_config: Any) -> None:
     file, real = directory / FILE, directory / 'dotfiles.toml'
     file.rename(real)
     file.symlink_to(real)
@@ -379,14 +379,14 @@ def test_a_changed_file_keeps_its_mode_and_stays_a_link(directory: Path, tt_conf
     assert not list(directory.glob('.*tinytown*'))
 
 
-def test_settings_do_not_change_but_others_are_made_of_them() -> None:
+def test_settings_are_immutable_and_can_be_copied_with_changes() -> None:
     one = Config(name='a')
     other = one.but(townhall=one.townhall.but(workers=2))
     assert (other.name, other.townhall.workers, one.townhall.workers) == ('a', 2, 1)
     assert other != one
     assert other.but(townhall=one.townhall) == one
     assert one.agent.retry_backoff_secs is not other.but(agent=AgentSettings()).agent.retry_backoff_secs
-    with pytest.raises(AttributeError, match=r'Config\.name does not change'):
+    with pytest.raises(AttributeError, match=r'Config\.name is read-only'):
         one.name = 'b'  # type: ignore[misc]
     with pytest.raises(TypeError, match='Config has no nmae'):
         one.but(nmae='b')

@@ -1,11 +1,10 @@
-"""The documents tell the truth: what is made from the code is what the code says, and every command in them is run.
+"""The documents are true: generated parts are up to date, and every command in them runs.
 
-The ```sh blocks of a page are run in order by one bash with `set -e`, in a directory, a home and ports of the page's
-own (8787 in a page is a free port here). It begins in a new town, `town`, that is served; after a line
-`<!-- begins: in an empty directory -->`, in one without a town. Each line of a block below `<!-- goes on -->` would go
-on until Ctrl-C: it must for a second. A ```json block right below another has the shape of what that printed last. What
-needs more than a plain machine has stands below `<!-- needs: NAME -->`, is only parsed, and is run by the tests that
-PROOF names.
+One bash with `set -e` runs the ```sh blocks of a page in order, with a directory, a home and ports of its own (8787 is
+replaced by a free port). It starts in a new town, `town`, that is served, or in an empty directory if the page contains
+`<!-- begins: in an empty directory -->`. Commands in a block below `<!-- goes on -->` run until Ctrl-C; here they must
+run for a second. A ```json block directly below a ```sh block must have the shape of its last output. A block below
+`<!-- needs: NAME -->` needs more than a plain machine: it is only parsed here, and the tests named in PROOF run it.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from .support import REPOSITORY, Place, environment, free_port
 FENCE: Final = r'^(?:<!-- needs: ([\w-]+) -->\n)?(<!-- goes on -->\n)?```(\w*)\n(.*?)^```$'
 EMPTY: Final = '<!-- begins: in an empty directory -->'
 MARK: Final = '==== block'
-LONGEST: Final = 240  # seconds a page may take
+LONGEST: Final = 240  # seconds that a page may take
 
-# What a block may need, and the file whose tests run what stands there.
+# What a block may need → the file that runs such blocks.
 PROOF: Final = {
     'checkout': '.ci/run',
     'bundle': 'tests/system/test_dist.py',
@@ -55,7 +54,7 @@ PROOF: Final = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page. `answers` says that it shows what the block before it prints."""
+    """A fenced block of a page. `answers` means that it shows the output of the block before it."""
 
     language: str
     text: str
@@ -65,7 +64,7 @@ class Block:
 
     @property
     def script(self) -> str:
-        """What a reader types; of a line that would go on, the first second."""
+        """The script to run. Commands that run until Ctrl-C run for one second."""
         if not self.goes_on:
             return self.text.rstrip()
         lines = [line.partition('  #')[0].strip() for line in self.text.splitlines()]
@@ -95,11 +94,11 @@ def name(page: Path) -> str:
     return str(page.relative_to(REPOSITORY))
 
 
-# ----------------------------------------------------------------------------------------------- every command is run
+# ---------------------------------------------------------------------------------------------- every command runs
 
 
 class Reader:
-    """Someone who does what a page says, in a home of their own."""
+    """Runs the commands of a page, with a home directory of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -110,13 +109,13 @@ class Reader:
             each.mkdir(parents=True)
         for command, module in (('tt', 'cli'), ('townhall', 'townhall')):
             _program(programs / command, f'exec {sys.executable} -m tinytown.{module} "$@"')
-        _program(programs / 'claude', 'cat >/dev/null; echo "I did it."')  # it is not here, and pages speak of it
+        _program(programs / 'claude', 'cat >/dev/null; echo "I did it."')  # pages use it
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ['PATH']])
         self.env = environment(HOME=str(self.home), PATH=path, USER=os.environ.get('USER', 'root'))
         self.ports: dict[str, str] = {}
 
     def do(self, script: str) -> tuple[int, str, str]:
-        """(status, what it printed, what it said). Whatever it left in the background is ended."""
+        """Runs a script. Returns its status, stdout and stderr. Kills its background processes."""
         script = re.sub(r'(?<=[:= ])(?:8[0-9]{3}|6379|26379|7000)\b', self._port, script)
         settings = f'[townhall]\nrest_port = {self.ports.get("8787", 0)}\nmcp_port = {self.ports.get("8788", 0)}\n'
         (self.home / '.tt' / 'config.toml').write_text(settings)
@@ -148,12 +147,12 @@ class Reader:
         return self.ports[match[0]]
 
     def leave(self) -> None:
-        """Stops every town that was made; the one in which the page began last, as others may use its Redis."""
+        """Stops every town that was created. The first town comes last, because others may use its Redis."""
         found = self.directory.rglob(config.FILE)
         for file in sorted(found, key=lambda file: file.parent == self.town):
             script = f'cd {file.parent} && tt stop --redis'
-            status, _, said = self.do(script)
-            assert status == 0, said
+            status, _, err = self.do(script)
+            assert status == 0, err
 
 
 def _program(file: Path, line: str) -> None:
@@ -163,14 +162,14 @@ def _program(file: Path, line: str) -> None:
 
 @pytest.fixture
 def reader(directory: Path) -> Iterator[Reader]:
-    made = Reader(directory)
-    yield made
-    made.leave()
+    reader = Reader(directory)
+    yield reader
+    reader.leave()
     shutil.rmtree(directory)
 
 
 def shape(value: Any) -> Any:
-    """A JSON value without its particulars: names and types."""
+    """The shape of a JSON value: names and types, without values."""
     if isinstance(value, dict):
         return {name: shape(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -179,7 +178,7 @@ def shape(value: Any) -> Any:
 
 
 def documents(text: str) -> list[Any]:
-    """The JSON documents in a text, whatever stands between them."""
+    """The JSON documents in a text, ignoring everything in between."""
     found, at = [], 0
     decoder = json.JSONDecoder()
     while (at := text.find('{', at)) >= 0:
@@ -193,7 +192,7 @@ def documents(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize('page', RUN, ids=name)
-def test_the_commands_of_a_page_work_as_written_and_print_what_it_shows(page: Path, reader: Reader) -> None:
+def test_the_commands_on_a_page_work_as_written_and_print_what_the_page_shows(page: Path, reader: Reader) -> None:
     script = ['set -e']
     if EMPTY not in page.read_text():
         script.append('tt init --name town --cli demo >/dev/null; tt start >/dev/null')
@@ -214,7 +213,7 @@ def test_the_commands_of_a_page_work_as_written_and_print_what_it_shows(page: Pa
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_what_a_page_needs_beyond_a_plain_machine_is_parsed_here_and_run_elsewhere(page: Path) -> None:
+def test_blocks_with_special_needs_are_parsed_here_and_run_elsewhere(page: Path) -> None:
     for block in blocks(page):
         assert block.language, f'{name(page)}: a block without a language:\n{block.text}'
         if block.language == 'sh':
@@ -222,40 +221,40 @@ def test_what_a_page_needs_beyond_a_plain_machine_is_parsed_here_and_run_elsewhe
             assert done.returncode == 0, f'{block.text}\n{done.stderr}'
         if block.needs:
             assert (REPOSITORY / PROOF[block.needs]).exists(), (
-                f'{PROOF[block.needs]} is to run what needs {block.needs}'
+                f'{PROOF[block.needs]} is missing; it runs blocks that need {block.needs}'
             )
 
 
-# ---------------------------------------------------------------------------------------- made from, or held to, code
+# ----------------------------------------------------------------------------- generated from, or checked against, code
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_what_is_made_from_the_code_is_what_the_code_says(page: Path) -> None:
+def test_generated_parts_are_up_to_date(page: Path) -> None:
     text = page.read_text()
     assert text == docs.written(text), f'{name(page)}: run  make docs'
 
 
-def test_every_part_that_can_be_made_stands_somewhere() -> None:
+def test_every_generated_part_is_on_some_page() -> None:
     found = {part for page in PAGES for _, part, _ in docs.PART.findall(page.read_text())}
     assert found == set(docs.PARTS)
 
 
-def test_every_code_of_a_problem_is_told_with_its_status_and_what_to_do() -> None:
+def test_every_error_code_is_documented_with_its_status_and_a_remedy() -> None:
     text = (REPOSITORY / 'docs' / 'troubleshooting.md').read_text()
-    told = {code: int(status) for code, status in re.findall(r'^\| `([a-z-]+)` \| (\d{3}) \| \S', text, re.M)}
-    assert told == docs.codes()
+    documented = {code: int(status) for code, status in re.findall(r'^\| `([a-z-]+)` \| (\d{3}) \| \S', text, re.M)}
+    assert documented == docs.codes()
 
 
 def slug(heading: str) -> str:
-    """The anchor that a heading gets where Markdown is shown."""
+    """The anchor of a heading in rendered Markdown."""
     return re.sub(r'[^\w\- ]', '', re.sub(r'[`*]', '', heading).strip().lower()).replace(' ', '-')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for target, anchor in re.findall(r'\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)', page.read_text()):
         file = (page.parent / target) if target else page
-        assert file.exists(), f'{name(page)}: {target} is not there'
+        assert file.exists(), f'{name(page)}: {target} does not exist'
         if anchor:
             assert anchor in {slug(each) for each in re.findall(r'^#+ (.+)$', file.read_text(), re.M)}, anchor
 
@@ -274,10 +273,10 @@ OWNED: Final = r'`\[{0,2}((?:townhall|agent|redis|retention)\.[\w.]+)\]{0,2}(?: 
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_settings_commands_and_routes_that_a_page_speaks_of_are_there(page: Path) -> None:
+def test_settings_commands_and_routes_that_a_page_mentions_exist(page: Path) -> None:
     text = page.read_text()
     for path in re.findall(OWNED, text):
-        assert path in PATHS, f'{name(page)}: `{path}` is no setting'
+        assert path in PATHS, f'{name(page)}: `{path}` is not a setting'
     words = cli.build_parser().description or ''
     for command in re.findall(r'`tt ([a-z-]+)', text):
         assert re.search(rf'^  {command}\b', words, re.M), f'{name(page)}: there is no  tt {command}'
@@ -287,23 +286,23 @@ def test_settings_commands_and_routes_that_a_page_speaks_of_are_there(page: Path
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_files_and_targets_that_a_page_speaks_of_are_there(page: Path) -> None:
+def test_files_and_make_targets_that_a_page_mentions_exist(page: Path) -> None:
     text = page.read_text()
     for file in re.findall(r'`((?:tests|deploy|bench|tinytown)/[\w./]*)`', text):
-        assert (REPOSITORY / file).exists(), f'{name(page)}: {file} is not there'
+        assert (REPOSITORY / file).exists(), f'{name(page)}: {file} does not exist'
     targets = re.findall(r'^([\w -]+):', (REPOSITORY / 'Makefile').read_text(), re.M)
     assert set(re.findall(r'`make ([a-z-]+)', text)) <= set(' '.join(targets).split())
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name)
-def test_every_piece_of_a_configuration_is_taken_as_it_stands(page: Path) -> None:
+def test_every_configuration_example_is_valid(page: Path) -> None:
     for block in blocks(page):
         if block.language == 'toml' and 'mcp_servers' not in block.text:
             assert config.parse(block.text.encode(), name(page))
 
 
 def commands_in(value: Any) -> list[list[str]]:
-    """The servers that a client's configuration would start."""
+    """The command lines of servers in an MCP client's configuration."""
     if not isinstance(value, dict):
         return []
     own = [[value['command'], *value['args']]] if 'command' in value else []
@@ -318,13 +317,13 @@ def client_configurations() -> list[list[str]]:
     return found
 
 
-def test_every_configuration_of_a_client_starts_a_server_as_pasted(ground: Place) -> None:
+def test_every_mcp_client_configuration_starts_a_server_as_pasted(ground: Place) -> None:
     lines = client_configurations()
     assert len(lines) > 3
-    asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"town_get"}}\n'
+    request = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"town_get"}}\n'
     for command, *arguments in {tuple(line) for line in lines}:
         assert command == 'townhall'
         here = [str(ground.root) if each.startswith('/') else each for each in arguments]
         argv = [sys.executable, str(REPOSITORY / 'townhall.py'), *here]
-        done = subprocess.run(argv, input=asked, env=environment(), capture_output=True, timeout=30, check=True)
+        done = subprocess.run(argv, input=request, env=environment(), capture_output=True, timeout=30, check=True)
         assert json.loads(done.stdout)['result']['structuredContent']['name'] == 'test'

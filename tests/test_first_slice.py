@@ -1,4 +1,4 @@
-"""The first whole slice: spawn an agent over REST, give it a task, see it done."""
+"""A minimal end-to-end test: spawn an agent over REST, assign a task, see it completed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log: its formats, what follows a request through it, and that whoever reads it can't hold up the service."""
+"""The log: its formats, request ids, levels, and readers that stop reading."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tinytown import log
 
 from .support import PATIENCE, REPOSITORY, Hall, Place, environment, redis_pid
 
-STATE = logging.getLogger('tinytown.state')  # whose part is redis
+STATE = logging.getLogger('tinytown.state')  # its part is redis
 HTTP = logging.getLogger('tinytown.http')
 
 
 def fail() -> Exception:
-    """An error with a traceback."""
+    """An exception with a traceback."""
     try:
         raise ZeroDivisionError('of ours')
     except ZeroDivisionError as e:
@@ -37,7 +37,7 @@ def fail() -> Exception:
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def test_a_line_of_text_is_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_line_stays_one_line_whatever_the_message_contains(capsys: pytest.CaptureFixture[str]) -> None:
     STATE.info('gone\n2026-01-01 townhall: forged\x1b[2J\x85', extra={'request_id': 'unseen'})
     HTTP.error('request r1 failed', exc_info=fail())
     first, second, *trace = capsys.readouterr().err.splitlines()
@@ -46,10 +46,10 @@ def test_a_line_of_text_is_one_line_whatever_stands_in_it(capsys: pytest.Capture
     assert (trace[0], trace[-1]) == ('Traceback (most recent call last):', 'ZeroDivisionError: of ours')
 
 
-def test_a_line_of_json_is_one_object_with_the_traceback_in_a_field(
+def test_a_json_line_is_one_object_with_the_traceback_in_a_field(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # those of pytest can't pass on half a surrogate pair
+    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # pytest's handlers fail on a lone surrogate
     log.configure('json')
     HTTP.error('failed\nx \ud800', exc_info=fail(), extra={'request_id': 'r1', 'status': 500})
     line = json.loads(capsys.readouterr().err)
@@ -61,7 +61,7 @@ def test_a_line_of_json_is_one_object_with_the_traceback_in_a_field(
 
 
 def entry(data: bytes) -> dict[str, str]:
-    """The fields of an entry of the journal, read as its protocol has them."""
+    """The fields of a journal entry in the native protocol."""
     found = {}
     while data:
         line, _, data = data.partition(b'\n')
@@ -82,9 +82,7 @@ def journal(directory: Path) -> Iterator[socket.socket]:
         yield bound
 
 
-def test_the_journal_gets_fields_that_can_be_asked_for(
-    journal: socket.socket, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_journal_gets_searchable_fields(journal: socket.socket, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure('journal', town='hill', journal=journal.getsockname())
     fields = {'request_id': 'r1', 'principal': 'me', 'path': '/v1', 'ms': 1.5, 'none': ''}
     logging.getLogger('tinytown.worker').warning('two\nlines', extra=fields)
@@ -98,7 +96,7 @@ def test_the_journal_gets_fields_that_can_be_asked_for(
     assert capsys.readouterr().err == ''
 
 
-def test_an_entry_too_large_for_a_datagram_comes_as_a_sealed_file(journal: socket.socket) -> None:
+def test_an_entry_too_large_for_a_datagram_is_sent_as_a_sealed_file(journal: socket.socket) -> None:
     log.configure('journal', journal=journal.getsockname())
     HTTP.info('x' * 3_000_000)
     data, [file], *_ = socket.recv_fds(journal, 1 << 16, 1)
@@ -114,9 +112,7 @@ def test_without_a_journal_lines_go_to_stderr(directory: Path, capsys: pytest.Ca
     assert re.fullmatch(r'\S+Z redis: connected\n', capsys.readouterr().err)
 
 
-def test_a_journal_that_takes_no_more_holds_nothing_up(
-    journal: socket.socket, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_journal_does_not_block(journal: socket.socket, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure('journal', journal=journal.getsockname())
     for i in range(2000):
         STATE.info(f'line {i}')
@@ -124,7 +120,7 @@ def test_a_journal_that_takes_no_more_holds_nothing_up(
     assert entry(journal.recv(1 << 16))['MESSAGE'] == 'line 0'
 
 
-def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_in_a_thread_is_logged_in_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure('json')
     thread = threading.Thread(target=lambda: 1 / 0, name='idle hands')
     thread.start()
@@ -143,35 +139,35 @@ def test_the_fault_of_a_thread_is_told_in_the_same_form(capsys: pytest.CaptureFi
         ('jwt.api_jwk', 'jwt'),
     ],
 )  # fmt: skip
-def test_a_line_names_the_part_that_its_logger_stands_for(
-    name: str, part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_names_the_part_of_its_logger(name: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger(name).warning('here')
     assert re.fullmatch(rf'\S+Z {part}: here\n', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('level', get_args(log.Level))
-def test_libraries_are_heard_from_warnings_on_and_never_below_our_level(
+def test_libraries_log_from_warning_on_and_never_below_our_level(
     level: log.Level, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure(level=level)
     for name in ('tinytown.http', 'library'):
-        for said in (*get_args(log.Level), 'critical'):
-            getattr(logging.getLogger(name), said)(said)
+        for word in (*get_args(log.Level), 'critical'):
+            getattr(logging.getLogger(name), word)(word)
     lines = [line.split(' ', 1)[1] for line in capsys.readouterr().err.splitlines()]
     all_levels = [*get_args(log.Level), 'critical']
     ours, theirs = all_levels[all_levels.index(level) :], all_levels[max(all_levels.index(level), 2) :]
-    assert lines == [f'http: {said}' for said in ours] + [f'library: {said}' for said in theirs]
+    assert lines == [f'http: {word}' for word in ours] + [f'library: {word}' for word in theirs]
 
 
-def test_a_library_that_goes_beyond_the_four_levels_is_told_by_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_levels_of_a_library_are_mapped_to_the_nearest_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure('json')
     logging.getLogger('library').critical('worse', extra={'where': Path('/x')})
     line = json.loads(capsys.readouterr().err)
     assert (line['level'], line['part'], line['message'], line['where']) == ('error', 'library', 'worse', '/x')
 
 
-def test_a_library_whose_logger_leads_nowhere_is_heard_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_logger_that_does_not_propagate_is_logged_in_the_same_format(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     lonely = logging.getLogger('lonely')
     lonely.propagate = False
     lonely.warning('help')
@@ -179,17 +175,17 @@ def test_a_library_whose_logger_leads_nowhere_is_heard_in_the_same_form(capsys: 
 
 
 @pytest.mark.parametrize('format', get_args(log.Format))
-def test_a_line_whose_arguments_do_not_fit_is_told_in_one_line(
+def test_a_message_with_wrong_arguments_is_reported_in_one_line(
     format: log.Format, journal: socket.socket, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # those of pytest would fail the test
+    monkeypatch.setattr(logging.getLogger(), 'handlers', [])  # pytest's handlers would fail the test
     log.configure(format, journal=journal.getsockname())
     logging.getLogger('library').warning('%d pieces', 'many')
     [line] = capsys.readouterr().err.splitlines()
-    assert "a line of library can not be shown: '%d pieces'" in line
+    assert "a line of library can not be formatted: '%d pieces'" in line
 
 
-def test_a_request_s_line_that_the_journal_does_not_take_goes_to_stderr(
+def test_an_access_line_goes_to_stderr_if_the_journal_does_not_take_it(
     journal: socket.socket, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.configure('journal', journal=journal.getsockname())
@@ -204,7 +200,7 @@ def test_a_request_s_line_that_the_journal_does_not_take_goes_to_stderr(
     assert re.fullmatch(r'\S+Z access: GET /\\x1b 200\n', capsys.readouterr().err)
 
 
-def test_lines_are_written_once_however_often_the_log_is_configured(
+def test_reconfiguring_the_log_does_not_duplicate_lines(
     journal: socket.socket, capsys: pytest.CaptureFixture[str]
 ) -> None:
     formats: list[log.Format] = ['json', 'journal', 'text', 'journal', 'text']
@@ -214,7 +210,7 @@ def test_lines_are_written_once_however_often_the_log_is_configured(
     assert re.fullmatch(r'\S+Z redis: once\n', capsys.readouterr().err)
 
 
-# ------------------------------------------------------------------------------------------- who reads it, or does not
+# ------------------------------------------------------------------------------------------------------- slow readers
 
 STALLED = """
 import logging, os, resource, signal, sys
@@ -222,7 +218,7 @@ from tinytown import log
 log.configure()
 logger = logging.getLogger('tinytown.state')
 LINE = 'x' * 4000
-if sys.argv[1] == 'foreign':  # a pipe that only another user may open
+if sys.argv[1] == 'foreign':  # a pipe that only another user can open
     os.fchmod(2, 0)
     if os.geteuid() == 0:
         os.setresuid(65534, 65534, 65534)
@@ -236,8 +232,8 @@ logger.info('the end')
 
 
 @pytest.mark.parametrize('whose', ['ours', 'foreign', 'socket'])
-def test_a_reader_who_has_stopped_holds_nothing_up_and_misses_whole_lines(whose: str) -> None:
-    """It goes on reading later: what has waited comes, and how many lines were dropped."""
+def test_a_stopped_reader_does_not_block_and_loses_only_whole_lines(whose: str) -> None:
+    """When it reads again, it gets the buffered lines and the number of dropped ones."""
     ours, theirs = socket.socketpair() if whose == 'socket' else (None, None)
     argv = [sys.executable, '-c', STALLED, whose]
     pipe = subprocess.PIPE
@@ -251,21 +247,23 @@ def test_a_reader_who_has_stopped_holds_nothing_up_and_misses_whole_lines(whose:
         if ours and theirs:
             theirs.close()
             with ours, ours.makefile('rb') as reader:
-                said = reader.read()
+                output = reader.read()
         else:
             assert process.stderr
-            said = process.stderr.read()
-    lines = said.decode().splitlines()
-    found = [re.fullmatch(r'\S+Z redis: (\d+) x{4000}', line) for line in lines]
-    numbers = [int(each[1]) for each in found if each]
+            output = process.stderr.read()
+    lines = output.decode().splitlines()
+    matches = [re.fullmatch(r'\S+Z redis: (\d+) x{4000}', line) for line in lines]
+    numbers = [int(match[1]) for match in matches if match]
     assert numbers == list(range(len(numbers)))
-    assert log.MOST_WAITING < len(said) < log.MOST_WAITING + 300_000  # what a pipe or socket holds
-    dropped = [re.fullmatch(r'\S+Z townhall: (\d+) lines of the log were dropped: nobody took them', x) for x in lines]
-    assert [int(each[1]) for each in dropped if each] == [400 - len(numbers)]
+    assert log.MAX_BUFFERED < len(output) < log.MAX_BUFFERED + 300_000  # the capacity of a pipe or socket
+    dropped = [
+        re.fullmatch(r'\S+Z townhall: (\d+) lines of the log were dropped: stderr did not take them', x) for x in lines
+    ]
+    assert [int(match[1]) for match in dropped if match] == [400 - len(numbers)]
     assert lines[-1].endswith('redis: the end')
 
 
-def test_what_waits_at_the_end_comes_if_the_reader_goes_on_in_time() -> None:
+def test_buffered_lines_are_flushed_at_exit_if_the_reader_continues_in_time() -> None:
     """`logging` flushes its handlers when the interpreter ends."""
     script = f"""
 import logging
@@ -277,12 +275,12 @@ print(flush=True)
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, '-c', script], env=environment(), stdout=pipe, stderr=pipe) as process:
         assert process.stdout
-        process.stdout.readline()  # the pipe is full by now, and most of the line waits
-        said = process.communicate(timeout=PATIENCE)[1]
-    assert said.endswith(b'x' * (3 * (1 << 18)) + b'\n')
+        process.stdout.readline()  # the pipe is full by now, and most of the line is buffered
+        output = process.communicate(timeout=PATIENCE)[1]
+    assert output.endswith(b'x' * (3 * (1 << 18)) + b'\n')
 
 
-def test_what_a_process_had_not_written_is_not_written_again_by_its_child() -> None:
+def test_a_forked_child_does_not_write_the_buffered_lines_of_its_parent() -> None:
     script = """
 import logging, os
 from tinytown import log
@@ -303,12 +301,12 @@ else:
     with subprocess.Popen([sys.executable, '-c', script], env=environment(), stdout=pipe, stderr=pipe) as process:
         assert process.stdout
         process.stdout.readline()
-        said = process.communicate(timeout=PATIENCE)[1].decode()
-    assert sorted(map(int, re.findall(r' (\d+) x{4}', said))) == list(range(40))
-    assert said.count('redis: child\n') == 1
+        output = process.communicate(timeout=PATIENCE)[1].decode()
+    assert sorted(map(int, re.findall(r' (\d+) x{4}', output))) == list(range(40))
+    assert output.count('redis: child\n') == 1
 
 
-def test_what_a_full_disk_did_not_take_comes_when_there_is_room(tmp_path: Path) -> None:
+def test_lines_buffered_by_a_full_disk_are_written_when_there_is_room(tmp_path: Path) -> None:
     script = """
 import logging, resource
 from tinytown import log
@@ -323,13 +321,13 @@ logger.info('line 9')
 """
     with open(tmp_path / 'log', 'wb') as written:
         subprocess.run([sys.executable, '-c', script], env=environment(), stderr=written, check=True)
-    said = (tmp_path / 'log').read_text()
-    assert re.findall(r'^\S+Z redis: line (\d)$', said, re.M) == list('0123456789')
+    text = (tmp_path / 'log').read_text()
+    assert re.findall(r'^\S+Z redis: line (\d)$', text, re.M) == list('0123456789')
 
 
-def test_a_file_that_is_cut_short_goes_on_from_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_log_file_continues_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / 'log'
-    with open(file, 'w') as written:  # as a shell opens it
+    with open(file, 'w') as written:  # without O_APPEND, as a shell opens it
         monkeypatch.setattr(sys, 'stderr', written)
         STATE.info('line 1')
         os.truncate(file, 0)
@@ -337,7 +335,7 @@ def test_a_file_that_is_cut_short_goes_on_from_its_begin(tmp_path: Path, monkeyp
     assert re.fullmatch(r'\S+Z redis: line 2\n', file.read_text())
 
 
-def test_a_townhall_whose_log_nobody_reads_goes_on(place: Place) -> None:
+def test_a_townhall_serves_even_if_nobody_reads_its_log(place: Place) -> None:
     argv = [sys.executable, str(REPOSITORY / 'townhall.py'), '--town', str(place.root), '--port', '0']
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -355,16 +353,16 @@ def test_a_townhall_whose_log_nobody_reads_goes_on(place: Place) -> None:
         assert process.wait(PATIENCE) == 0
 
 
-# ------------------------------------------------------------------------------------------------------- of a townhall
+# --------------------------------------------------------------------------------------------------------- a townhall
 
 
 def lines_of(hall: Hall) -> list[dict[str, Any]]:
-    """What a townhall has said, each line of it an object of JSON."""
+    """The lines of a townhall's log, which must all be JSON objects."""
     return [json.loads(line) for line in hall.log_file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize('workers', ['1', '2'])
-def test_with_json_every_line_is_json_from_the_first_to_the_last(place: Place, workers: str) -> None:
+def test_with_json_every_line_of_a_townhall_is_json(place: Place, workers: str) -> None:
     served = place.hall('--workers', workers, '--verbose', TINYTOWN_TOWNHALL_LOG_FORMAT='json')
     served.get('/v1/town')
     served.get('/nowhere', X_Request_ID='mine')
@@ -406,7 +404,7 @@ MCP = {
 @pytest.mark.parametrize(
     ('path', 'body', 'status'), [('/v1/agents/nobody/kill', None, 404), ('/mcp', MCP, 200)], ids=['rest', 'mcp']
 )
-def test_a_request_is_followed_by_its_id_from_the_answer_to_audit_and_log(
+def test_the_request_id_is_in_the_answer_the_audit_log_and_the_access_log(
     place: Place, path: str, body: Any, status: int
 ) -> None:
     served = place.hall(TINYTOWN_TOWNHALL_LOG_FORMAT='json')
@@ -426,19 +424,19 @@ def test_a_request_is_followed_by_its_id_from_the_answer_to_audit_and_log(
         assert phases == ['begin', 'end']
 
 
-def test_secrets_that_the_town_knows_are_not_in_its_log(place: Place) -> None:
+def test_known_secrets_are_redacted_from_the_log(place: Place) -> None:
     served = place.hall(OPENAI_API_KEY='sk-verysecret', TINYTOWN_TOWNHALL_LOG_FORMAT='json')
     served.get('/v1/town/sk-verysecret')
     assert '/v1/town/[redacted]' in served.said('redacted')
     assert 'verysecret' not in served.log_file.read_text()
 
 
-def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Place) -> None:
+def test_the_level_filters_lines_and_can_be_changed_at_runtime(place: Place) -> None:
     served = place.hall()
 
     def is_logged(number: str) -> bool:
         served.get('/v1/town', X_Request_ID=number)
-        served.get('/v1/town')  # by the answer to which the line of the first would be written
+        served.get('/v1/town')  # once this is answered, the line of the first request would be in the log
         return number in served.log_file.read_text()
 
     assert is_logged('first')
@@ -447,10 +445,10 @@ def test_the_level_says_how_much_is_told_and_is_taken_up_while_it_runs(place: Pl
         deadline = time.monotonic() + PATIENCE
         while is_logged(os.urandom(8).hex()) != wanted:
             assert time.monotonic() < deadline, level
-    assert served.said('').count('taken up again') == 1  # which is below warning
+    assert served.said('').count('taken up again') == 1  # its level is below warning
 
 
-def test_when_redis_goes_and_comes_back_it_is_told(place: Place) -> None:
+def test_losing_and_regaining_redis_is_logged(place: Place) -> None:
     served = place.hall()
     assert served.get('/v1/status').status == 200  # by now it is connected
     os.kill(redis_pid(place), signal.SIGKILL)

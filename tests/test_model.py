@@ -1,4 +1,4 @@
-"""The words that everything shares: ids and times."""
+"""The shared vocabulary: ids, times, short texts, event types."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tinytown.errors import Invalid
 from tinytown.model import STEERING, UUID_PATTERN, brief, new_id, rfc3339
 from tinytown.schema import validate
 
-MANY = 1000  # more than are made ready at once
+MANY = 1000  # more ids than are generated at once
 
 
-def test_an_id_is_a_random_uuid_of_which_no_two_are_alike() -> None:
+def test_ids_are_unique_random_uuids() -> None:
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: new_id(), range(8 * MANY)))
-    assert len(set(made)) == len(made)
-    assert all(re.fullmatch(UUID_PATTERN, each) for each in made)
-    assert {(uuid.UUID(each).version, uuid.UUID(each).variant) for each in made} == {(4, uuid.RFC_4122)}
+        ids = list(pool.map(lambda _: new_id(), range(8 * MANY)))
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(UUID_PATTERN, each) for each in ids)
+    assert {(uuid.UUID(each).version, uuid.UUID(each).variant) for each in ids} == {(4, uuid.RFC_4122)}
 
 
-def test_processes_that_were_forked_make_different_ids() -> None:
-    new_id()  # so that there are some at hand
+def test_forked_processes_make_different_ids() -> None:
+    new_id()  # so that the parent has unused ids
     read, write = os.pipe()
     children = []
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_processes_that_were_forked_make_different_ids() -> None:
         (1795269599.9996, '2026-11-21T13:59:59.999Z'),
     ],
 )
-def test_a_moment_is_told_in_utc_with_milliseconds(seconds: float, text: str) -> None:
+def test_a_time_is_formatted_in_utc_with_milliseconds(seconds: float, text: str) -> None:
     assert rfc3339(seconds) == text
 
 
@@ -75,14 +75,14 @@ def test_a_moment_is_told_in_utc_with_milliseconds(seconds: float, text: str) ->
         ('x' * 161, 'x' * 159 + '…'),
     ],
 )
-def test_a_text_in_brief_is_its_first_line_that_says_something(text: str, line: str) -> None:
+def test_a_brief_text_is_the_first_line_that_is_not_blank(text: str, line: str) -> None:
     assert brief(text) == line
 
 
-def test_the_types_of_events_are_those_that_the_scripts_write() -> None:
+def test_the_event_types_are_those_that_the_scripts_write() -> None:
     script = files('tinytown.state').joinpath('scripts.lua').read_text()
     written = set(re.findall(r"event\('([a-z_]+\.[a-z_]+)'", script))
-    assert set(re.findall(r"event\('([a-z_]+\.)' \.\.", script)) == {'agent.', 'task.'}  # and a state of one
+    assert set(re.findall(r"event\('([a-z_]+\.)' \.\.", script)) == {'agent.', 'task.'}  # followed by a state
     ended = ('Stopped', 'Error')
     written |= {f'agent.{state.lower()}' for state in (*ended, 'Working', *(each['to'] for each in STEERING.values()))}
     written |= {'task.completed', 'task.failed'}
@@ -90,8 +90,8 @@ def test_the_types_of_events_are_those_that_the_scripts_write() -> None:
     assert named == written | {each.partition('.')[0] for each in written}
 
 
-def test_a_type_of_event_that_is_none_is_refused_with_those_that_are() -> None:
+def test_an_unknown_event_type_is_refused_with_a_list_of_all_types() -> None:
     with pytest.raises(Invalid) as caught:
         validate(BY_NAME['events.list'].parameters, {'type': ['task.complete']})
     [wrong] = caught.value.errors or []
-    assert re.match(r"'task\.complete' is none of agent, .*task\.completed", wrong['detail'])
+    assert re.match(r"'task\.complete' is not one of agent, .*task\.completed", wrong['detail'])

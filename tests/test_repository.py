@@ -1,4 +1,4 @@
-"""The repository as a whole: nothing is in it that should not be."""
+"""The repository as a whole contains nothing that it should not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tracked_files() -> list[Path]:
     return [REPOSITORY / name for name in listed.splitlines() if (REPOSITORY / name).exists()]
 
 
-def test_no_file_holds_a_path_of_a_machine_or_the_host_of_a_package_registry() -> None:
+def test_no_file_contains_a_machine_path_or_a_package_registry_host() -> None:
     unwanted = re.compile(r'/(?:work|root|home)/\w|pypi\.org|pythonhosted|npmjs|crates\.io|deb\.debian', re.I)
     here = Path(__file__)
     found = {

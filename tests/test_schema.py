@@ -1,4 +1,4 @@
-"""From annotations to JSON Schema, and the checking of arguments."""
+"""JSON Schema from annotations, and the validation of arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_annotation_has_its_json_schema(annotation: Any, schema: dict[str, An
     Draft202012Validator.check_schema(schema)
 
 
-def test_a_typed_dict_requires_all_but_what_is_marked() -> None:
+def test_a_typed_dict_requires_all_fields_except_not_required_ones() -> None:
     schema = json_schema(Outer)
     assert schema['required'] == ['inner']
     good = Draft202012Validator(schema)
@@ -86,7 +86,7 @@ def paged(_call: object) -> Step[Page[Outer]]:
 
 
 @pytest.mark.parametrize('function', [plain, paged])
-def test_the_answer_of_a_step_has_the_schema_of_its_shape(function: Callable[..., Any]) -> None:
+def test_the_output_schema_is_that_of_the_return_annotation(function: Callable[..., Any]) -> None:
     assert output_schema(signature(function)[1]) == json_schema(Outer)
 
 
@@ -115,21 +115,21 @@ PARAMETERS = signature(sample)[0]
 
 
 def places(arguments: dict[str, Any], parameters: dict[str, Parameter] = PARAMETERS) -> dict[str, str]:
-    """What is wrong with arguments, by pointer."""
+    """The errors in arguments, by pointer."""
     with pytest.raises(Invalid) as caught:
         validate(parameters, arguments)
     assert caught.value.errors
     return {each['pointer']: each['detail'] for each in caught.value.errors}
 
 
-def test_good_arguments_come_back_under_the_names_of_the_function() -> None:
+def test_valid_arguments_are_returned_under_the_function_s_parameter_names() -> None:
     given = {'agent': 'backend', 'from': 'conductor', 'text': 'a\tb\r\nä…', 'kind': 'info', 'word': 'word', 'few': 0}
     given |= {'open': True, 'tags': ['x', 'y z'], 'nickname': 'The Boss', 'limit': 500}
     expected = {('from_' if name == 'from' else name): value for name, value in given.items()}
     assert validate(PARAMETERS, given) == expected
 
 
-def test_null_for_an_optional_argument_is_as_if_it_were_left_out() -> None:
+def test_null_for_an_optional_argument_is_the_same_as_leaving_it_out() -> None:
     given = {name: None for name in PARAMETERS if name != 'agent'}
     assert validate(PARAMETERS, {'agent': 'a'} | given) == {'agent': 'a'}
 
@@ -148,13 +148,13 @@ def test_null_for_an_optional_argument_is_as_if_it_were_left_out() -> None:
         ('agent', 'bäckend', 'does not fit'),
         ('agent', 'tt:{test}:town', 'does not fit'),
         ('text', '', 'not blank'),
-        ('text', 'x' * 65537, 'is 65537 characters long; at most 65536 are taken'),
-        ('text', 'a\x00b', 'holds U+0000'),
-        ('text', 'a\x1b[2J', 'holds U+001B'),
-        ('text', 'a\x7f', 'holds U+007F'),
-        ('text', 'a\ud800b', 'holds U+D800'),
+        ('text', 'x' * 65537, 'is 65537 characters long; at most 65536 are allowed'),
+        ('text', 'a\x00b', 'contains U+0000'),
+        ('text', 'a\x1b[2J', 'contains U+001B'),
+        ('text', 'a\x7f', 'contains U+007F'),
+        ('text', 'a\ud800b', 'contains U+D800'),
         ('word', 'abcdef', 'is 6 characters long'),
-        ('kind', 'other', "'other' is none of task, info"),
+        ('kind', 'other', "'other' is not one of task, info"),
         ('kind', 1, '1 is not text'),
         ('few', -1, '-1 is not between 0 and 9'),
         ('few', 10, '10 is not between 0 and 9'),
@@ -166,16 +166,16 @@ def test_null_for_an_optional_argument_is_as_if_it_were_left_out() -> None:
         ('open', 'yes', "'yes' is not true or false"),
         ('tags', 'x', "'x' is not a list"),
         ('tags', {'a': 1}, 'is not a list'),
-        ('tags', ['x'] * 33, 'has 33 items; at most 32 are taken'),
+        ('tags', ['x'] * 33, 'has 33 items; at most 32 are allowed'),
         ('nickname', 'a\x85b', 'without control characters'),
         ('nickname', '', '1 to 63 characters'),
         ('limit', 0, 'is not between 1 and 500'),
         ('limit', 501, 'is not between 1 and 500'),
-        ('cursor', 'x', 'what next_cursor gave'),
-        ('cursor', '', 'what next_cursor gave'),
+        ('cursor', 'x', 'a value of next_cursor'),
+        ('cursor', '', 'a value of next_cursor'),
     ],
 )
-def test_a_wrong_value_is_named_with_its_place_and_what_is_wrong(name: str, value: Any, complaint: str) -> None:
+def test_an_error_names_the_place_the_value_and_the_constraint(name: str, value: Any, complaint: str) -> None:
     found = places({'agent': 'a', name: value})
     assert list(found) == [f'/{name}']
     assert complaint in found[f'/{name}']
@@ -189,7 +189,7 @@ def test_a_whole_number_may_be_written_with_a_fraction_of_zero() -> None:
 
 
 @pytest.mark.parametrize('name', ['text', 'nickname', 'tags'])
-def test_the_characters_that_are_taken_are_those_that_the_schema_allows(name: str) -> None:
+def test_the_accepted_characters_are_those_that_the_schema_allows(name: str) -> None:
     published = Draft202012Validator(PARAMETERS[name].schema)
     for number in (*range(0xD800), *range(0xE000, 0x10000), 0x1F600):
         for text in (chr(number), f'a{chr(number)}b'):
@@ -203,27 +203,27 @@ def test_an_item_of_a_list_is_named_by_its_index() -> None:
     assert list(places({'agent': 'a', 'tags': ['fine', 'a,b', 3, 'x\ny']})) == ['/tags/1', '/tags/2', '/tags/3']
 
 
-def test_all_wrong_places_are_named_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     found = places({'few': 99, 'odd': 1})
     assert found == {
         '/few': '99 is not between 0 and 9',
-        '/odd': f"'odd' is not known here; known: {', '.join(PARAMETERS)}",
+        '/odd': f"'odd' is not an argument here; arguments: {', '.join(PARAMETERS)}",
         '/agent': 'agent is missing',
     }
 
 
 @pytest.mark.parametrize(('name', 'pointer'), [('a/b', '/a~1b'), ('a~b', '/a~0b'), ('', '/'), ('from_', '/from_')])
-def test_a_pointer_is_escaped_as_rfc_6901_says(name: str, pointer: str) -> None:
+def test_a_pointer_is_escaped_as_in_rfc_6901(name: str, pointer: str) -> None:
     assert pointer in places({'agent': 'a', name: 1})
 
 
-def test_a_flood_of_unknown_fields_gets_a_short_answer() -> None:
+def test_many_unknown_fields_get_a_short_answer() -> None:
     with pytest.raises(Invalid) as caught:
         validate(PARAMETERS, {f'{i}' + 'x' * 1000: 1 for i in range(1000)})
     assert len(str(caught.value.problem())) < 10_000
 
 
-def test_a_long_wrong_value_is_cut_in_the_message() -> None:
+def test_a_long_invalid_value_is_shortened_in_the_message() -> None:
     assert all(len(detail) < 200 for detail in places({'agent': 'x' * 100_000}).values())
 
 
@@ -248,12 +248,12 @@ def test_a_long_wrong_value_is_cut_in_the_message() -> None:
         ('agent', '12', '12'),
     ],
 )
-def test_a_text_of_a_query_is_read_by_the_type_of_its_parameter(name: str, text: str, value: Any) -> None:
+def test_query_text_is_converted_to_the_type_of_the_parameter(name: str, text: str, value: Any) -> None:
     read = PARAMETERS[name].read(text)
     assert (type(read), read) == (type(value), value)
 
 
-def test_the_schema_of_the_arguments_is_closed_and_its_defaults_fit_it() -> None:
+def test_the_input_schema_allows_no_other_properties_and_accepts_its_defaults() -> None:
     schema = input_schema(PARAMETERS)
     Draft202012Validator.check_schema(schema)
     assert schema['required'] == ['agent']
@@ -278,7 +278,7 @@ def test_the_schema_of_the_arguments_is_closed_and_its_defaults_fit_it() -> None
         ({'agent': 'a', 'kind': 'x'}, False),
     ],
 )
-def test_the_published_schema_and_the_check_agree(arguments: dict[str, Any], good: bool) -> None:
+def test_the_published_schema_and_the_validation_agree(arguments: dict[str, Any], good: bool) -> None:
     assert Draft202012Validator(input_schema(PARAMETERS)).is_valid(arguments) is good
     if good:
         validate(PARAMETERS, arguments)
@@ -287,7 +287,7 @@ def test_the_published_schema_and_the_check_agree(arguments: dict[str, Any], goo
 
 
 @pytest.mark.parametrize('annotation', [float, dict[str, int], Outer])
-def test_a_type_that_can_not_be_an_argument_is_refused_when_the_table_is_made(annotation: Any) -> None:
+def test_a_parameter_of_an_unsupported_type_is_refused_at_definition(annotation: Any) -> None:
     def odd(_call: object, *, value: Any) -> Step[Outer]:
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
-"""What version 0.1.0 has left behind goes on: its towns, its units, and its processes that still run.
+"""Towns, units and running processes of version 0.1.0 continue to work.
 
-`recorded/record.py` tells what was recorded, and how. All is opened from outside, by commands, over HTTP and on
-sockets, as it stands on machines: nothing here knows a module by more than the name by which 0.1.0 calls it.
+`recorded/record.py` describes the records. The tests use them from outside: with commands, over HTTP and on sockets.
+They know modules only by the names under which 0.1.0 starts them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recorded(name: str) -> Any:
 
 
 def filled(text: str, root: Path) -> str:
-    """A recorded text as it would stand on this machine."""
+    """A recorded text with the paths of this machine in place of its marks."""
     for mark, value in (('@ROOT@', str(root)), ('@PYTHON@', sys.executable), ('@CODE@', str(REPOSITORY))):
         text = text.replace(mark, value)
     return text
@@ -50,7 +50,7 @@ ADMIN = {'X_API_Key': KNOWN['keys']['admin']}
 
 @pytest.fixture
 def old(directory: Path) -> Iterator[Place]:
-    """The recorded town, in a directory of this machine: it was cut off from power, and nothing of it runs."""
+    """The recorded town, unpacked: the state after a power failure, with no process running."""
     subprocess.run(['tar', '-xzf', RECORDS / 'town.tar.gz', '-C', directory], check=True)
     for file in directory.rglob('*'):
         if file.is_file() and (data := file.read_bytes()) and b'@' in data and 'appendonly' not in file.name:
@@ -61,7 +61,7 @@ def old(directory: Path) -> Iterator[Place]:
 
 
 def lacks(before: Any, now: Any, where: str = '') -> list[str]:
-    """What an answer lacks, or has otherwise, of what an earlier one had. It may have more."""
+    """The fields of an earlier answer that are missing or different now. New fields are allowed."""
     if isinstance(before, dict) and isinstance(now, dict):
         gone = [f'{where}/{name} is gone' for name in before if name not in now]
         return gone + [
@@ -76,10 +76,10 @@ def lacks(before: Any, now: Any, where: str = '') -> list[str]:
     return [] if before == now else [f'{where}: {before!r} is {now!r}']
 
 
-def test_all_that_was_told_of_an_old_town_is_told_still(old: Place) -> None:
+def test_every_recorded_answer_of_an_old_town_is_still_given(old: Place) -> None:
     hall = old.hall('--read-only')
-    told = json.loads(filled(json.dumps(recorded('answers')), old.root))
-    for path, before in told.items():
+    answers = json.loads(filled(json.dumps(recorded('answers')), old.root))
+    for path, before in answers.items():
         reply = hall.get(path, **ADMIN)
         assert reply.status == 200, (path, reply)
         assert lacks(before, reply.json) == [], path
@@ -88,7 +88,7 @@ def test_all_that_was_told_of_an_old_town_is_told_still(old: Place) -> None:
     assert lacks(recorded('settings'), old.tt_json('config')) == []
 
 
-def test_who_was_known_to_an_old_town_is_known_still(old: Place) -> None:
+def test_keys_and_tokens_of_an_old_town_are_still_valid(old: Place) -> None:
     hall = old.hall('--read-only')
     reader = {'X_API_Key': KNOWN['keys']['reader']}
     assert hall.get('/v1/status').status == 401
@@ -104,7 +104,7 @@ def test_who_was_known_to_an_old_town_is_known_still(old: Place) -> None:
 
 
 class Caller:
-    """Someone who asks a townhall with the key of the recorded town."""
+    """A client with the admin key of the recorded town."""
 
     def __init__(self, hall: Hall) -> None:
         self._hall = hall
@@ -118,7 +118,7 @@ class Caller:
         return self._hall.post(f'/v1/{path}', body, **ADMIN, **headers)
 
     def await_end(self, task: str) -> Any:
-        """A task, once it has ended."""
+        """Waits until a task has ended. Returns the task."""
         until(lambda: self.get(f'tasks/{task}')['state'] in ('completed', 'failed', 'cancelled'))
         return self.get(f'tasks/{task}')
 
@@ -131,7 +131,7 @@ def test_an_old_town_goes_on_where_its_power_was_cut(old: Place) -> None:
     hall = old.hall()
     caller = Caller(hall)
     reported = caller.await_end(TASKS['reported'])
-    assert (reported['state'], reported['attempt']) == ('completed', 1), 'it was done, and is not done again'
+    assert (reported['state'], reported['attempt']) == ('completed', 1), 'it was done already and is not repeated'
     assert reported['result'] == 'it is told'
     assert caller.changes(TASKS['reported']) == ['created', 'assigned', 'started', 'completed']
     assert not list((old.root / '.tt' / 'agents').glob('*.spool/*'))
@@ -150,21 +150,21 @@ def test_an_old_town_goes_on_where_its_power_was_cut(old: Place) -> None:
         assert caller.await_end(TASKS[name])['state'] == 'completed'
     states = {agent['name']: agent['state'] for agent in caller.get('agents')['agents']}
     assert (states['stopped'], states['broken'], states['far']) == ('Stopped', 'Error', 'Idle')
-    assert caller.get(f'tasks/{TASKS["delayed"]}')['state'] == 'assigned', 'its pause of a day is not over'
-    _go_on_asking(caller)
+    assert caller.get(f'tasks/{TASKS["delayed"]}')['state'] == 'assigned', 'its pause is a day'
+    _use_over_http(caller)
     after = (old.root / '.tt' / 'audit.jsonl').read_text()
     assert after.startswith(before)
     assert '"operation":"agent.spawn"' in after.removeprefix(before)
-    _go_on_by_command(old, hall)
+    _use_by_command(old, hall)
 
 
-def _go_on_asking(caller: Caller) -> None:
-    """What is asked of an old town over HTTP."""
-    for asked in KNOWN['requests']:
-        path = asked['path'].removeprefix('/v1/')
-        again = caller.post(path, asked['body'], Idempotency_Key=asked['key'])
-        assert (again.status, again.json) == (asked['status'], asked['answer']), 'it is not done twice'
-        other = caller.post(path, asked['body'] | {'agent': 'idle'}, Idempotency_Key=asked['key'])
+def _use_over_http(caller: Caller) -> None:
+    """Uses an old town over HTTP: repeated requests, new agents and tasks, dead letters."""
+    for request in KNOWN['requests']:
+        path = request['path'].removeprefix('/v1/')
+        again = caller.post(path, request['body'], Idempotency_Key=request['key'])
+        assert (again.status, again.json) == (request['status'], request['answer']), 'it is not done twice'
+        other = caller.post(path, request['body'] | {'agent': 'idle'}, Idempotency_Key=request['key'])
         assert other.status >= 400
     assert caller.post('agents', {'name': 'fresh'}).status == 201
     task = caller.post('tasks/assign', {'agent': 'fresh', 'task': 'a new one'}).json['task_id']
@@ -179,8 +179,8 @@ def _go_on_asking(caller: Caller) -> None:
     assert 'demo: done: water the plants' in json.dumps(caller.get('agents/idle/logs'))
 
 
-def _go_on_by_command(old: Place, hall: Hall) -> None:
-    """What is done to an old town at its machine."""
+def _use_by_command(old: Place, hall: Hall) -> None:
+    """Uses an old town with `tt`: changes its configuration, and stops it."""
     file = old.root / 'tinytown.toml'
     before = file.read_text().splitlines()
     old.tt('config', 'max_agents', '21')
@@ -189,8 +189,8 @@ def _go_on_by_command(old: Place, hall: Hall) -> None:
     ]
     hall.said('taken up again')
     [note] = [json.loads(each.read_text()) for each in (old.root / '.tt' / 'run').glob('townhall-*.json')]
-    assert note['pid'] == hall.process.pid, 'the one of old is dead and forgotten'
-    assert {'host', 'boot', 'pid', 'start', 'url'} <= note.keys(), 'by which a tt of old finds it'
+    assert note['pid'] == hall.process.pid, 'the run file of the old townhall is gone'
+    assert {'host', 'boot', 'pid', 'start', 'url'} <= note.keys(), 'an old tt finds it by these'
     assert {key['id'] for key in old.tt_json('key', 'list')['keys']} == {key[3:11] for key in KNOWN['keys'].values()}
     stopped = old.tt_json('stop', '--redis')
     assert (stopped['townhalls'], stopped['left'], stopped['redis']) == (1, [], True)
@@ -200,20 +200,20 @@ def _go_on_by_command(old: Place, hall: Hall) -> None:
         Talk(old.root / '.tt' / 'redis.sock')
 
 
-def test_what_an_old_worker_runs_is_where_it_was(old: Place) -> None:
+def test_the_programs_that_an_old_worker_starts_are_at_their_old_paths(old: Place) -> None:
     run = {'TINYTOWN_TOWN': str(old.root), 'TINYTOWN_AGENT_ID': AGENTS['idle'], 'TINYTOWN_AGENT_NAME': 'idle'}
     tt = [str(old.root / '.tt' / 'bin' / 'tt')]
-    assert 'paint the door' in _said([*tt, 'pending'], '', **run)
-    _said([*tt, 'send', 'conductor', 'from within'], '', **run)
-    last = json.loads(_said([*tt, 'inbox', 'conductor', '--json'], '', **run))['messages'][-1]
+    assert 'paint the door' in _output([*tt, 'pending'], '', **run)
+    _output([*tt, 'send', 'conductor', 'from within'], '', **run)
+    last = json.loads(_output([*tt, 'inbox', 'conductor', '--json'], '', **run))['messages'][-1]
     assert (last['from'], last['summary']) == (AGENTS['idle'], 'from within')
     prompt = (old.root / '.tt' / 'agents' / f'{AGENTS["idle"]}.prompt').read_text()
     for demo in (['-I', str(REPOSITORY / 'tinytown' / 'demo.py')], ['-P', '-m', 'tinytown.demo']):
-        assert _said([sys.executable, *demo], prompt) == 'demo: done: water the plants\n'
+        assert _output([sys.executable, *demo], prompt) == 'demo: done: water the plants\n'
 
 
-def _said(argv: list[str], told: str, **more: str) -> str:
-    done = subprocess.run(argv, env=environment(**more), input=told, cwd='/', capture_output=True, text=True,
+def _output(argv: list[str], stdin: str, **more: str) -> str:
+    done = subprocess.run(argv, env=environment(**more), input=stdin, cwd='/', capture_output=True, text=True,
                           timeout=PATIENCE, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -223,7 +223,7 @@ def _said(argv: list[str], told: str, **more: str) -> str:
 
 
 class OldWorker:
-    """A worker of 0.1.0 that lives on, as Redis hears it: what it says was recorded, with the texts of its scripts."""
+    """A worker of 0.1.0 that still runs: replays its recorded Redis commands, with the texts of its scripts."""
 
     def __init__(self, place: Place, **named: str) -> None:
         record = recorded('conversation')
@@ -232,7 +232,7 @@ class OldWorker:
         self._redis = place.root / '.tt' / 'redis.sock'
 
     def say(self, name: str, number: int = 0, **named: str) -> list[Any]:
-        """What is answered to the command of that name and number among those: what follows the 1 of a success."""
+        """Sends the command with this name and number. Returns the reply without its leading 1 (success)."""
         words = [each['words'] for each in self._commands if each['name'] == name][number]
         for mark, value in (self._named | named).items():
             words = [word.replace(f'<{mark}>', value) for word in words]
@@ -254,7 +254,7 @@ class OldWorker:
 FAR = {'host': 'far', 'boot': 'b1d4-of-another-machine@@', 'pid': '7', 'start': '1'}
 
 
-def test_a_worker_of_old_is_registered_works_and_departs_among_what_is_new(place: Place, hall: Hall) -> None:
+def test_an_old_worker_registers_works_and_departs_in_a_new_town(place: Place, hall: Hall) -> None:
     worker = OldWorker(place, **FAR)
     assert worker.say('register')[0] == AGENT.encode()
     agent_id, _, record, state, instance, *_ = worker.say('agent')
@@ -264,7 +264,7 @@ def test_a_worker_of_old_is_registered_works_and_departs_among_what_is_new(place
         b'Starting',
         INSTANCE.encode(),
     )
-    assert worker.say('hello') == [b'0'], 'as many rounds as it likes'
+    assert worker.say('hello') == [b'0'], 'no limit of rounds'
     assert worker.say('pickup')[:2] == [b'rest', b'Idle']
     shown = hall.get('/v1/agents/talker').json
     assert (shown['id'], shown['state'], shown['host'], shown['pid']) == (AGENT, 'Idle', 'far', 7)
@@ -276,7 +276,7 @@ def test_a_worker_of_old_is_registered_works_and_departs_among_what_is_new(place
     assert hall.post('/v1/messages/send', asked).status == 201
     task = hall.post('/v1/tasks/assign', {'agent': 'talker', 'task': 'say it'}).json['task_id']
     assert hall.post('/v1/agents/talker/resume').status == 200
-    assert len(worker.say('XREAD')) == 3, 'of what controls it, of tasks, of messages'
+    assert len(worker.say('XREAD')) == 3, 'control, tasks, messages'
     what, (taken, attempt, head, tags), [(lane, entry, kind, letter)], backlog = worker.say('pickup', 2)
     assert (what, taken, attempt, lane, kind, tags, backlog) == (
         b'work',
@@ -289,17 +289,17 @@ def test_a_worker_of_old_is_registered_works_and_departs_among_what_is_new(place
     )
     assert json.loads(head + b'}')['description'] == 'say it'
     assert json.loads(letter)['summary'] == 'what is the time?'
-    its = {'task': task, 'entry': entry.decode()}
-    assert worker.say('beat', 2, **its) == [b'Working', []], 'it has not lost its task'
+    ids = {'task': task, 'entry': entry.decode()}
+    assert worker.say('beat', 2, **ids) == [b'Working', []], 'it has not lost its task'
     assert hall.get(f'/v1/tasks/{task}').json['state'] == 'running'
-    assert worker.say('finish', **its) == [b'done', b'completed']
-    assert worker.say('finish', **its) == [b'already', b'completed']
-    assert worker.say('round_done', **its) == [b'Idle', 1]
+    assert worker.say('finish', **ids) == [b'done', b'completed']
+    assert worker.say('finish', **ids) == [b'already', b'completed']
+    assert worker.say('round_done', **ids) == [b'Idle', 1]
     assert hall.get(f'/v1/tasks/{task}').json['result'] == 'demo: done: say it'
     assert hall.get('/v1/agents/talker/inbox').json['total'] == 0
     assert hall.post('/v1/agents/talker/close').status == 200
     assert worker.say('pickup', 4)[:2] == [b'rest', b'Draining']
-    assert worker.say('depart') == [[]], 'it leaves nothing behind'
+    assert worker.say('depart') == [[]], 'nothing is requeued'
     shown = hall.get('/v1/agents/talker').json
     assert (shown['state'], shown['rounds_completed'], shown['tasks_completed']) == ('Stopped', 1, 1)
     kinds = [event['type'] for event in hall.get('/v1/events?limit=500').json['events']]
@@ -307,7 +307,7 @@ def test_a_worker_of_old_is_registered_works_and_departs_among_what_is_new(place
     assert [kind for kind in kinds if kind in ours] == ours
 
 
-def test_a_worker_of_old_loses_what_was_taken_from_it(place: Place, hall: Hall) -> None:
+def test_an_old_worker_learns_that_it_lost_its_task(place: Place, hall: Hall) -> None:
     worker = OldWorker(place, **FAR)
     for name in ('register', 'agent', 'hello', 'pickup'):
         worker.say(name)
@@ -325,32 +325,32 @@ def test_a_worker_of_old_loses_what_was_taken_from_it(place: Place, hall: Hall) 
 
 @pytest.fixture
 def here(directory: Path) -> Iterator[Place]:
-    """A town whose host has a name, by which processes of old know it, too."""
-    made = make_town(directory, host='here')
-    yield made
-    made.close()
+    """A town whose host has the name that the old processes use."""
+    town = make_town(directory, host='here')
+    yield town
+    town.close()
 
 
 def settings() -> dict[str, Any]:
-    """The settings of a town as a process of 0.1.0 tells them to another."""
-    told: dict[str, Any] = recorded('processes')['charter']['settings']
-    return told | {'name': 'test', 'host': 'here', 'default_cli': 'demo'}
+    """The settings of a town, in the form in which processes of 0.1.0 pass them on."""
+    values: dict[str, Any] = recorded('processes')['charter']['settings']
+    return values | {'name': 'test', 'host': 'here', 'default_cli': 'demo'}
 
 
 def order(place: Place) -> dict[str, Any]:
-    """What a process of 0.1.0 has its town's keeper start."""
+    """An order of 0.1.0 to the keeper (spawner): the process to start."""
     text = json.dumps(recorded('processes')['order']).replace('<agent>', AGENT).replace('<instance>', INSTANCE)
-    told: dict[str, Any] = json.loads(filled(text, place.root))
-    return told
+    filled_in: dict[str, Any] = json.loads(filled(text, place.root))
+    return filled_in
 
 
-def start(told: dict[str, Any], descriptors: list[int]) -> int:
-    """Starts a process as 0.1.0 does, itself or as the keeper."""
-    with open(told['log'], 'ab') as log:
+def start(order: dict[str, Any], descriptors: list[int]) -> int:
+    """Starts a process as 0.1.0 does, directly or in the keeper. Returns its pid."""
+    with open(order['log'], 'ab') as log:
         process = subprocess.Popen(
-            [str(descriptors[0]) if word == '{fd}' else word for word in told['argv']],
-            cwd=told['cwd'],
-            env=environment(**told['env']) | {'TINYTOWN_INSTANCE': told['mark']},
+            [str(descriptors[0]) if word == '{fd}' else word for word in order['argv']],
+            cwd=order['cwd'],
+            env=environment(**order['env']) | {'TINYTOWN_INSTANCE': order['mark']},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -361,12 +361,12 @@ def start(told: dict[str, Any], descriptors: list[int]) -> int:
     return process.pid
 
 
-def have_started(told: dict[str, Any], descriptors: list[int]) -> int:
-    """Has the keeper of a town start a process, as 0.1.0 asks it to."""
+def order_start(order: dict[str, Any], descriptors: list[int]) -> int:
+    """Orders the keeper of a town to start a process, as 0.1.0 does. Returns its pid."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE)
-        sock.connect(f'{told["cwd"]}/.tt/run/keeper.sock')
-        socket.send_fds(sock, [json.dumps(told).encode()], descriptors)
+        sock.connect(f'{order["cwd"]}/.tt/run/keeper.sock')
+        socket.send_fds(sock, [json.dumps(order).encode()], descriptors)
         sock.shutdown(socket.SHUT_WR)
         answer = json.loads(read_all(sock))
     assert 'pid' in answer, answer
@@ -381,7 +381,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize('by_keeper', [False, True])
-def test_a_townhall_of_old_that_still_runs_starts_workers(here: Place, by_keeper: bool) -> None:
+def test_an_old_townhall_that_still_runs_can_start_workers(here: Place, by_keeper: bool) -> None:
     with ExitStack() as stack:
         if by_keeper:
             keeper = Manager(here.root, unit('user', 'tinytown-recorded.service', here.root))
@@ -389,10 +389,10 @@ def test_a_townhall_of_old_that_still_runs_starts_workers(here: Place, by_keeper
             stack.callback(keeper.stop)
         hall = here.hall()
         OldWorker(here, host='here').say('register')
-        ours, its = socket.socketpair()
-        with ours, its:
-            pid = (have_started if by_keeper else start)(order(here), [its.fileno()])
-            its.close()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = (order_start if by_keeper else start)(order(here), [theirs.fileno()])
+            theirs.close()
             ours.settimeout(PATIENCE)
             charter = {'root': str(here.root), 'agent_id': AGENT, 'instance': INSTANCE, 'settings': settings()}
             ours.sendall(json.dumps(charter).encode())
@@ -406,19 +406,19 @@ def test_a_townhall_of_old_that_still_runs_starts_workers(here: Place, by_keeper
         assert not Path(f'/proc/{pid}/exe').exists()
 
 
-def test_a_keeper_of_old_that_still_runs_is_asked_as_it_expects(here: Place) -> None:
-    asked: list[dict[str, Any]] = []
+def test_an_old_keeper_that_still_runs_gets_orders_in_its_format(here: Place) -> None:
+    orders: list[dict[str, Any]] = []
 
     def keep() -> None:
         client, _ = listener.accept()
         with client:
             data, descriptors, _, _ = socket.recv_fds(client, 65536, 8)
-            asked.append(json.loads(data + read_all(client)))
-            client.sendall(json.dumps({'pid': start(asked[0], descriptors)}).encode())
-            for each in descriptors:
-                os.close(each)
+            orders.append(json.loads(data + read_all(client)))
+            client.sendall(json.dumps({'pid': start(orders[0], descriptors)}).encode())
+            for descriptor in descriptors:
+                os.close(descriptor)
 
-    _ = here.town  # its Redis runs already
+    _ = here.town  # starts its Redis
     (here.root / '.tt' / 'run').mkdir(exist_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(here.root / '.tt' / 'run' / 'keeper.sock'))
@@ -427,14 +427,14 @@ def test_a_keeper_of_old_that_still_runs_is_asked_as_it_expects(here: Place) -> 
         thread.start()
         here.tt('spawn', 'ordered')
         thread.join(PATIENCE)
-    assert asked[0].keys() == recorded('processes')['order'].keys()
+    assert orders[0].keys() == recorded('processes')['order'].keys()
     assert here.tt_json('show', 'ordered')['state'] == 'Idle'
 
 
-def test_a_keeper_of_old_that_ends_has_its_town_brought_to_a_standstill(here: Place) -> None:
+def test_an_old_keeper_that_ends_shuts_its_town_down(here: Place) -> None:
     here.tt('spawn', 'one')
     pid = here.tt_json('show', 'one')['pid']
-    _said([sys.executable, '-P', '-m', 'tinytown.standstill', str(here.root)], json.dumps(settings()))
+    _output([sys.executable, '-P', '-m', 'tinytown.standstill', str(here.root)], json.dumps(settings()))
     assert not Path(f'/proc/{pid}/exe').exists()
     with pytest.raises(OSError, match=r'No such file|refused'):
         Talk(here.root / '.tt' / 'redis.sock')
@@ -448,7 +448,7 @@ KINDS = ('system', 'system-socket', 'user', 'user-socket')
 
 
 def unit(kind: str, name: str, root: Path) -> str:
-    """A recorded unit as it stands on this machine, signed as it was."""
+    """A recorded unit with the paths of this machine, and a matching signature."""
     first, _, rest = (RECORDS / 'units' / kind / name).read_text().partition('\n')
     signed, _, _ = first.partition('sha256:')
     text = filled(rest, root)
@@ -468,9 +468,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Manager:
-    """A service manager that has what a unit says run, as far as that concerns the program. It is ready then.
+    """A stand-in for systemd: runs the program of a unit, and waits until it is ready.
 
-    `sock` is the socket that it passes, by the name that the socket's unit has for it.
+    `sock` is a listening socket to pass on, `name` its FileDescriptorName.
     """
 
     def __init__(self, root: Path, text: str, sock: socket.socket | None = None, name: str = '') -> None:
@@ -489,7 +489,7 @@ class Manager:
         self._await('READY=1')
 
     def _await(self, word: str) -> None:
-        """Waits until it is told that word."""
+        """Waits for a notification (sd_notify)."""
         while word not in self._ear.recv(4096).decode().splitlines():
             pass
 
@@ -500,19 +500,19 @@ class Manager:
         self._await('READY=1')
 
     def stop(self) -> int:
-        """Ends its main process, as KillMode=mixed has it. The exit status of that."""
+        """Terminates the main process, as with KillMode=mixed. Returns its exit status."""
         self.process.terminate()
         return self.process.wait(PATIENCE)
 
     def kill(self) -> None:
-        """Ends it, if it still runs."""
+        """Kills it, if it still runs."""
         self.process.kill()
         self.process.wait()
         self._ear.close()
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_old_units_run_a_town_and_end_it(directory: Path, kind: str) -> None:
+def test_old_units_run_a_town_and_shut_it_down(directory: Path, kind: str) -> None:
     port = free_port()
     place = make_town(directory, name='recorded', townhall={'rest_port': port})
     with ExitStack() as stack:
@@ -534,7 +534,7 @@ def test_old_units_run_a_town_and_end_it(directory: Path, kind: str) -> None:
         manager.reload()
         assert served.get('/ready').status == 200
         assert manager.stop() == 0
-        assert Path(f'/proc/{pid}/exe').exists(), 'townhall comes and goes without its town'
+        assert Path(f'/proc/{pid}/exe').exists(), 'a townhall ends without its town'
         assert keeper.stop() == 0
         assert not Path(f'/proc/{pid}/exe').exists()
         with pytest.raises(OSError, match=r'No such file|refused'):
@@ -542,7 +542,7 @@ def test_old_units_run_a_town_and_end_it(directory: Path, kind: str) -> None:
 
 
 class Served(Hall):
-    """A townhall that someone else has started."""
+    """A townhall that the test did not start itself."""
 
     def __init__(self, port: int) -> None:
         self.address, self.port = '127.0.0.1', port
@@ -552,7 +552,7 @@ _CTL = '#!/bin/sh\ncase "$*" in *is-active*) echo active;; *Linger*) echo yes;; 
 
 
 @pytest.mark.parametrize('kind', ['user', 'user-socket'])
-def test_old_units_are_known_replaced_and_removed(directory: Path, tmp_path: Path, kind: str) -> None:
+def test_old_units_are_recognized_replaced_and_removed(directory: Path, tmp_path: Path, kind: str) -> None:
     root = make_town(directory, name='recorded').root
     home = tmp_path / '.config' / 'systemd' / 'user'
     home.mkdir(parents=True)
@@ -565,7 +565,7 @@ def test_old_units_are_known_replaced_and_removed(directory: Path, tmp_path: Pat
 
     def service(*words: str) -> str:
         argv = [sys.executable, '-m', 'tinytown.townhall', 'service', *words, '--user', '--town', str(root)]
-        return _said(argv, '', HOME=str(tmp_path), PATH=f'{tmp_path}:/usr/bin:/bin')
+        return _output(argv, '', HOME=str(tmp_path), PATH=f'{tmp_path}:/usr/bin:/bin')
 
     assert service('status').count('active, as written') == count
     before = {file.name for file in home.iterdir()}

@@ -1,4 +1,4 @@
-"""An issuer of tokens on loopback, and a hand that signs whatever it is given: good tokens and forged ones."""
+"""A token issuer on loopback, and a signer for valid and forged tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def base64url(data: bytes) -> str:
 
 @dataclass
 class Signer:
-    """A private key and the name under which its public half is published."""
+    """A private key, and the kid under which its public key is published."""
 
     private: Private
     kid: str
@@ -50,16 +50,16 @@ class Signer:
         return 'ES256' if isinstance(self.private, ec.EllipticCurvePrivateKey) else 'EdDSA'
 
     def jwk(self, **more: Any) -> dict[str, Any]:
-        """The public half, as an issuer publishes it."""
-        made: dict[str, Any]
+        """The public key as a JWK."""
+        jwk: dict[str, Any]
         if isinstance(self.private, rsa.RSAPrivateKey):
-            made = RSAAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
+            jwk = RSAAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
         elif isinstance(self.private, ec.EllipticCurvePrivateKey):
-            made = ECAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
+            jwk = ECAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
         else:
-            made = OKPAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
-        made.pop('key_ops', None)
-        return made | {'kid': self.kid} | more
+            jwk = OKPAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
+        jwk.pop('key_ops', None)
+        return jwk | {'kid': self.kid} | more
 
     def sign(self, data: bytes) -> bytes:
         if isinstance(self.private, rsa.RSAPrivateKey):
@@ -70,7 +70,7 @@ class Signer:
         return r.to_bytes(32, 'big') + s.to_bytes(32, 'big')
 
     def token(self, claims: dict[str, Any] | bytes, **header: Any) -> str:
-        """A token. Members of the header that are given as None are left out; bytes are signed as they are."""
+        """A signed token. Header members that are None are left out. `claims` in bytes are signed unchanged."""
         head = {'alg': self.algorithm, 'kid': self.kid, 'typ': 'at+jwt'} | header
         payload = claims if isinstance(claims, bytes) else json.dumps(claims).encode()
         kept = {name: value for name, value in head.items() if value is not None}
@@ -80,9 +80,9 @@ class Signer:
 
 @dataclass
 class Issuer:
-    """An issuer that answers over HTTP; a test changes its fields to make it rotate, fail, or lie.
+    """An issuer over HTTP. A test changes its fields to make it rotate keys, fail, or lie.
 
-    `calls` are the paths that were asked for. While `gate` is not set, answers wait.
+    `calls` lists the requested paths. Answers wait until `gate` is set.
     """
 
     url: str = ''
@@ -96,10 +96,10 @@ class Issuer:
     gate: threading.Event = field(default_factory=threading.Event)
 
     def claims(self, **more: Any) -> dict[str, Any]:
-        """The claims of a good token; what is given as None is left out."""
+        """The claims of a valid token. Claims that are None are left out."""
         now = int(time.time())
-        made = {'iss': self.url, 'aud': 'town', 'sub': 'ann', 'iat': now, 'exp': now + 300, 'scope': 'town.read'}
-        return {name: value for name, value in (made | more).items() if value is not None}
+        claims = {'iss': self.url, 'aud': 'town', 'sub': 'ann', 'iat': now, 'exp': now + 300, 'scope': 'town.read'}
+        return {name: value for name, value in (claims | more).items() if value is not None}
 
     def answer(self, path: str) -> bytes:
         if self.body is not None:
@@ -110,8 +110,8 @@ class Issuer:
 
 @contextmanager
 def issuing(*signers: Signer) -> Iterator[Issuer]:
-    """An issuer that publishes the keys of these signers."""
-    issuer = Issuer(keys=[each.jwk() for each in signers])
+    """Runs an issuer that publishes the keys of these signers."""
+    issuer = Issuer(keys=[signer.jwk() for signer in signers])
     issuer.gate.set()
 
     class Handler(BaseHTTPRequestHandler):
@@ -127,7 +127,7 @@ def issuing(*signers: Signer) -> Iterator[Issuer]:
             try:
                 self.write(body)
             except OSError:
-                pass  # the client has gone
+                pass  # the client is gone
 
         def write(self, body: bytes) -> None:
             for part in [body[i : i + 1] for i in range(len(body))] if issuer.drips else [body]:

@@ -1,6 +1,7 @@
-"""The table of keys in a configuration: what an entry must be, and how one is added, changed and removed.
+"""The table of API keys in a configuration file: checks its entries, and adds, changes and removes them in the text.
 
-Each entry is a [[townhall.auth.keys]] with id, hash, scopes, and if one likes expires and note.
+An entry is a [[townhall.auth.keys]] table with id, hash and scopes; expires and note are optional. `config.py` checks
+entries with it, `cli/keys.py` edits them.
 """
 
 from __future__ import annotations
@@ -23,43 +24,43 @@ _FIELDS: Final = ('id', 'hash', 'scopes', 'expires', 'note')
 
 
 def scopes_violation(value: Any) -> str:
-    """What is wrong with a list of scopes; '' if nothing is. An empty one is taken for a slip: it allows nothing."""
-    fits = isinstance(value, list) and value and all(scope in get_args(Scope) for scope in value)
-    return '' if fits else f'give a list of one or more of {", ".join(get_args(Scope))}'
+    """What is wrong with a list of scopes, or ''. An empty list is refused as a mistake, because it allows nothing."""
+    is_valid = isinstance(value, list) and value and all(scope in get_args(Scope) for scope in value)
+    return '' if is_valid else f'give a list of one or more of {", ".join(get_args(Scope))}'
 
 
 def violation(value: Any) -> str:
-    """What is wrong with the table of keys: of which key, and what. No hash is shown."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+    """What is wrong with the table of keys, or ''. Names the key; never shows a hash."""
+    if not isinstance(value, list) or not all(isinstance(key, dict) for key in value):
         return 'write [[townhall.auth.keys]] above the settings of each key'
     seen = set()
     for number, key in enumerate(value, 1):
-        name = key.get('id')
-        if not isinstance(name, str) or not re.fullmatch(ID_PATTERN, name):
-            return f'key {number}: id = {name!r}: give the 8 digits that stand in the key, after tt_'
-        if name in seen:
-            return f"key '{name}' stands there twice; remove one"
-        seen.add(name)
+        key_id = key.get('id')
+        if not isinstance(key_id, str) or not re.fullmatch(ID_PATTERN, key_id):
+            return f'key {number}: id = {key_id!r}: give the 8 hexadecimal digits that follow tt_ in the key'
+        if key_id in seen:
+            return f"key '{key_id}' is there twice; remove one"
+        seen.add(key_id)
         if wrong := _key_violation(key):
-            return f"key '{name}': {wrong}"
+            return f"key '{key_id}': {wrong}"
     return ''
 
 
 def _key_violation(key: dict[str, Any]) -> str:
     unknown = sorted(key.keys() - set(_FIELDS))
     if unknown:
-        return f'{unknown[0]} is not known; there are {", ".join(_FIELDS)}'
+        return f'{unknown[0]} is not a field of a key; the fields are {", ".join(_FIELDS)}'
     if not isinstance(key.get('hash'), str):
-        return 'hash is missing: the text that begins with $argon2id$'
+        return 'hash is missing; give the text that begins with $argon2id$'
     if wrong := scopes_violation(key.get('scopes')):
         return f'scopes: {wrong}'
     if not isinstance(key.get('note', ''), str):
-        return 'note: give a text in quotes'
-    return '' if expiry(key) is not None else f'expires = {key["expires"]}: give a time as 2027-01-31T12:00:00Z'
+        return 'note: give text in quotes'
+    return '' if expiry(key) is not None else f'expires = {key["expires"]}: give a time like 2027-01-31T12:00:00Z'
 
 
 def expiry(key: Mapping[str, Any]) -> float | None:
-    """When a key ends, in seconds since the epoch (infinity: never); None for what is no time."""
+    """When a key expires, in seconds since the epoch; infinity means never. None if the value is not a valid time."""
     given = key.get('expires', math.inf)
     try:
         if isinstance(given, str):
@@ -72,7 +73,7 @@ def expiry(key: Mapping[str, Any]) -> float | None:
 
 
 def with_text_time(key: dict[str, Any]) -> dict[str, Any]:
-    """A key whose expiry, if TOML has read it as a time, is text again."""
+    """The key with its expiry as text: TOML reads an unquoted time as a datetime."""
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in key.items()}
 
 
@@ -80,48 +81,49 @@ def with_text_time(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(key: Mapping[str, Any]) -> str:
-    """An entry as a file holds it."""
+    """The text of a key's entry in a configuration file."""
     lines = [f'{name} = {to_toml(key[name])}\n' for name in _FIELDS if name in key]
     return f'[[{".".join(KEYS_TABLE)}]]\n{"".join(lines)}'
 
 
 def added(source: str, key: Mapping[str, Any]) -> str:
-    """The text of a configuration file with one key more, at its end."""
+    """The text of a configuration file with a key added at the end."""
     newline = '\r\n' if '\r\n' in source else '\n'
     gap = '' if not source or source.endswith('\n') else newline
     return source + gap + ('\n' + written(key)).replace('\n', newline)
 
 
-def rekeyed(source: str, key_id: str, text: str) -> str:
-    """The text with another hash for a key. Every other byte stays as it is."""
-    for each in _entry(source, key_id):
-        if each.path == (*KEYS_TABLE, 'hash'):
-            return source[: each.start] + with_value(each.text, to_toml(text)) + source[each.end :]
+def rekeyed(source: str, key_id: str, hash: str) -> str:
+    """The text with a new hash for a key. Every other byte stays as it is."""
+    for statement in _entry(source, key_id):
+        if statement.path == (*KEYS_TABLE, 'hash'):
+            value = with_value(statement.text, to_toml(hash))
+            return source[: statement.start] + value + source[statement.end :]
     return source
 
 
 def removed(source: str, key_id: str) -> str:
-    """The text without a key, nor the blank line above it. Every other byte stays as it is."""
-    found = _entry(source, key_id)
-    if not found:
+    """The text without a key and without the blank line above it. Every other byte stays as it is."""
+    entry = _entry(source, key_id)
+    if not entry:
         return source
-    all_of_them = list(statements(source))
-    above = all_of_them[all_of_them.index(found[0]) - 1] if found[0].start else found[0]
-    start = above.start if above.kind == 'blank' else found[0].start
-    return source[:start] + source[found[-1].end :]
+    before = list(statements(source))
+    above = before[before.index(entry[0]) - 1] if entry[0].start else entry[0]
+    start = above.start if above.kind == 'blank' else entry[0].start
+    return source[:start] + source[entry[-1].end :]
 
 
 def _entry(source: str, key_id: str) -> list[Statement]:
-    """The statements of a key's table, header first, up to its last value; none if it is written in another way."""
+    """The statements of a key's [[table]], from header to last value. Empty if the key is written in another way."""
     entry: list[Statement] = []
-    for each in [*statements(source), None]:
-        if each is None or each.kind == 'header':
-            if any(_is_id(one, key_id) for one in entry):
-                last = max(i for i, one in enumerate(entry) if one.kind == 'value')
+    for statement in [*statements(source), None]:
+        if statement is None or statement.kind == 'header':
+            if any(_is_id(inner, key_id) for inner in entry):
+                last = max(i for i, inner in enumerate(entry) if inner.kind == 'value')
                 return entry[: last + 1]
-            entry = [each] if each and each.path == KEYS_TABLE else []
+            entry = [statement] if statement and statement.path == KEYS_TABLE else []
         elif entry:
-            entry.append(each)
+            entry.append(statement)
     return []
 
 

@@ -1,9 +1,9 @@
-"""The configuration of a town: what may be set, where it comes from, and the text of a new file.
+"""Reads a town's configuration, checks it, and writes the text of a new file. Start reading at `load`.
 
-Precedence: flag, environment, the town's `tinytown.toml`, `~/.tt/config.toml`, default. Every setting is one field of
-`settings.Config`; its environment name is TINYTOWN_ and its path in upper case (`townhall.rest_port`:
-TINYTOWN_TOWNHALL_REST_PORT; `name` and `agent_clis` have none). Coding CLIs of the global file and of the town's are
-known together.
+Precedence: flag, environment, the town's `tinytown.toml`, `~/.tt/config.toml`, default. `settings.Config` declares
+every setting as one field. The environment variable of a setting is TINYTOWN_ and its path in upper case: for
+`townhall.rest_port`, TINYTOWN_TOWNHALL_REST_PORT. `name` and `agent_clis` have none. Coding CLIs from both files are
+merged.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .model import Scope
 from .settings import CLI_NAME_PATTERN, Config, Section
 from .toml_edit import to_toml
 
-Made = TypeVar('Made', bound=Section)
+SectionT = TypeVar('SectionT', bound=Section)
 
 FILE: Final = 'tinytown.toml'
-USER_FILE: Final = '.tt/config.toml'  # of all towns of a user, in the home directory
+USER_FILE: Final = '.tt/config.toml'  # in the home directory: for all towns of a user
 ALIASES: Final = {
     'townhall.tls.cert_file': 'townhall.tls.cert_path',
     'townhall.tls.key_file': 'townhall.tls.key_path',
     'townhall.mtls.ca_file': 'townhall.mtls.ca_path',
-}  # second spellings, taken in files
+}  # older spellings, still accepted in files
 KEYS: Final = 'townhall.auth.keys'
-SECRETS: Final = frozenset({KEYS, 'townhall.auth.api_key_hash'})  # not shown, nor told to workers
-TELLING_TABLES: Final = frozenset({'townhall.rate_limit'})  # which say something by being there, even empty
+SECRETS: Final = frozenset({KEYS, 'townhall.auth.api_key_hash'})  # never shown, never passed to workers
+ENABLING_TABLES: Final = frozenset({'townhall.rate_limit'})  # an empty table in the file already enables them
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One leaf of the configuration: where it stands, its type and bounds."""
+    """One setting: its path, type, default, description and bounds."""
 
     path: str
     kind: Any
@@ -56,7 +56,7 @@ class Setting:
         return 'TINYTOWN_' + self.path.upper().replace('.', '_')
 
     def check(self, value: Any, source: str) -> Any:
-        """The value if it is of the right kind. Raises UsageError that names the source, the value and the mend."""
+        """The value, if it is valid. Raises UsageError that names `source`, the value and the fix."""
         wrong = self._violation(value)
         if wrong:
             is_hidden = isinstance(value, dict) or self.path in SECRETS or self.path == 'redis.url'
@@ -77,9 +77,9 @@ class Setting:
             return '' if (low is None or low <= value) and (high is None or value <= high) else f'give {low} to {high}'
         if kind is str:
             if not isinstance(value, str):
-                return 'give a text in quotes'
+                return 'give text in quotes'
             if not value.isprintable():
-                return 'give a text of printable characters'
+                return 'give text of printable characters only'
             return '' if not self.pattern or re.fullmatch(self.pattern, value) else f'it must match {self.pattern}'
         if kind == list[Scope]:
             return api_key_table.scopes_violation(value)
@@ -95,21 +95,21 @@ class Setting:
         return '' if bad is None else f'{bad}: give a table of name = "command --flag"'
 
     def _item_violation(self, value: Any) -> str:
-        of = get_args(self.kind)[0]
-        if not isinstance(value, list) or any(type(each) is not of for each in value):
-            return f'give a list of {"whole numbers" if of is int else "texts"}'
-        if of is str:
-            bad = next((each for each in value if self.pattern and not re.fullmatch(self.pattern, each)), None)
+        item_type = get_args(self.kind)[0]
+        if not isinstance(value, list) or any(type(item) is not item_type for item in value):
+            return f'give a list of {"whole numbers" if item_type is int else "texts"}'
+        if item_type is str:
+            bad = next((item for item in value if self.pattern and not re.fullmatch(self.pattern, item)), None)
             return '' if bad is None else f'{bad!r} must match {self.pattern}'
         low, high = self.low or 0, self.high or 0
-        fits = all(low <= each <= high for each in value)
-        return '' if fits else f'give numbers from {low} to {high}'
+        is_valid = all(low <= item <= high for item in value)
+        return '' if is_valid else f'give numbers from {low} to {high}'
 
     def read(self, text: str, source: str) -> Any:
-        """The value that a text (of a flag or the environment) stands for."""
+        """The value in the text of a flag or environment variable. Raises UsageError if it is not valid."""
         value: Any = text
         if get_origin(self.kind) is dict:
-            raise UsageError(f'{source}: {self.path} is a table; write [{self.path}] and its lines in {FILE}')
+            raise UsageError(f'{source}: {self.path} is a table; write [{self.path}] and its entries into {FILE}')
         if self.kind is int and re.fullmatch(r'-?\d{1,18}', text.strip()):
             value = int(text)
         elif self.kind is bool:
@@ -122,19 +122,19 @@ class Setting:
 
 
 def _subjects_violation(value: Any) -> str:
-    fits = (
+    is_valid = (
         isinstance(value, dict)
         and '' not in value
         and not any(api_key_table.scopes_violation(scopes) for scopes in value.values())
     )
-    return '' if fits else f'give a table of "name" = [scopes]; scopes are {", ".join(get_args(Scope))}'
+    return '' if is_valid else f'give a table of "name" = [scopes]; scopes are {", ".join(get_args(Scope))}'
 
 
 def _is_command(name: str, command: Any) -> bool:
-    """Whether this can be an entry of [agent_clis]."""
+    """Whether this is a valid entry of [agent_clis]."""
     try:
         words = shlex.split(command) if isinstance(command, str) else []
-    except ValueError:  # a quote that is not closed
+    except ValueError:  # an unclosed quote
         words = []
     return bool(words) and re.fullmatch(CLI_NAME_PATTERN, name) is not None
 
@@ -155,7 +155,7 @@ def _walk(section: type[Section], prefix: str) -> Iterator[Setting]:
 
 
 def find_setting(path: str, source: str) -> Setting:
-    """The setting of that path. Raises UsageError with the nearest known name."""
+    """The setting with this path. Raises UsageError that suggests the nearest known name."""
     known = settings()
     if path in known:
         return known[path]
@@ -163,16 +163,16 @@ def find_setting(path: str, source: str) -> Setting:
     raise UsageError(f'{source}: {path} is not a setting{_nearest(path, known, leaf)}')
 
 
-def _nearest(path: str, known: Iterable[str], otherwise: list[str]) -> str:
+def _nearest(path: str, known: Iterable[str], fallback: list[str]) -> str:
     import difflib
 
-    near = difflib.get_close_matches(path, known, 1, 0.5) or otherwise
-    return f'; did you mean {near[0]}?' if near else '; `tt config` lists what there is'
+    near = difflib.get_close_matches(path, known, 1, 0.5) or fallback
+    return f'; did you mean {near[0]}?' if near else '; `tt config` lists all settings'
 
 
 @lru_cache(maxsize=1)
 def sections() -> frozenset[str]:
-    """The tables that hold settings."""
+    """The paths of all tables that hold settings."""
     return frozenset(
         '.'.join(parts[:i]) for path in settings() for parts in [path.split('.')] for i in range(1, len(parts))
     )
@@ -180,30 +180,30 @@ def sections() -> frozenset[str]:
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
-EXPECTED: Final = 'TINYTOWN_CREDENTIALS'  # names of files that must be there: systemd leaves out what it can't read
+EXPECTED: Final = 'TINYTOWN_CREDENTIALS'  # the credentials that must be there: systemd omits what it can't read
 _VARIABLE: Final = re.compile(r'[A-Z][A-Z0-9_]*')
 
 
 def take_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Takes variables from the files of $CREDENTIALS_DIRECTORY that are named as one (TINYTOWN_REDIS_URL, say).
+    """Sets environment variables from files in $CREDENTIALS_DIRECTORY that have their name (TINYTOWN_REDIS_URL, say).
 
-    So what is secret need not stand in a unit (LoadCredential= of systemd), nor in a container's environment. What the
-    environment has goes before. Raises UsageError for one that is expected and missing, or can't be read.
+    This keeps secrets out of systemd units (LoadCredential=) and out of a container's environment. A variable that is
+    already set wins. Raises UsageError if an expected credential is missing or a file can't be read.
     """
     directory = environ.get('CREDENTIALS_DIRECTORY')
     for name in environ.get(EXPECTED, '').split():
         if not directory or not Path(directory, name).exists():
-            raise UsageError(f'credential {name} is missing; is the file there that LoadCredential= of the unit names?')
+            raise UsageError(f'credential {name} is missing; check the file that LoadCredential= of the unit names')
     for file in sorted(Path(directory).iterdir()) if directory else []:
         if _VARIABLE.fullmatch(file.name) and file.name not in environ:
             try:
                 environ[file.name] = file.read_text().strip()
             except (OSError, ValueError) as e:
-                raise UsageError(f'credential {file}: {e}; it must be a text that this user may read') from None
+                raise UsageError(f'credential {file}: {e}; it must be a text file that this user may read') from None
 
 
 def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """The configuration of the town in `root`. `flags` maps setting paths to values. Raises UsageError."""
+    """The configuration of the town in `root`. `flags` maps paths of settings to values. Raises UsageError."""
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     home = environ.get('HOME')
@@ -224,44 +224,44 @@ def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[st
 
 
 def sources(root: Path, flags: Mapping[str, Any]) -> list[str]:
-    """What `load` takes settings from: files, environment variables and flags, by name."""
+    """The names of the files, environment variables and flags that `load` takes settings from."""
     files = [file for file in _files(root, home()) if file.exists()]
     named = [setting.env for setting in settings().values() if setting.env in os.environ]
     given = [f'a flag ({path})' for path, value in flags.items() if value is not None]
     return [*map(str, files), *named, *given]
 
 
-def _files(root: Path, of_user: Path | None) -> list[Path]:
-    return [*([of_user / USER_FILE] if of_user else []), root / FILE]
+def _files(root: Path, user_home: Path | None) -> list[Path]:
+    return [*([user_home / USER_FILE] if user_home else []), root / FILE]
 
 
 def from_values(values: Mapping[str, Any], root: Path) -> Config:
-    """The configuration with these (checked) values, by path, and defaults for the rest."""
+    """The configuration with these values, by path, and defaults for the rest. The values are checked already."""
     enabled = {
         f'{table}.enabled': True
         for table in ('townhall.tls', 'townhall.mtls', 'townhall.rate_limit')
-        if any(path.startswith(table + '.') for path in values)  # what is configured is in force
+        if any(path.startswith(table + '.') for path in values)  # configuring a table enables it
     }
     return _build(Config, '', enabled | dict(values)).but(file=root / FILE)
 
 
-def as_told(config: Config) -> dict[str, Any]:
-    """The settings, by path, that another process of the town is told: `from_values` takes them."""
+def to_values(config: Config) -> dict[str, Any]:
+    """The settings by path, without secrets, for another process of the town; it rebuilds them with `from_values`."""
     return {path: get(config, path) for path in settings().keys() - SECRETS}
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The settings of a file, by path. Raises UsageError when it can't be read or is open to be changed by anyone."""
+    """The settings in a file, by path. Raises UsageError if it can't be read, or if every user may write to it."""
     try:
         if file.stat().st_mode & stat.S_IWOTH:
-            raise UsageError(f'{file} may be changed by every user of this machine; run  chmod o-w {file}')
+            raise UsageError(f'{file} can be changed by every user of this machine; run  chmod o-w {file}')
         return parse(file.read_bytes(), str(file))
     except OSError as e:
         raise UsageError(f'{file}: {e.strerror}') from None
 
 
 def parse(data: bytes, source: str) -> dict[str, Any]:
-    """The settings in the text of a file, by path. Raises UsageError that names the `source`, the value, the mend."""
+    """The settings in the text of a file, by path. Raises UsageError that names `source`, the value and the fix."""
     try:
         return _flatten(tomllib.loads(data.decode('utf-8-sig')), source)
     except UnicodeDecodeError as e:
@@ -269,18 +269,16 @@ def parse(data: bytes, source: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as e:
         raise UsageError(f'{source}: it is not TOML: {e}') from None
     except RecursionError:
-        raise UsageError(f'{source}: it is not TOML that can be taken: nested too deep') from None
-    except ValueError as e:  # an integer of too many digits, say
-        raise UsageError(f'{source}: it is not TOML that can be taken: {e}') from None
+        raise UsageError(f'{source}: it is not TOML that can be read: it is nested too deep') from None
+    except ValueError as e:  # an integer with too many digits, say
+        raise UsageError(f'{source}: it is not TOML that can be read: {e}') from None
 
 
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items():
         if '.' in key:
-            raise UsageError(
-                f'{source}: {prefix}"{key}" is no setting; take the quotes away if it is to be {prefix}{key}'
-            )
+            raise UsageError(f'{source}: {prefix}"{key}" is not a setting; remove the quotes if {prefix}{key} is meant')
         path = ALIASES.get(prefix + key, prefix + key)
         if path in found:
             other = next(alias for alias, meant in ALIASES.items() if meant == path)
@@ -289,7 +287,7 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[st
             if not isinstance(value, dict):
                 raise UsageError(f'{source}: {path} = {value!r}: it is a table; write [{path}] and its settings below')
             found |= _flatten(value, source, path + '.')
-            if path in TELLING_TABLES and not value:
+            if path in ENABLING_TABLES and not value:
                 found[path + '.enabled'] = True
         elif isinstance(value, dict) and path not in settings():
             raise UsageError(f'{source}: [{path}] is not a table of settings{_nearest(path, sections(), [])}')
@@ -298,9 +296,9 @@ def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[st
     return found
 
 
-def _build(section: type[Made], prefix: str, values: Mapping[str, Any]) -> Made:
-    given: dict[str, Any] = {name: _build(table, f'{prefix}{name}.', values) for name, table in section.tables.items()}
-    return section(**given, **{name: values[prefix + name] for name in section.specs if prefix + name in values})
+def _build(section: type[SectionT], prefix: str, values: Mapping[str, Any]) -> SectionT:
+    tables: dict[str, Any] = {name: _build(table, f'{prefix}{name}.', values) for name, table in section.tables.items()}
+    return section(**tables, **{name: values[prefix + name] for name in section.specs if prefix + name in values})
 
 
 def get(config: Config, path: str) -> Any:
@@ -315,7 +313,7 @@ def get(config: Config, path: str) -> Any:
 
 
 def home() -> Path | None:
-    """The user's home; None for one that has none, as in a container under any number."""
+    """The user's home directory. None for a user without one, such as an arbitrary uid in a container."""
     try:
         return Path.home()
     except RuntimeError:
@@ -323,7 +321,7 @@ def home() -> Path | None:
 
 
 def derive_name(root: Path) -> str:
-    """A name for a town in `root`: that of the directory, in the alphabet of town names."""
+    """A name for a town in `root`: the name of the directory, reduced to the characters of town names."""
     name = re.sub(r'[^a-z0-9_-]+', '-', root.resolve().name.lower()).strip('-_')[:63]
     return name or 'town'
 
@@ -332,7 +330,7 @@ def derive_name(root: Path) -> str:
 
 
 def template(name: str, given: Mapping[str, Any]) -> str:
-    """A new tinytown.toml: `name`, what was given, and the rest as comments."""
+    """The text of a new tinytown.toml: `name`, the given settings, and all others as comments with their defaults."""
     lines = [f'name = {to_toml(name)}']
     section = ''
     for setting in settings().values():
@@ -341,7 +339,7 @@ def template(name: str, given: Mapping[str, Any]) -> str:
         table, _, key = setting.path.rpartition('.')
         if table != section:
             section = table
-            lines += ['', f'[{table}]' if table not in TELLING_TABLES else f'# [{table}]']
+            lines += ['', f'[{table}]' if table not in ENABLING_TABLES else f'# [{table}]']
         mark = '' if setting.path in given else '# '
         value = given.get(setting.path, setting.default)
         lines.append(f'{mark}{key} = {to_toml(value)}'.ljust(40) + f'  # {setting.doc}')

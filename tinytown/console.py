@@ -1,4 +1,7 @@
-"""What a person at a terminal is told: one-line complaints, clean of what would steer it, on streams that are there."""
+"""Safe output to a terminal: one-line error messages without control characters, on streams that exist.
+
+`tt` and `townhall` use it from start (`ready_streams`) to end (`complain`, `end_streams`).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,20 @@ from typing import Final
 
 from .errors import TownError, UsageError
 
-# Controls but tab and newline, marks that turn the direction of text around, lone surrogates.
-STEERING: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+# Control characters except tab and newline, marks that reverse the direction of text, lone surrogates.
+UNSAFE: Final = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 
 
 def clean(text: str) -> str:
-    """A text from elsewhere, without what would steer a terminal."""
-    return STEERING.sub('\ufffd', text)
+    """Makes untrusted text safe for a terminal: replaces control characters."""
+    return UNSAFE.sub('\ufffd', text)
 
 
 def ready_streams() -> None:
-    """Gives a command that was started without standard streams the null device, so that no file takes their place."""
+    """Opens the null device for each closed standard stream; lets stdout and stderr escape what they can't encode.
+
+    Otherwise the next file to be opened would become descriptor 0, 1 or 2.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -31,37 +37,37 @@ def ready_streams() -> None:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What a person is told of an error, in one line, and the exit status that goes with it."""
+    """The one-line message for an error, and its exit status: 2 for a UsageError, else 1."""
     if isinstance(error, UsageError):
         return _line(str(error)), 2
     if isinstance(error, TownError):
         return _line(error.detail), 1
     if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        return _line(f'{error.filename}: {what}' if error.filename else what), 1
-    import traceback  # late: only faults need it
+        reason = error.strerror or str(error)
+        return _line(f'{error.filename}: {reason}' if error.filename else reason), 1
+    import traceback  # late: only bugs need it
 
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f'{Path(where.filename).name}:{where.lineno}'
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f'{Path(frame.filename).name}:{frame.lineno}'
     return _line(f'{type(error).__name__} at {place}: {error}; this is a bug, please report it'), 1
 
 
-def _line(said: str) -> str:
-    return clean(' '.join(said.split()))
+def _line(message: str) -> str:
+    return clean(' '.join(message.split()))
 
 
 def complain(program: str, error: BaseException) -> int:
-    """Tells a person of an error on stderr. The exit status."""
-    said, status = explain(error)
+    """Prints the message for an error to stderr. Returns the exit status."""
+    message, status = explain(error)
     try:
-        print(f'{program}: {said}', file=sys.stderr, flush=True)
+        print(f'{program}: {message}', file=sys.stderr, flush=True)
     except OSError:
-        pass  # nobody reads it
+        pass  # stderr has no reader
     return status
 
 
 def end_streams() -> None:
-    """Drops what can't be written any more, so that the interpreter doesn't complain of it at the end."""
+    """Drops buffered output that can't be written, so that the interpreter doesn't report it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""The demo CLI under its path of 0.1.0: a worker of that version that still runs starts it by this file."""
+"""The demo CLI at its path in 0.1.0, because workers of that version may still run and start this file."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The error family. A class carries its HTTP status and stable code; an instance says what is wrong and the mend."""
+"""The errors that callers get. A class carries the HTTP status and a stable code, an instance the message.
+
+At the end stand the messages for what Redis scripts refuse (`REFUSALS`); `state/store.py` raises them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any
 
 
 class TownError(Exception):
-    """Something a caller is told. `detail` names the value and what to do.
+    """An error that is reported to the caller. `detail` names the wrong value and what to do.
 
-    `errors` lists the invalid places as {pointer, detail}; `retry_after` is in seconds; `allow` lists methods;
-    `challenge` is the WWW-Authenticate of a caller who is not known, or may not (RFC 9110, 11.6.1).
+    `errors` lists the invalid values as {pointer, detail}. `retry_after` is in seconds. `allow` lists the allowed
+    methods. `challenge` is the WWW-Authenticate header of a 401 or 403 (RFC 9110, 11.6.1).
     """
 
     status = 500
@@ -131,7 +134,7 @@ class Unavailable(TownError):
 
 
 class HostSilent(Unavailable):
-    """No townhall of a host is heard of, or none takes orders."""
+    """No townhall of a host sends heartbeats, or none carries out orders."""
 
     code = 'host-silent'
 
@@ -141,55 +144,55 @@ class VersionNotSupported(TownError):
 
 
 class UsageError(Exception):
-    """A command line or configuration that can't be used: one line on stderr and exit status 2."""
+    """An invalid command line or configuration: one line on stderr, and exit status 2."""
 
 
-# What a Redis script refuses, in the words of a person. {0}, {1} … are what the script returned beside the code.
+# The message for each code with which a Redis script refuses. The script returns {0}, {1} … after the code.
 REFUSALS: dict[str, tuple[type[TownError], str]] = {
     'agent-not-found': (NotFound, "Agent '{0}' not found"),
-    'ambiguous-agent': (Conflict, "'{0}' is the start of more than one agent id; give more of it, or the name"),
+    'ambiguous-agent': (Conflict, "More than one agent id starts with '{0}'; give more of the id, or the name"),
     'agent-not-accepting': (
         Conflict,
         "Agent '{0}' is {1} and takes no tasks; restart it (tt restart {0}), or put the task into the backlog",
     ),
     'agent-live': (Conflict, "Agent '{0}' is {1}; kill it first (tt kill {0})"),
-    'name-taken': (Conflict, "There is an agent named '{0}' already, in this or another case; choose another name"),
+    'name-taken': (Conflict, "An agent named '{0}' exists already (case does not matter); choose another name"),
     'max-agents': (
         Conflict,
-        'The town has its {0} live agents already; kill one, or raise max_agents in tinytown.toml',
+        'The town already has {0} live agents, its maximum; kill one, or raise max_agents in tinytown.toml',
     ),
-    'bad-transition': (Conflict, "Agent '{0}' is {1}; it can't be told to {2} from there"),
-    'stale-instance': (Conflict, "Agent '{0}' was stopped or started again meanwhile; look again:  tt show {0}"),
+    'bad-transition': (Conflict, "Agent '{0}' is {1}; {2} is not possible in this state"),
+    'stale-instance': (Conflict, "Agent '{0}' was stopped or restarted in the meantime; check it:  tt show {0}"),
     'task-not-found': (NotFound, "Task '{0}' not found"),
     'task-not-pending': (Conflict, "Task '{0}' is {1}, not in the backlog"),
     'task-not-running': (Conflict, "Task '{0}' is {1}; only a running task can be released"),
     'no-dead-letter': (NotFound, "'{0}' is not among the dead letters"),
     'task-not-failed': (Conflict, "Task '{0}' is {1}; only a failed or cancelled task can be retried"),
-    'not-your-task': (Forbidden, "Task '{0}' is not held by the agent that asks; its holder or a person may do this"),
-    'task-finished': (Conflict, "Task '{0}' is {1} already"),
+    'not-your-task': (Forbidden, "Task '{0}' is not held by this agent; only its holder or a person may do this"),
+    'task-finished': (Conflict, "Task '{0}' is already {1}"),
     'stale-attempt': (Conflict, "Attempt {1} of task '{0}' is not the current one; the task is at attempt {2}"),
-    'idempotency-mismatch': (Invalid, "Idempotency-Key '{0}' was used with another request; take a new key"),
-    'in-progress': (Conflict, "The request with Idempotency-Key '{0}' is still under way; ask again in a second"),
+    'idempotency-mismatch': (Invalid, "Idempotency-Key '{0}' was used for a different request; use a new key"),
+    'in-progress': (Conflict, "The request with Idempotency-Key '{0}' is still in progress; send it again in a second"),
     'town-name-taken': (
         Conflict,
-        'This Redis holds another town of the same name (id {0}); if this directory is to be a further host of that '
-        'town:  tt init --join;  else change `name` in tinytown.toml, or the Redis',
+        'This Redis holds another town of the same name (id {0}). To make this directory a further host of that town:  '
+        'tt init --join;  otherwise change `name` in tinytown.toml, or use another Redis',
     ),
-    'no-such-town': (NotFound, "This Redis holds no town '{0}'; begin it on its first host (tt init; tt start)"),
-    'host-unknown': (Conflict, "No townhall was ever heard of on host '{0}'; known hosts: {1}"),
+    'no-such-town': (NotFound, "This Redis holds no town '{0}'; create it on its first host (tt init; tt start)"),
+    'host-unknown': (Conflict, "No townhall has ever run on host '{0}'; known hosts: {1}"),
     'host-silent': (
         HostSilent,
-        "No townhall of host '{0}' was heard of since {1}; start one there, or choose another host (tt hosts)",
+        "The townhall of host '{0}' was last heard from at {1}; start one there, or choose another host (tt hosts)",
     ),
     'host-name-taken': (
         Conflict,
-        "A townhall in another place ({1}) goes by the name of this host, '{0}'; give this one a name of its own: set "
-        '`host` in tinytown.toml, or TINYTOWN_HOST',
+        "A townhall elsewhere ({1}) uses the name of this host, '{0}'; give this host a name of its own: set `host` "
+        'in tinytown.toml, or TINYTOWN_HOST',
     ),
 }
 
 
 def refusal(code: str, *details: str) -> TownError:
-    """The error that stands for a script's refusal."""
+    """The error for a script's refusal: its `code`, and the `details` that the script returned."""
     kind, text = REFUSALS[code]
     return kind(text.format(*details), code=code, retry_after=1 if code == 'in-progress' else None)

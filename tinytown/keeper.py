@@ -1,4 +1,4 @@
-"""The spawner under its name of 0.1.0: units that version wrote still start it."""
+"""The spawner under its name in 0.1.0, because systemd units from that version still start it."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""How a process writes its log: the handlers and formatters that it gives the stdlib's `logging`.
+"""Writes the log of a process: handlers and formatters for the stdlib's `logging`. Start reading at `configure`.
 
-Each module logs as its room, `logging.getLogger('tinytown.http')`; fields (request_id, principal, …) go into `extra`, a
-fault into `exc_info`. `configure` is where to start reading. Three formats: text is for people (`TIME PART: MESSAGE`,
-then the traceback of a fault), JSON is one object a line, and the journal is systemd's, by its native protocol, so that
-its fields can be searched (`journalctl REQUEST_ID=…`).
+A module's logger is named by its room: `logging.getLogger('tinytown.http')`. Fields (request_id, principal, …) go into
+`extra`, an exception into `exc_info`. There are three formats. Text is for people: `TIME PART: MESSAGE`, followed by
+the traceback of an exception. JSON is one object per line. Journal sends to systemd's journal over its native protocol,
+so that fields can be searched (`journalctl REQUEST_ID=…`).
 
-The log neither ends the service nor holds it up: what can't be written (a full disk, a closed pipe, a reader that has
-stopped) waits, up to MOST_WAITING bytes. Lines beyond that are dropped, and the log says how many.
+Logging never blocks the service and never ends it. Lines that can't be written now (full disk, closed pipe, stopped
+reader) are buffered, up to MAX_BUFFERED bytes. Lines beyond that are dropped, and the log says how many.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Format = Literal['text', 'json', 'journal']
 Hide = Callable[[bytes], bytes]
 Send = Callable[[bytes | bytearray], int]
 
-MOST_WAITING: Final = 1 << 20
+MAX_BUFFERED: Final = 1 << 20
 JOURNAL: Final = '/run/systemd/journal/socket'
-_LAST_SECS: Final = 0.5  # for a reader to take what waits when the process ends
+_FLUSH_SECS: Final = 0.5  # how long the end of the process waits for the reader to take buffered lines
 
-# The part that a line names. It is the last word of the logger's name, but for these; of a library its first word.
+# PART is the last word of a logger's name, and of a library's the first; these loggers are the exceptions.
 _PARTS: Final = {
     'tinytown.state': 'redis',
     'tinytown.host': 'notify',
@@ -45,8 +45,8 @@ _PARTS: Final = {
     'tinytown.worker': 'caretaker',
 }
 _RENAMED: Final = {'PART': 'TINYTOWN_PART', 'PRINCIPAL': 'TINYTOWN_PRINCIPAL', 'PATH': 'URL_PATH', 'MS': 'DURATION_MS'}
-_PRIORITIES: Final = {'debug': '7', 'info': '6', 'warning': '4', 'error': '3'}  # of syslog
-_OWN: Final = frozenset({*vars(logging.makeLogRecord({})), 'message', 'asctime'})  # the others came with `extra`
+_PRIORITIES: Final = {'debug': '7', 'info': '6', 'warning': '4', 'error': '3'}  # syslog's
+_OWN: Final = frozenset({*vars(logging.makeLogRecord({})), 'message', 'asctime'})  # all others came with `extra`
 
 _logger: Final = logging.getLogger('tinytown.townhall')
 
@@ -54,9 +54,10 @@ _logger: Final = logging.getLogger('tinytown.townhall')
 def configure(
     format: Format = 'text', level: Level = 'info', town: str = '', hide: Hide = bytes, journal: str = JOURNAL
 ) -> None:
-    """Sets how this process writes its log from now on. `hide` takes secrets out of what is written.
+    """Sets how this process writes its log from now on. `hide` removes secrets from the bytes to be written.
 
-    Libraries' warnings and the faults of threads go the same way; nothing else writes to stderr, which could block.
+    Warnings of libraries and exceptions in threads are logged the same way. Nothing else writes to stderr, because that
+    could block.
     """
     global _handler
     _stderr.setFormatter(JsonFormatter() if format == 'json' else TextFormatter())
@@ -76,53 +77,53 @@ def configure(
 
 
 def configure_from_environment(environ: Mapping[str, str]) -> None:
-    """Takes the format from the environment: the complaint about a configuration that can't be read has it, too."""
+    """Sets the format from the environment, so that errors in the configuration are logged in it, too."""
     wanted = environ.get('TINYTOWN_TOWNHALL_LOG_FORMAT')
     configure(cast(Format, wanted) if wanted in get_args(Format) else 'text')
 
 
-# The access log has a line for each request. It goes past `logging`, whose records cost more than all the rest of it.
+# The access log has a line per request. It bypasses `logging`, whose records would cost more than everything else.
 
 
 def write(lines: str) -> None:
-    """Writes ready-made lines to stderr."""
+    """Writes formatted lines to stderr."""
     _stderr.write(lines)
 
 
 def json_line(part: str, message: str, **fields: Any) -> str:
-    """A line of level info as JsonFormatter makes it, for `write`."""
+    """A line of level info in the format of JsonFormatter, for `write`."""
     return _json(time.time(), 'info', part, message, fields) + '\n'
 
 
 def send(part: str, message: str, **fields: Any) -> None:
-    """Sends a line of level info to the journal; to stderr, if there is none or it takes no more."""
+    """Sends a line of level info to the journal, or to stderr if there is no journal or it is full."""
     if not isinstance(_handler, JournalHandler) or not _handler.send('info', part, message, fields):
         write(_text(time.time(), part, message) + '\n')
 
 
-def flush(seconds: float = _LAST_SECS) -> None:
-    """Writes what waits for its reader, and gives the reader as long to take it; with 0 tries once."""
+def flush(seconds: float = _FLUSH_SECS) -> None:
+    """Writes the buffered lines, waiting up to `seconds` for the reader; 0 tries once."""
     _stderr.flush(seconds)
 
 
 def fatal(message: str) -> None:
-    """Tells why a townhall ends, in one line on stderr: a person or a service manager looks there."""
+    """Writes the reason why a townhall ends, in one line, to stderr, where people and service managers look."""
     if isinstance(_stderr.formatter, JsonFormatter):
         _logger.error(message)
     else:
         write(f'townhall: {message}\n')
 
 
-def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    name = failed.thread.name if failed.thread else 'a thread'
-    _logger.error(f'{name} failed', exc_info=failed.exc_value)
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    name = failure.thread.name if failure.thread else 'a thread'
+    _logger.error(f'{name} failed', exc_info=failure.exc_value)
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
 class TextFormatter(logging.Formatter):
-    """`TIME PART: MESSAGE`, and the traceback of a fault below it."""
+    """`TIME PART: MESSAGE`, followed by the traceback of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = _text(record.created, _part(record.name), record.getMessage())
@@ -130,7 +131,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object, with the fields of `extra` and the traceback of a fault."""
+    """One object, with the fields of `extra` and the traceback of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = _fields(record)
@@ -140,7 +141,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _text(created: float, part: str, message: str) -> str:
-    shown = message if message.isprintable() else ''.join(map(_visible, message))  # no line can be forged
+    shown = message if message.isprintable() else ''.join(map(_escape, message))  # so that no message can forge a line
     return f'{rfc3339(created)} {part}: {shown}'
 
 
@@ -150,7 +151,7 @@ def _json(created: float, level: str, part: str, message: str, fields: dict[str,
 
 
 def _part(name: str) -> str:
-    """The part that lines of a logger name."""
+    """The PART in the lines of a logger."""
     if name in _PARTS:
         return _PARTS[name]
     first, _, rest = name.partition('.')
@@ -158,7 +159,7 @@ def _part(name: str) -> str:
 
 
 def _level(number: int) -> Level:
-    """The level of a line: one of our four, whatever levels a library has."""
+    """Our level for a number: libraries may use levels between the four."""
     if number >= logging.ERROR:
         return 'error'
     if number >= logging.WARNING:
@@ -175,7 +176,7 @@ def _trace(record: logging.LogRecord) -> str:
     return ''.join(traceback.format_exception(error)) if error else ''
 
 
-def _visible(character: str) -> str:
+def _escape(character: str) -> str:
     return character if character.isprintable() else character.encode('unicode_escape').decode()
 
 
@@ -183,7 +184,7 @@ def _visible(character: str) -> str:
 
 
 class StderrHandler(logging.Handler):
-    """Writes lines to the standard error without waiting for its reader."""
+    """Writes lines to stderr without waiting for its reader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,13 +192,13 @@ class StderrHandler(logging.Handler):
         self.hide: Hide = bytes
         self._stream: Any = None
         self._send: Send = len
-        self._waiting = bytearray()
-        self._lost = 0
+        self._buffer = bytearray()
+        self._dropped = 0  # lines
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """In a forked process: what waits is the parent's to write. `logging` itself makes the lock new."""
-        self._waiting, self._lost = bytearray(), 0
+        """Empties the buffer of a forked child: the parent writes those lines. `logging` itself renews the lock."""
+        self._buffer, self._dropped = bytearray(), 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -206,12 +207,12 @@ class StderrHandler(logging.Handler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Tells of a line that can't be formatted: its arguments do not fit its message."""
+        """Logs that a line can't be formatted, because its arguments do not fit its message."""
         with suppress(Exception):
-            self.write(self._warning(f'a line of {record.name} can not be shown: {record.msg!r}'))
+            self.write(self._warning(f'a line of {record.name} can not be formatted: {record.msg!r}'))
 
     def write(self, lines: str) -> None:
-        """Writes whole lines. What the reader does not take now waits."""
+        """Writes whole lines. Bytes that the reader does not take now are buffered."""
         data = self.hide(lines.encode('utf-8', 'backslashreplace'))
         self.acquire()
         try:
@@ -219,10 +220,10 @@ class StderrHandler(logging.Handler):
         finally:
             self.release()
 
-    def flush(self, seconds: float = _LAST_SECS) -> None:
-        """Writes what waits, for so many seconds at most. `logging` calls it when the process ends."""
+    def flush(self, seconds: float = _FLUSH_SECS) -> None:
+        """Writes the buffered lines, for up to `seconds`. `logging` calls it when the process ends."""
         deadline = time.monotonic() + seconds
-        while self._waiting:
+        while self._buffer:
             self.write('')
             if time.monotonic() >= deadline:
                 return
@@ -231,25 +232,25 @@ class StderrHandler(logging.Handler):
     def _write(self, data: bytes) -> None:
         if self._stream is not sys.stderr:
             self._stream, self._send = sys.stderr, _sender(sys.stderr)
-        if not self._waiting:
+        if not self._buffer:
             data = data[self._sent(data) :]
-        if len(self._waiting) + len(data) > MOST_WAITING:
-            self._lost += data.count(b'\n')
+        if len(self._buffer) + len(data) > MAX_BUFFERED:
+            self._dropped += data.count(b'\n')
         else:
-            self._waiting += data
-        while self._waiting and (sent := self._sent(self._waiting)):
-            del self._waiting[:sent]
-        if self._lost and not self._waiting:
-            lost, self._lost = self._lost, 0
-            self._waiting += self._warning(f'{lost} lines of the log were dropped: nobody took them').encode()
+            self._buffer += data
+        while self._buffer and (sent := self._sent(self._buffer)):
+            del self._buffer[:sent]
+        if self._dropped and not self._buffer:
+            dropped, self._dropped = self._dropped, 0
+            self._buffer += self._warning(f'{dropped} lines of the log were dropped: stderr did not take them').encode()
 
     def _warning(self, message: str) -> str:
-        """A line of the log's own."""
+        """A line about the log itself."""
         fields = {'name': _logger.name, 'levelno': logging.WARNING, 'msg': message}
         return self.format(logging.makeLogRecord(fields)) + '\n'
 
     def _sent(self, data: bytes | bytearray) -> int:
-        """How many bytes were taken; 0 if none can be now."""
+        """Sends what the stream takes now. Returns the number of bytes, 0 if it takes none."""
         try:
             return self._send(data) if data else 0
         except (OSError, ValueError):  # ValueError: the stream is closed
@@ -257,35 +258,35 @@ class StderrHandler(logging.Handler):
 
 
 def _sender(stream: Any) -> Send:
-    """A function that writes to a stream and waits for nothing but a disk. It raises OSError if it can't write."""
+    """A function that writes to a stream without blocking, except on a disk. It raises OSError if it can't write."""
     try:
         descriptor = stream.fileno()
         mode = os.fstat(descriptor).st_mode
     except (OSError, ValueError, AttributeError):
         return lambda data: _sent_to(stream, data)
     if stat.S_ISREG(mode):
-        with suppress(OSError):  # as a shell's  2>FILE  does not: log rotation may cut the file short
+        with suppress(OSError):  # a shell's  2>FILE  does not append, and log rotation may truncate the file
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
         return lambda data: os.write(descriptor, data)
     if stat.S_ISSOCK(mode):
         sock = socket.socket(fileno=os.dup(descriptor))
         return lambda data: sock.send(data, socket.MSG_DONTWAIT)
-    try:  # another description of the same pipe or terminal: the flag is ours alone
-        ours = os.open(f'/proc/self/fd/{descriptor}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:  # it is another user's, or there is no /proc
+    try:  # a second open file description of the pipe or terminal, so that O_NONBLOCK affects nobody else
+        own = os.open(f'/proc/self/fd/{descriptor}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # another user's terminal, or no /proc
         return lambda data: _sent_in_pieces(descriptor, data)
-    return lambda data: os.write(ours, data)
+    return lambda data: os.write(own, data)
 
 
 def _sent_to(stream: Any, data: bytes | bytearray) -> int:
-    """Writes to a stream that is no descriptor."""
+    """Writes to a stream that has no descriptor."""
     stream.write(data.decode('utf-8', 'backslashreplace'))
     stream.flush()
     return len(data)
 
 
 def _sent_in_pieces(descriptor: int, data: bytes | bytearray) -> int:
-    """Writes as much as a pipe surely has room for, if it has any."""
+    """Writes at most PIPE_BUF bytes, which a writable pipe takes without blocking; nothing if it is not writable."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return os.write(descriptor, data[: select.PIPE_BUF]) if poll.poll(0) else 0
@@ -295,14 +296,17 @@ def _sent_in_pieces(descriptor: int, data: bytes | bytearray) -> int:
 
 
 class JournalHandler(logging.Handler):
-    """Sends entries to systemd's journal: its native protocol, a datagram an entry. `otherwise` takes what it can't."""
+    """Sends entries to systemd's journal by its native protocol, one datagram per entry.
 
-    def __init__(self, path: str, town: str, hide: Hide, otherwise: StderrHandler) -> None:
+    `fallback` handles the entries that the journal does not take.
+    """
+
+    def __init__(self, path: str, town: str, hide: Hide, fallback: StderrHandler) -> None:
         super().__init__()
         self._path = path
         self._town = town
         self._hide = hide
-        self._otherwise = otherwise
+        self._fallback = fallback
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
@@ -311,17 +315,17 @@ class JournalHandler(logging.Handler):
             level, part, trace = _level(record.levelno), _part(record.name), _trace(record)
             is_taken = self.send(level, part, record.getMessage(), {'error': trace, **_fields(record)})
         except Exception:
-            self._otherwise.handleError(record)
+            self._fallback.handleError(record)
         else:
             if not is_taken:
-                self._otherwise.handle(record)
+                self._fallback.handle(record)
 
     def close(self) -> None:
         super().close()
         self._socket.close()
 
     def send(self, level: Level, part: str, message: str, fields: dict[str, Any]) -> bool:
-        """Sends an entry, without those fields that are ''. Whether the journal took it."""
+        """Sends an entry, leaving out empty fields. Returns whether the journal took it."""
         values = {'message': message, 'priority': _PRIORITIES[level], 'syslog_identifier': 'townhall', 'part': part}
         values |= {'tinytown_town': self._town, **fields}
         named = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in values.items() if value != ''}
@@ -333,12 +337,12 @@ class JournalHandler(logging.Handler):
             self._socket.sendto(data, self._path)
         except BlockingIOError:
             return False
-        except OSError:  # it is too large for a datagram, or nobody is there
+        except OSError:  # too large for a datagram, or no journal
             return self._send_file(data)
         return True
 
     def _send_file(self, data: bytes) -> bool:
-        """Sends an entry as a sealed file in memory, as the protocol has it for large ones."""
+        """Sends an entry as a sealed memory file, the protocol's way for large entries."""
         try:
             file = os.memfd_create('townhall-log', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (OSError, AttributeError):
@@ -358,11 +362,11 @@ class JournalHandler(logging.Handler):
 
 
 def _field(name: bytes, value: bytes) -> bytes:
-    """A field of an entry; a value of several lines stands behind its length."""
+    """A field of an entry. The length precedes a value of several lines."""
     if b'\n' in value:
         return name + b'\n' + len(value).to_bytes(8, 'little') + value + b'\n'
     return name + b'=' + value + b'\n'
 
 
 _stderr: Final = StderrHandler()
-_handler: StderrHandler | JournalHandler = _stderr  # that `configure` gave to `logging`
+_handler: StderrHandler | JournalHandler = _stderr  # the one that `configure` gave to `logging`

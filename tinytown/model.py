@@ -1,6 +1,6 @@
-"""The nouns of a town: states and their legal transitions, ids, times, callers; and how they are told.
+"""The vocabulary of a town: states and legal transitions, ids, times, principals, argument types, answers, JSON.
 
-That is the vocabulary of argument types, the shapes of answers, and JSON.
+Every room imports it. `schema.py` turns the argument types and the shapes of answers into JSON Schema.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 AgentState = Literal['Cold', 'Starting', 'Idle', 'Working', 'Paused', 'Draining', 'Stopped', 'Error']
 TaskState = Literal['pending', 'assigned', 'running', 'completed', 'failed', 'cancelled']
 
-LIVE: Final = ('Starting', 'Idle', 'Working', 'Paused', 'Draining')  # a process runs, or is about to
-ACCEPTING: Final = ('Starting', 'Idle', 'Working', 'Paused')  # may be given tasks
+LIVE: Final = ('Starting', 'Idle', 'Working', 'Paused', 'Draining')  # a process runs, or will soon
+ACCEPTING: Final = ('Starting', 'Idle', 'Working', 'Paused')  # may get tasks
 AT_REST: Final = ('Stopped', 'Cold', 'Error')  # no process
 
 
-# Upper bounds of the histograms of how long tasks wait and run, in seconds.
+# Upper bounds of the histogram buckets for the waiting and running times of tasks, in seconds.
 TASK_BOUNDS: Final = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 
 
 class Steering(TypedDict):
-    """What a verb does to an agent: the state it leads to, and the states from which it is legal."""
+    """The effect of a verb on an agent: the new state, and the states in which the verb is legal."""
 
     to: AgentState
     legal: tuple[AgentState, ...]
@@ -48,7 +48,7 @@ CONDUCTOR_NAMES: Final = frozenset({'supervisor', 'conductor', CONDUCTOR_ID})
 UUID_PATTERN: Final = r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}'
 
 
-_random: Final[list[str]] = []  # what the system's generator gave, in hexadecimal, and nobody has used
+_random: Final[list[str]] = []  # unused random ids, in hexadecimal
 os.register_at_fork(after_in_child=_random.clear)
 
 
@@ -56,7 +56,7 @@ def new_id() -> str:
     """A random UUID (version 4, RFC 9562), twenty times cheaper than uuid4()."""
     try:
         h = _random.pop()
-    except IndexError:  # of two threads that come here each brings its own
+    except IndexError:  # two threads may both get here: each adds ids of its own
         more = os.urandom(4096).hex()
         h, *rest = (more[i : i + 32] for i in range(0, len(more), 32))
         _random.extend(rest)
@@ -64,24 +64,24 @@ def new_id() -> str:
 
 
 def is_uuid(text: str) -> bool:
-    """Whether a text reads as an id, in any case."""
+    """Whether a text is an id, in upper or lower case."""
     return re.fullmatch(UUID_PATTERN, text.lower()) is not None
 
 
 def rfc3339(epoch_seconds: float) -> str:
-    """A moment as RFC 3339 in UTC with milliseconds."""
+    """A time as RFC 3339 text, in UTC, with milliseconds."""
     second, millisecond = divmod(round(epoch_seconds * 1e6) // 1000, 1000)
     return f'{_second(second)}.{millisecond:03d}Z'
 
 
 @lru_cache(maxsize=4)
 def _second(epoch_seconds: int) -> str:
-    """The part of a moment that stays the same for a second, in which many are told."""
+    """The time down to the second. Cached, because many times within one second are formatted."""
     return datetime.fromtimestamp(epoch_seconds, UTC).strftime('%Y-%m-%dT%H:%M:%S')
 
 
 def brief(text: str, limit: int = 160) -> str:
-    """The first line of a text that says something, cut to `limit` characters."""
+    """The first line of a text, ignoring blank lines, cut to `limit` characters."""
     lines = text.strip().splitlines()
     line = lines[0].strip() if lines else ''
     return line if len(line) <= limit else line[: limit - 1] + '…'
@@ -94,15 +94,15 @@ READ: Final[Scope] = 'town.read'
 WRITE: Final[Scope] = 'town.write'
 MANAGE: Final[Scope] = 'agent.manage'
 ADMIN: Final[Scope] = 'admin'
-LOCAL: Final = 'local'  # the name of whoever calls where nobody is asked who they are
+LOCAL: Final = 'local'  # the name of every caller where authentication is off
 ALL_SCOPES: Final = frozenset[Scope]({READ, WRITE, MANAGE, ADMIN})
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls: a name for the records, scopes, and the agent as which it acts, if any (id and name).
+    """A caller: a name for the records, its scopes, and the id and name of the agent it acts as, if any.
 
-    `verified` says that this agent has shown its token; without that it is what the caller says.
+    `verified` means that the caller proved with a token that it is this agent; otherwise it only claims so.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What an argument type adds to its Python type. Lengths are in characters, pattern matches the whole text."""
+    """The constraints of an argument type. Lengths are in characters; `pattern` must match the whole text."""
 
     description: str
     pattern: str = ''
@@ -131,29 +131,29 @@ class Field:
     max_items: int = 0
 
 
-# Text that people read: control characters but tab, LF and CR are refused. Written out, so that every reader of our
-# JSON Schemas means the same characters.
+# Text for people: no control characters except tab, LF and CR. The classes are written out, because regular
+# expressions in other languages disagree on what \s means, and our JSON Schemas are read there.
 _CONTROLS: Final = r'\x00-\x08\x0b\x0c\x0e-\x1f\x7f'
 _SPACES: Final = r'\t\n\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000'
-_SAID: Final = rf'[{_SPACES}]*[^{_SPACES}{_CONTROLS}][^{_CONTROLS}]*'
+_NOT_BLANK: Final = rf'[{_SPACES}]*[^{_SPACES}{_CONTROLS}][^{_CONTROLS}]*'
 AGENT_NAME_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9_-]{0,62}'
 HOST_PATTERN: Final = r'[A-Za-z0-9][A-Za-z0-9._-]{0,252}'
 NAME_HINT: Final = 'a letter or digit, then letters, digits, - or _, at most 63'
 
 NewAgentName = Annotated[
-    str, Field('Name of the new agent, unique in the town without regard to case', AGENT_NAME_PATTERN, NAME_HINT)
+    str, Field('Name of the new agent; unique in the town, ignoring case', AGENT_NAME_PATTERN, NAME_HINT)
 ]
 AgentRef = Annotated[
     str,
     Field(
-        'An agent: its name, its id, or a unique start of the id (4 characters or more)', AGENT_NAME_PATTERN, NAME_HINT
+        'An agent: its name, its id, or a unique prefix of the id (4 characters or more)', AGENT_NAME_PATTERN, NAME_HINT
     ),
 ]
 TaskId = Annotated[str, Field('Id of a task', UUID_PATTERN, 'a UUID in lower case')]
 CliName = Annotated[
     str,
     Field(
-        'Which coding CLI the agent runs; absent: default_cli of the town',
+        'The coding CLI that the agent runs; default: default_cli of the town',
         r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}',
         'a letter or digit, then letters, digits, ., - or _, at most 63',
     ),
@@ -161,68 +161,79 @@ CliName = Annotated[
 RoleId = Annotated[
     str,
     Field(
-        'What the agent is for: default, worker, reviewer, researcher, runner, or a word of yours',
+        'Role of the agent: default, worker, reviewer, researcher, runner, or a word of your own',
         r'[a-z0-9][a-z0-9_-]{0,62}',
         'lower-case letters, digits, - or _, at most 63',
     ),
 ]
 Nickname = Annotated[
     str,
-    Field('A name for people to see', r'[^\x00-\x1f\x7f-\x9f]{1,63}', '1 to 63 characters without control characters'),
+    Field('Display name of the agent', r'[^\x00-\x1f\x7f-\x9f]{1,63}', '1 to 63 characters without control characters'),
 ]
 HostName = Annotated[
     str,
     Field(
-        'The host whose townhall starts it, by its name in the list of hosts',
+        'Name of the host whose townhall starts the agent, as in the list of hosts',
         HOST_PATTERN,
         'letters, digits, ., - or _, at most 253',
     ),
 ]
 TaskText = Annotated[
     str,
-    Field('What is to be done, in plain words', pattern=_SAID, hint='it is not blank', max_length=65536),
+    Field('The work to do, in plain words', pattern=_NOT_BLANK, hint='text that is not blank', max_length=65536),
 ]
-MessageText = Annotated[str, Field('What the message says', pattern=_SAID, hint='it is not blank', max_length=65536)]
+MessageText = Annotated[
+    str, Field('Text of the message', pattern=_NOT_BLANK, hint='text that is not blank', max_length=65536)
+]
 Outcome = Annotated[
     str,
-    Field(
-        'What came of it, for people to read', rf'[^{_CONTROLS}]*', 'it holds no control characters', max_length=65536
-    ),
+    Field('The outcome, for people to read', rf'[^{_CONTROLS}]*', 'text without control characters', max_length=65536),
 ]
 Tag = Annotated[
     str,
     Field(
-        'A word for finding and routing',
+        'A word to find and route tasks by',
         r'[^\x00-\x1f\x7f-\x9f,]{1,63}',
         '1 to 63 characters without commas or control characters',
     ),
 ]
-Tags = Annotated[list[Tag], Field('Words for finding and routing', max_items=32)]
+Tags = Annotated[list[Tag], Field('Words to find and route tasks by', max_items=32)]
 MessageId = Annotated[str, Field('Id of a message', UUID_PATTERN, 'a UUID in lower case')]
-MessageIds = Annotated[list[MessageId], Field('Which messages to clear', max_items=500)]
+MessageIds = Annotated[list[MessageId], Field('Ids of the messages to clear', max_items=500)]
 MessageKind = Literal['task', 'query', 'info', 'ack']
 Kind = Annotated[
-    MessageKind, Field('What it is: task or query is work for the next round; info or ack is read when there is one')
+    MessageKind,
+    Field('Kind of message: task and query are work and start a round; info and ack wait for the next round'),
 ]
 InState = Annotated[TaskState, Field('Only tasks in this state')]
 Attempt = Annotated[
     int,
     Field(
-        'The attempt that the caller holds; without it, an override by an operator', minimum=1, maximum=1_000_000_000
+        'Number of the attempt that the caller holds; without it, the caller overrides as an operator',
+        minimum=1,
+        maximum=1_000_000_000,
     ),
 ]
-Rounds = Annotated[int, Field('Rounds after which the worker stops; 0: no limit', minimum=0, maximum=1_000_000)]
-Limit = Annotated[int, Field('Most items to return', minimum=1, maximum=500)]
+Rounds = Annotated[int, Field('The worker stops after this many rounds; 0: no limit', minimum=0, maximum=1_000_000)]
+Limit = Annotated[int, Field('Maximum number of items to return', minimum=1, maximum=500)]
 Cursor = Annotated[
     str,
-    Field('Where to go on: next_cursor of the page before', rf'[0-9]{{1,16}}_{UUID_PATTERN}', 'what next_cursor gave'),
+    Field(
+        'Where to continue: next_cursor of the previous page',
+        rf'[0-9]{{1,16}}_{UUID_PATTERN}',
+        'a value of next_cursor',
+    ),
 ]
 InboxCursor = Annotated[
     str,
-    Field('Where to go on: next_cursor of the page before', r'[unt]-[0-9]{1,15}-[0-9]{1,15}', 'what next_cursor gave'),
+    Field(
+        'Where to continue: next_cursor of the previous page',
+        r'[unt]-[0-9]{1,15}-[0-9]{1,15}',
+        'a value of next_cursor',
+    ),
 ]
-Force = Annotated[bool, Field('At once, without a grace period for what runs')]
-Urgent = Annotated[bool, Field('Before all messages that are not urgent')]
+Force = Annotated[bool, Field('End running processes at once, without a grace period')]
+Urgent = Annotated[bool, Field('Deliver before all messages that are not urgent')]
 Everything = Annotated[bool, Field('All of them')]
 WaitSeconds = Annotated[int, Field('How long to wait, in seconds', minimum=0, maximum=25)]
 
@@ -289,7 +300,7 @@ class Assigned(TypedDict):
 
 
 def lua_sets() -> str:
-    """What the Redis scripts share with us (sets of states, bounds in ms), as Lua, so that it is written down once."""
+    """The constants that the Redis scripts share with Python, as Lua: sets of states, histogram bounds in ms."""
 
     def table(names: tuple[str, ...]) -> str:
         return '{' + ', '.join(f'{name} = true' for name in names) + '}'
@@ -305,9 +316,9 @@ _encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
 def to_json(value: Any) -> str:
-    """A value as JSON, with nothing between its parts."""
+    """A value as compact JSON."""
     if type(value) is str:
         return _quote(value)
-    if type(value) is dict and all(type(each) is str for each in value.values()):
-        return '{' + ','.join([f'{_quote(name)}:{_quote(each)}' for name, each in value.items()]) + '}'
-    return _encoder.encode(value)  # which makes a new encoder for each, and is ten times as dear
+    if type(value) is dict and all(type(item) is str for item in value.values()):
+        return '{' + ','.join([f'{_quote(name)}:{_quote(item)}' for name, item in value.items()]) + '}'
+    return _encoder.encode(value)  # ten times slower, because it makes a new encoder for each call

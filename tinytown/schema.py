@@ -1,9 +1,10 @@
-"""From Python annotations to JSON Schema, and validation of arguments against them.
+"""Makes JSON Schema from Python annotations, and validates arguments against them.
 
-A function's signature is its contract: `signature` turns keyword-only parameters into `Parameter`s that know their
-JSON Schema (2020-12), check JSON values and read text from a query string or a command line; they are text, whole
-numbers, booleans, and lists of these. `json_schema` describes any annotation built of str, int, float, bool, None,
-Literal, list, dict, TypedDict, unions with None, and Annotated with `model.Field`.
+A function's signature is its contract. `signature` turns keyword-only parameters into `Parameter`s, which are text,
+whole numbers, booleans, and lists of these. A `Parameter` knows its JSON Schema (2020-12), checks JSON values, and
+reads text from a query string or a command line. `json_schema` describes any annotation built of str, int, float, bool,
+None, Literal, list, dict, TypedDict, unions with None, and Annotated with `model.Field`. `core/dispatch.py` validates
+the arguments of every call with this module.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .model import Field
 
 _SCALARS: dict[Any, str] = {str: 'string', int: 'integer', float: 'number', bool: 'boolean', type(None): 'null'}
 _NOUNS = {'string': 'text', 'integer': 'a whole number', 'boolean': 'true or false', 'array': 'a list'}
-_MOST_ERRORS = 20  # of one request
+_MAX_ERRORS = 20  # reported per request
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:
-    """The JSON Schema of an annotation. Raises TypeError for one that has no JSON form."""
+    """The JSON Schema of an annotation. Raises TypeError if it has none."""
     if annotation in _SCALARS:
         return {'type': _SCALARS[annotation]}
     if annotation is Any:
@@ -78,7 +79,7 @@ def _object(annotation: Any) -> dict[str, Any]:
     return {
         'type': 'object',
         'properties': {name: json_schema(hint) for name, hint in hints.items()},
-        # not __required_keys__: it can't see NotRequired where annotations are kept as text
+        # not __required_keys__: it does not see NotRequired in annotations that are text (PEP 563)
         'required': [name for name, hint in hints.items() if get_origin(hint) is not NotRequired],
     }
 
@@ -91,16 +92,16 @@ class Parameter:
     """One argument of an operation."""
 
     name: str
-    keyword: str  # what the function calls it: `from_` where callers say `from`
+    keyword: str  # its name in the function: `from_` for the argument `from`
     schema: dict[str, Any]
-    pointer: str  # where it stands in the arguments
+    pointer: str  # its place in the arguments (RFC 6901)
     required: bool
     hint: str
     _pattern: re.Pattern[str] | None
     _item: Parameter | None
 
     def check(self, value: Any, pointer: str, errors: list[dict[str, str]]) -> Any:
-        """`value` as the function takes it. What is wrong with it is added to `errors`."""
+        """The value as the function takes it. Adds every violation to `errors`."""
         kind = self.schema['type']
         if kind == 'integer' and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)  # 1.0 is an integer (JSON Schema, 6.1.1)
@@ -115,11 +116,11 @@ class Parameter:
         schema = self.schema
         if isinstance(value, str):
             if 'enum' in schema and value not in schema['enum']:
-                return f'{_show(value)} is none of {", ".join(schema["enum"])}'
+                return f'{_show(value)} is not one of {", ".join(schema["enum"])}'
             if len(value) > schema.get('maxLength', len(value)):
-                return f'is {len(value)} characters long; at most {schema["maxLength"]} are taken'
+                return f'is {len(value)} characters long; at most {schema["maxLength"]} are allowed'
             if not value.isprintable() and (bad := _FORBIDDEN.search(value)):
-                return f'holds U+{ord(bad.group()):04X}, which text may not hold'
+                return f'contains U+{ord(bad.group()):04X}, which is not allowed in text'
             if self._pattern and not self._pattern.fullmatch(value):
                 return f'{_show(value)} does not fit: {self.hint}'
         elif isinstance(value, int) and not schema.get('minimum', value) <= value <= schema.get('maximum', value):
@@ -127,15 +128,15 @@ class Parameter:
         return ''
 
     def _check_items(self, values: list[Any], pointer: str, errors: list[dict[str, str]]) -> list[Any]:
-        most = self.schema.get('maxItems', len(values))
-        if len(values) > most:
-            _complain(errors, pointer, f'has {len(values)} items; at most {most} are taken')
+        maximum = self.schema.get('maxItems', len(values))
+        if len(values) > maximum:
+            _complain(errors, pointer, f'has {len(values)} items; at most {maximum} are allowed')
             return values
         assert self._item is not None
-        return [self._item.check(each, f'{pointer}/{i}', errors) for i, each in enumerate(values)]
+        return [self._item.check(item, f'{pointer}/{i}', errors) for i, item in enumerate(values)]
 
     def read(self, text: str) -> Any:
-        """The JSON value that a text of a query string or command line stands for; the text itself if it is none."""
+        """The JSON value for text from a query string or command line; the text itself if it fits no other type."""
         kind = self.schema['type']
         if kind == 'integer' and re.fullmatch(r'-?[0-9]{1,15}', text):
             return int(text)
@@ -145,7 +146,7 @@ class Parameter:
 
 
 _BOOLEANS = {'true': True, '1': True, 'yes': True, '': True, 'false': False, '0': False, 'no': False}
-_FORBIDDEN = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]')  # controls but tab, LF, CR; lone surrogates
+_FORBIDDEN = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]')  # controls except tab, LF, CR; lone surrogates
 _TYPE_CHECKS: dict[str, Callable[[Any], bool]] = {
     'string': lambda value: not isinstance(value, str),
     'integer': lambda value: not isinstance(value, int) or isinstance(value, bool),
@@ -159,14 +160,14 @@ def _complain(errors: list[dict[str, str]], pointer: str, detail: str) -> None:
 
 
 def _show(value: Any) -> str:
-    """A value as a person wrote it, cut short; what can't be printed is escaped."""
+    """A value for a message: cut to 80 characters, with unprintable characters escaped."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:79] + '…'
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):  # only `X | None`: absent means None, null itself is not taken
+    if origin in (Union, types.UnionType):  # only `X | None`: an absent argument is None
         annotation = next(arg for arg in args if arg is not type(None))
         origin, args = get_origin(annotation), get_args(annotation)
     schema = json_schema(annotation)
@@ -192,7 +193,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
 
 @cache
 def signature(function: Callable[..., Any]) -> tuple[dict[str, Parameter], Any]:
-    """The keyword-only parameters of a function, by name, and the annotation of what it gives."""
+    """The keyword-only parameters of a function by name, and its return annotation."""
     hints = get_type_hints(function, include_extras=True)
     found = {
         name.rstrip('_'): _parameter(name, hints[name], parameter.default)
@@ -203,16 +204,16 @@ def signature(function: Callable[..., Any]) -> tuple[dict[str, Parameter], Any]:
 
 
 def validate(parameters: dict[str, Parameter], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for a call. Raises Invalid with a JSON pointer (RFC 6901) for every place that is wrong."""
+    """The checked arguments for a call. Raises Invalid with a JSON pointer (RFC 6901) for every invalid place."""
     errors: list[dict[str, str]] = []
     checked: dict[str, Any] = {}
     for name, value in arguments.items():
-        if len(errors) >= _MOST_ERRORS:
+        if len(errors) >= _MAX_ERRORS:
             break
         parameter = parameters.get(name)
         if parameter is None:
             known = ', '.join(parameters) or 'none'
-            _complain(errors, _pointer(name), f'{_show(name)} is not known here; known: {known}')
+            _complain(errors, _pointer(name), f'{_show(name)} is not an argument here; arguments: {known}')
         elif value is None and not parameter.required:
             continue
         else:
@@ -244,7 +245,7 @@ def input_schema(parameters: dict[str, Parameter]) -> dict[str, Any]:
 
 
 def output_schema(returned: Any) -> dict[str, Any]:
-    """The JSON Schema of what an operation gives: the T of Step[T] or Step[Page[T]]."""
+    """The JSON Schema of an operation's answer: the T of Step[T] or Step[Page[T]]. {} if it has none."""
     for part in typing.get_args(returned):
         if is_typeddict(part):
             return json_schema(part)

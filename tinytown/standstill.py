@@ -1,4 +1,4 @@
-"""The shutdown of a town under its name of 0.1.0: a spawner of that version that still runs starts it."""
+"""The shutdown of a town under its name in 0.1.0, because a spawner of that version may still run and start it."""
 
 import sys
 from pathlib import Path

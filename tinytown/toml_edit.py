@@ -1,4 +1,4 @@
-"""TOML texts that people have written: one setting or table is changed, every other byte stays as it is."""
+"""Edits TOML files that people wrote: changes one setting or table and leaves every other byte as it is."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .errors import UsageError
 
 
 def to_toml(value: Any) -> str:
-    """A value as TOML writes it, on one line."""
+    """A value in TOML syntax, on one line."""
     if isinstance(value, list):
         return f'[{", ".join(map(to_toml, value))}]'
     if isinstance(value, dict):
-        return f'{{{", ".join(f"{_dotted([name])} = {to_toml(each)}" for name, each in value.items())}}}'
+        return f'{{{", ".join(f"{_dotted([name])} = {to_toml(item)}" for name, item in value.items())}}}'
     import tomli_w
 
     return tomli_w.dumps({'v': value}).removeprefix('v = ').rstrip('\n')
 
 
 def change(source: str, path: tuple[str, ...], value: Any) -> str:
-    """The text of a configuration file with one setting changed or added; every other character stays as it is.
+    """The text of a configuration file with one setting changed or added. Every other character stays as it is.
 
-    `source` is valid TOML. Raises UsageError for a table that is written in braces.
+    `source` must be valid TOML. Raises UsageError if the setting is in an inline table, { … }.
     """
     mark = '\ufeff' if source.startswith('\ufeff') else ''
     text = source.removeprefix(mark)
@@ -34,7 +34,7 @@ def change(source: str, path: tuple[str, ...], value: Any) -> str:
         if each.kind == 'value' and each.path == path:
             return mark + text[: each.start] + with_value(each.text, to_toml(value)) + text[each.end :]
         if each.kind == 'value' and each.path == path[: len(each.path)]:
-            raise UsageError(f'{".".join(each.path)} = {{ … }}: it is written in braces; change it by hand')
+            raise UsageError(f'{".".join(each.path)} = {{ … }}: this table is written in braces; change it by hand')
     at, line = _addition(found, path, to_toml(value))
     newline = '\r\n' if '\r\n' in text else '\n'
     gap = newline if at and text[at - 1] != '\n' else ''
@@ -42,9 +42,10 @@ def change(source: str, path: tuple[str, ...], value: Any) -> str:
 
 
 def _addition(statements: list[Statement], path: tuple[str, ...], value: str) -> tuple[int, str]:
-    """Where a new setting goes (an offset), and what is written there.
+    """The offset at which to insert a new setting, and the text to insert.
 
-    After the comment that shows it; else after the last setting of its table, or its header; else as a new table.
+    It goes after the comment that shows it, else after the last setting or the header of its table, else into a new
+    table at the end.
     """
     table, end = path[:-1], statements[-1].end if statements else 0
     at, line = (0 if not table else -1), f'{_dotted(path[-1:])} = {value}\n'
@@ -62,10 +63,10 @@ def _addition(statements: list[Statement], path: tuple[str, ...], value: str) ->
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A piece of a TOML file: a line, or the lines of one value. `start` and `end` are offsets in the file.
+    """A piece of a TOML file: one line, or all lines of one value. `start` and `end` are offsets in the file.
 
-    `path` is the whole path of a value or header, `table` the table in which it stands; `shows` is the key that a
-    comment would set if it were none.
+    `path` is the full path of a value or header, `table` the path of the table around it. `shows` is the key in a
+    comment like `# key = value`.
     """
 
     kind: Literal['header', 'value', 'comment', 'blank']
@@ -84,14 +85,14 @@ _SHOWN: Final = re.compile(r'[ \t]*#[ \t]*([A-Za-z0-9_-]+)[ \t]*=')
 
 
 def statements(source: str) -> Iterator[Statement]:
-    """The statements of a valid TOML text."""
+    """The statements of a TOML text, which must be valid."""
     lines = re.findall(r'[^\n]*\n|[^\n]+', source)
     table: tuple[str, ...] = ()
     start = i = 0
     while i < len(lines):
         text = lines[i]
         i += 1
-        while not _is_toml(text) and i < len(lines):  # a value on several lines
+        while not _is_toml(text) and i < len(lines):  # a value over several lines
             text += lines[i]
             i += 1
         end = start + len(text)
@@ -118,9 +119,9 @@ def _is_toml(text: str) -> bool:
 
 def _path(keys: str) -> tuple[str, ...]:
     """The names in a dotted key."""
-    found, names = tomllib.loads(f'{keys} = 0'), []
-    while isinstance(found, dict):
-        [(name, found)] = found.items()
+    node, names = tomllib.loads(f'{keys} = 0'), []
+    while isinstance(node, dict):
+        [(name, node)] = node.items()
         names.append(name)
     return tuple(names)
 
@@ -130,10 +131,10 @@ def _dotted(names: Iterable[str]) -> str:
 
 
 def with_value(statement: str, value: str) -> str:
-    """A `key = value` with another value; the spaces, the comment behind it and the end of the line stay."""
+    """A `key = value` statement with a new value. Spaces, a trailing comment and the line end stay."""
     keys = _KEYS.match(statement)
     assert keys
     for match in re.finditer(r'[ \t]*(?:#|\r?\n|\Z)', statement[keys.end() :]):
         if _is_toml(statement[: keys.end() + match.start()]):
             return statement[: keys.end()] + value + statement[keys.end() + match.start() :]
-    raise AssertionError(f'{statement!r} is no statement')
+    raise AssertionError(f'{statement!r} is not a statement')

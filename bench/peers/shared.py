@@ -1,4 +1,4 @@
-"""What the Python peers have in common: the town's Redis through its usual asynchronous client."""
+"""Shared by the Python peers: settings, and the two operations through the usual asynchronous Redis client."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
-from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 PORT = int(sys.argv[1])
 SETTINGS: dict[str, Any] = json.loads(Path(sys.argv[2]).read_text())
-DOOR = ('', '', 'local', SETTINGS['events'])  # what every script is told before its own arguments
+CONTEXT = ('', '', 'local', SETTINGS['events'])  # the arguments that precede a script's own
 
 Message = TypedDict('Message', {'id': str, 'from': str, 'type': str, 'summary': str})
 
@@ -32,7 +32,7 @@ class Assigned(TypedDict):
 
 
 class Town:
-    """The two operations. Raises LookupError with what the script refused."""
+    """The two operations. They raise LookupError if the script refuses."""
 
     def __init__(self) -> None:
         # Without max_connections the client refuses the 101st request at once.
@@ -52,7 +52,7 @@ class Town:
         return {'task_id': task_id, 'agent_id': agent_id, 'agent_name': agent_name}
 
     async def _call(self, script: Any, *arguments: str | int) -> list[Any]:
-        done, *reply = await script(keys=[SETTINGS['prefix']], args=[*DOOR, *arguments])
+        done, *reply = await script(keys=[SETTINGS['prefix']], args=[*CONTEXT, *arguments])
         if not done:
             raise LookupError(*reply)
         return reply

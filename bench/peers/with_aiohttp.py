@@ -1,4 +1,4 @@
-"""aiohttp's own server, on the event loop that uvicorn takes too."""
+"""aiohttp's own server, on uvloop, as uvicorn uses it."""
 
 import uvloop
 from aiohttp import web

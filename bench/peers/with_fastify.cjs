@@ -8,7 +8,7 @@ const { Redis } = require('ioredis');
 
 const [port, file] = process.argv.slice(2);
 const settings = JSON.parse(readFileSync(file, 'utf8'));
-const door = ['', '', 'local', settings.events]; // what every script is told before its own arguments
+const context = ['', '', 'local', settings.events]; // the arguments that precede a script's own
 
 const redis = new Redis({ path: settings.socket });
 redis.defineCommand('inbox', { numberOfKeys: 1, lua: settings.inbox });
@@ -21,7 +21,7 @@ const message = object({ id: text, from: text, type: text, summary: text });
 
 const app = fastify();
 
-function found([done, ...reply]) {
+function unwrap([done, ...reply]) {
   if (!done) throw Object.assign(new Error(String(reply)), { statusCode: 404 });
   return reply;
 }
@@ -38,8 +38,8 @@ app.get(
     },
   },
   async (request) => {
-    const [agent, total, urgent, , messages] = found(
-      await redis.inbox(settings.prefix, ...door, request.params.agent, 500, ''),
+    const [agent, total, urgent, , messages] = unwrap(
+      await redis.inbox(settings.prefix, ...context, request.params.agent, 500, ''),
     );
     return { agent, total, urgent, messages: JSON.parse(`[${messages}]`) };
   },
@@ -58,7 +58,7 @@ app.post(
     const id = randomUUID();
     const head = JSON.stringify({ task_id: id, description: task }).slice(0, -1);
     const record = [id, head, JSON.stringify(task), '[]', settings.conductor, 3];
-    const [task_id, agent_id, agent_name] = found(await redis.assign(settings.prefix, ...door, agent, ...record));
+    const [task_id, agent_id, agent_name] = unwrap(await redis.assign(settings.prefix, ...context, agent, ...record));
     reply.code(201);
     return { task_id, agent_id, agent_name };
   },

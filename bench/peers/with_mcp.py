@@ -1,4 +1,4 @@
-"""Two tools of a town over MCP, by the official Python SDK: stdio TOWN | http TOWN PORT."""
+"""Two tools of a town over MCP with the official Python SDK: stdio TOWN | http TOWN PORT."""
 
 import json
 import sys

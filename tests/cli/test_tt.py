@@ -292,7 +292,7 @@ def test_a_directory_that_is_gone_is_said_in_one_line(here: Place, directory: Pa
         ('spawn a --max-rounds many', 2, "--max-rounds: 'many' is not a whole number"),
         ('spawn a --cli nope', 1, "'nope' is not a coding CLI.*demo"),
         ('list --limit 0', 2, '--limit: 0 is not between 1 and 500'),
-        ('task list --state asleep', 2, "--state: 'asleep' is none of pending"),
+        ('task list --state asleep', 2, "--state: 'asleep' is not one of pending"),
         ('send a hi --query --info', 2, 'not allowed with'),
         ('wait a --timeout soon', 2, '--timeout soon: give a whole number of seconds'),
         ('wait a --timeout -1', 2, '--timeout'),

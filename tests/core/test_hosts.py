@@ -628,7 +628,7 @@ def test_a_directory_joins_a_town_whose_redis_it_names(country: Country, directo
     [
         (('--name', 'other', '--redis-url', 'URL'), 1, "no town 'other'"),
         (('--name', 'test'), 2, 'redis.url is not set'),
-        (('--name', 'test', '--redis-url', 'URL', '--host', 'a'), 1, 'goes by the name of this host'),
+        (('--name', 'test', '--redis-url', 'URL', '--host', 'a'), 1, 'uses the name of this host'),
         (('--name', 'test', '--redis-url', 'URL', '--host', 'a b'), 2, '--host'),
     ],
 )

@@ -1,1 +1,1 @@
-"""What earlier versions have left behind, and how it was recorded: one directory a version, made by `record.py`."""
+"""State that earlier versions left behind, one directory per version. `record.py` makes them."""

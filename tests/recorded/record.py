@@ -1,24 +1,24 @@
-"""Records what a version leaves behind:  python -m tests.recorded.record CHECKOUT  (a checkout of it, with its .venv).
+"""Records the state that a version leaves behind:  python -m tests.recorded.record CHECKOUT  (with its own .venv).
 
-It does so from outside: by the commands `tt` and `townhall`, over HTTP, and by what the processes ask Redis. Of Redis
-it wants the oldest that is supported (7.0), whose files every newer one reads. What it writes, in a directory named by
-the version:
+It works from outside: with the commands `tt` and `townhall`, over HTTP, and by listening to the commands that Redis
+gets. Run it with the oldest supported Redis (7.0), because every newer one reads its files. It writes a directory named
+by the version:
 
-    town.tar.gz        a town that holds something of everything, as a machine leaves it whose power is cut: its agents
-                       worked, one had finished a task and not yet said so. `@ROOT@`, `@PYTHON@` and `@CODE@` in its
-                       text files stand for its directory, the interpreter, and where that finds the program
-    known.json         keys to that town, its agents and tasks by what they are here, requests with idempotency keys
-    answers.json       what townhall says of it, by path
-    settings.json      what `tt config` says of it
+    town.tar.gz        a town with at least one of everything, in the state after a power failure: its agents had
+                       worked, and one had finished a task without reporting it. In text files, `@ROOT@`, `@PYTHON@` and
+                       `@CODE@` stand for the town's directory, the interpreter, and the directory of the program
+    known.json         the keys of that town, its agents and tasks by their names here, requests with idempotency keys
+    answers.json       the answers of its townhall, by path
+    settings.json      the output of `tt config`
     metrics.txt        the names of its metrics
-    conversation.json  all that the life of one worker asks Redis, with the texts of the scripts; `<agent>`,
-                       `<instance>`, `<task>`, `<message>`, `<town>` and the parts of its process stand for themselves
-    processes.json     what is told to processes that are started: a keeper's order, a worker's charter
-    units/             what `townhall service install` writes: for the machine and for a user, with a socket and without
+    conversation.json  all Redis commands in the life of one worker, with the texts of the scripts. `<agent>`,
+                       `<instance>`, `<task>`, `<entry>`, `<town>` and the parts of its process are placeholders
+    processes.json     the input of started processes: an order to the keeper (spawner), a worker's charter
+    units/             the files that `townhall service install` writes: system and user, with and without a socket
 
-Some things are not as that version left them, so that the records hold nothing of the machine and do not grow old: in
-Redis the boot and the places that its processes were of, when its hosts were heard of, and that idempotency keys end
-after a day. Its append-only file was rewritten once, which leaves out what was before.
+Some values in Redis are changed, so that the records contain nothing of the machine and do not expire: boot ids and
+places of processes, the heartbeats of hosts, and the expiry of idempotency keys. The append-only file was rewritten
+once, so it does not contain older commands.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from urllib.parse import urlsplit
 from .resp import Talk
 
 PATIENCE = 30.0
-PLACE = '/srv/town'  # where the recorded town was, for what is not to be looked up any more
-BOOT = '5d1f1f9e-0b6c-4c57-9d1e-6c1b3f0a7e42@@4026531836'  # of a machine that has no id
-LONG_AGO = '1700000000000'  # ms since the epoch: before the clock of whoever opens the town
+PLACE = '/srv/town'  # the recorded town's directory, in records that nothing looks up any more
+BOOT = '5d1f1f9e-0b6c-4c57-9d1e-6c1b3f0a7e42@@4026531836'  # a made-up boot id
+LONG_AGO = '1700000000000'  # ms since the epoch: in the past, whenever the town is opened
 READS = (
     *('status', 'status?deep=1', 'town', 'hosts', 'agents', 'agents?open=1', 'tasks', 'tasks/pending', 'backlog'),
     *(f'tasks?state={state}' for state in ('pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')),
@@ -62,17 +62,17 @@ TELLER = 'while [ ! -e told ]; do sleep 0.1; done\necho "it is told"\n'
 DONE = 'echo "it is done after all"\n'
 
 
-def until(what: Callable[[], Any]) -> Any:
-    """What a function gives as soon as that is true."""
+def until(condition: Callable[[], Any]) -> Any:
+    """Calls a function until it returns a true value, and returns that."""
     deadline = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert time.monotonic() < deadline, what
+    while not (result := condition()):
+        assert time.monotonic() < deadline, condition
         select.select([], [], [], 0.02)
-    return found
+    return result
 
 
 class Recorder:
-    """A town in a directory that towns are made in, and the version that makes it."""
+    """A town in a scratch directory, and the version that runs it."""
 
     def __init__(self, checkout: Path, scratch: Path, name: str = 'town') -> None:
         self.checkout = checkout
@@ -90,7 +90,7 @@ class Recorder:
         }
 
     def run(self, module: str, *words: str, cwd: Path | None = None, ok: bool = True) -> str:
-        """What a program of that version prints."""
+        """Runs a program of that version. Returns its output."""
         done = subprocess.run(
             [self.python, '-m', f'tinytown.{module}', *words], cwd=cwd or self.root, env=self.env, text=True,
             capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False,
@@ -105,10 +105,10 @@ class Recorder:
         return Talk(self.root / '.tt' / 'redis.sock')
 
     def http(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        """The answer to a request that is granted."""
-        status, said = self.request(method, path, body, **headers)
-        assert status < 300, (path, said)
-        return json.loads(said)
+        """Sends a request that must succeed. Returns the answer."""
+        status, answer = self.request(method, path, body, **headers)
+        assert status < 300, (path, answer)
+        return json.loads(answer)
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         address = urlsplit(self.url)
@@ -117,12 +117,12 @@ class Recorder:
         data = None if body is None else json.dumps(body)
         connection.request(method, path, data, named | ({'Content-Type': 'application/json'} if data else {}))
         response = connection.getresponse()
-        said = response.read().decode()
+        answer = response.read().decode()
         connection.close()
-        return response.status, said
+        return response.status, answer
 
     def config(self, **settings: str) -> None:
-        """Changes settings, and waits until the townhall that runs has taken up each."""
+        """Changes settings one by one, and waits until the running townhall has applied each."""
         log = self.root / '.tt' / 'townhall.log'
         for name, value in settings.items():
             before = log.read_text().count('taken up again') if log.exists() else -1
@@ -141,15 +141,15 @@ class Recorder:
     def kill(self, agent: str) -> None:
         os.kill(self.tt('show', agent)['pid'], signal.SIGKILL)
 
-    def without_marks(self, text: str) -> str:
-        """A text with nothing of this machine in it."""
-        for found, mark in self.marks.items():
-            text = text.replace(found, mark)
+    def anonymous(self, text: str) -> str:
+        """The text with placeholders for everything that names this machine."""
+        for value, mark in self.marks.items():
+            text = text.replace(value, mark)
         return text
 
 
 def _boot() -> str:
-    """The machine's boot id, as records begin; what follows it tells the machine and the namespace of pids."""
+    """The machine's boot id. In records, the machine id and the pid namespace follow it."""
     return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
 
 
@@ -157,7 +157,7 @@ def _boot() -> str:
 
 
 def make_town(it: Recorder) -> dict[str, Any]:
-    """Makes the town, and works in it until its power is cut. What is to be known of it."""
+    """Makes the town, and works in it until a simulated power failure. Returns the content of known.json."""
     it.run(
         'cli', 'init', '--name', 'recorded', '--cli', 'demo', '--host', 'srv', '--town', str(it.root), cwd=it.scratch
     )
@@ -193,7 +193,7 @@ def make_town(it: Recorder) -> dict[str, Any]:
 
 
 def _work(it: Recorder, tasks: dict[str, str]) -> None:
-    """What a town has behind it: ends of every kind, and what is not done yet."""
+    """Gives the town a past: tasks and agents in every state."""
     for name, cli, more in (
         ('idle', 'demo', {'role_id': 'worker', 'nickname': 'The Idle'}), ('busy', 'slow', {'role_id': 'builder'}),
         ('reporter', 'teller', {}), ('paused', 'demo', {}), ('stopped', 'demo', {}), ('broken', 'gone', {}),
@@ -236,21 +236,21 @@ def _work(it: Recorder, tasks: dict[str, str]) -> None:
 
 
 def _requests(it: Recorder) -> list[dict[str, Any]]:
-    """Requests with idempotency keys, and their answers."""
-    found: list[dict[str, Any]] = []
+    """Sends requests with idempotency keys. Returns them with their answers."""
+    requests: list[dict[str, Any]] = []
     for path, body in (
         ('/v1/backlog', {'description': 'asked for once', 'tags': ['once']}),
         ('/v1/messages/send', {'to': 'conductor', 'message': 'said once', 'kind': 'info'}),
         ('/v1/tasks/assign', {'agent': 'paused', 'task': 'given once'}),
     ):
-        key = f'once-{len(found)}'
-        status, said = it.request('POST', path, body, Idempotency_Key=key)
-        found.append({'path': path, 'body': body, 'key': key, 'status': status, 'answer': json.loads(said)})
-    return found
+        key = f'once-{len(requests)}'
+        status, answer = it.request('POST', path, body, Idempotency_Key=key)
+        requests.append({'path': path, 'body': body, 'key': key, 'status': status, 'answer': json.loads(answer)})
+    return requests
 
 
 def _delay(it: Recorder, tasks: dict[str, str]) -> None:
-    """A task that pauses between two attempts, and a crashed agent that is to be started again."""
+    """Leaves a task in the pause between two attempts, and a crashed agent that waits for its restart."""
     it.config(agent__retry_backoff_secs='86400')
     it.http('POST', '/v1/agents', {'name': 'waits', 'cli': 'slow'})
     tasks['delayed'] = it.assign('waits', 'it waits a day')
@@ -260,7 +260,7 @@ def _delay(it: Recorder, tasks: dict[str, str]) -> None:
 
 
 def _cut_power(it: Recorder, tasks: dict[str, str]) -> None:
-    """Ends all at once, in the middle of a task, and of a report."""
+    """Kills all processes at once, in the middle of a task and of a report."""
     tasks['running'] = it.assign('busy', 'it takes long')
     it.await_task(tasks['running'], 'running')
     attic = it.scratch / 'attic'
@@ -273,12 +273,12 @@ def _cut_power(it: Recorder, tasks: dict[str, str]) -> None:
     for place in (attic, it.root):
         for note in (place / '.tt' / 'run').glob('townhall-*.json'):
             os.kill(json.loads(note.read_text())['pid'], signal.SIGKILL)
-    file = it.root / 'tinytown.toml'  # by hand, for `tt config` would take the notes of those townhalls away
+    file = it.root / 'tinytown.toml'  # not with `tt config`, which would delete the run files of the killed townhalls
     file.write_text(file.read_text().replace('= [86400]', '= [0]'))
     tasks['reported'] = it.assign('reporter', 'tell of it')
     it.await_task(tasks['reported'], 'running')
     with it.talk() as talk:
-        talk.ask('CLIENT', 'PAUSE', 60000, 'WRITE')  # so it is not told of the end
+        talk.ask('CLIENT', 'PAUSE', 60000, 'WRITE')  # so that Redis does not get the report
         (it.root / 'told').touch()
         until(lambda: list((it.root / '.tt' / 'agents').glob('*.spool/*.json')))
         _end_all(it.scratch, but=b'redis-server')
@@ -288,7 +288,7 @@ def _cut_power(it: Recorder, tasks: dict[str, str]) -> None:
 
 
 def _end_all(directory: Path, but: bytes = b'') -> None:
-    """Ends what works below a directory; all but what has a word in its command line."""
+    """Kills all processes that work below a directory, except those with `but` in their command line."""
     for each in Path('/proc').glob('[0-9]*'):
         try:
             is_ours = (each / 'cwd').readlink().is_relative_to(directory)
@@ -299,7 +299,7 @@ def _end_all(directory: Path, but: bytes = b'') -> None:
 
 
 def settle(it: Recorder) -> None:
-    """Takes the machine out of what Redis holds, has it rewrite its file, and goes on for a moment."""
+    """Replaces values of this machine in Redis, rewrites its append-only file, and adds a few commands to it."""
     with it.talk() as talk:
         prefix = 'tt:{recorded}:'
         for key in talk.ask('KEYS', f'{prefix}agent:*'):
@@ -330,7 +330,7 @@ def _pairs(flat: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def ask(it: Recorder, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a townhall says of the town, changing nothing; and the names of its metrics."""
+    """The answers of a read-only townhall, and the names of its metrics."""
     argv = [it.python, '-m', 'tinytown.townhall', '--read-only', '--port', '0']
     with subprocess.Popen(argv, cwd=it.root, env=it.env, stderr=subprocess.PIPE, text=True) as hall:
         assert hall.stderr
@@ -345,7 +345,7 @@ def ask(it: Recorder, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
 
 
 def pack(it: Recorder, file: Path) -> None:
-    """Writes the town down, its text without this machine."""
+    """Packs the town into a tar file, without anything that names this machine."""
     with it.talk() as talk:
         pid = int(re.search(rb'process_id:(\d+)', talk.ask('INFO', 'server'))[1])  # type: ignore[index]
         os.kill(pid, signal.SIGKILL)
@@ -359,7 +359,7 @@ def pack(it: Recorder, file: Path) -> None:
             data = path.read_bytes() if path.is_file() else b''
             if 'redis' not in path.parent.name and 'appendonly' not in path.parent.name:
                 data = re.sub(rf'{_boot()}@[^\s"]*'.encode(), BOOT.encode(), data)
-                data = it.without_marks(data.decode()).encode()
+                data = it.anonymous(data.decode()).encode()
             for each in unwanted:
                 assert each.encode() not in data, (path, each)
             info.size = len(data)
@@ -370,11 +370,11 @@ def pack(it: Recorder, file: Path) -> None:
 
 
 def converse(town: Recorder) -> dict[str, Any]:
-    """The life of a worker as Redis hears it: it is registered, works at a task and a message, and is closed."""
+    """The Redis commands in the life of a worker: it is registered, works on a task and a message, and is closed."""
     town.run('cli', 'init', '--name', 'talk', '--cli', 'demo', '--town', str(town.root), cwd=town.scratch)
     town.tt('status')
     with town.talk() as listener, town.talk() as asks:
-        asks.ask('SCRIPT', 'FLUSH')  # so that each text is told once
+        asks.ask('SCRIPT', 'FLUSH')  # so that every script is sent once with its text
         listener.ask('MONITOR')
         agent = town.tt('spawn', 'talker')['agent_id']
         town.tt('interrupt', 'talker')
@@ -386,55 +386,55 @@ def converse(town: Recorder) -> dict[str, Any]:
         town.tt('close', 'talker')
         town.await_agent('talker', 'Stopped')
         asks.ask('ECHO', 'that is all')
-        heard = _heard(listener)
+        commands = _monitored(listener)
     names = json.loads(
         subprocess.run([town.python, '-c', _NAMES], env=town.env, capture_output=True, check=True, cwd='/').stdout
     )
-    return _told(heard, names, agent, task)
+    return _conversation(commands, names, agent, task)
 
 
 _NAMES = 'import json; from tinytown.store import scripts; ' \
          'print(json.dumps({s.digest.decode(): n for n, s in scripts().items()}))'  # fmt: skip
 
 
-def _heard(listener: Talk) -> list[list[bytes]]:
-    """The commands that MONITOR told of, but those of scripts."""
-    found = []
+def _monitored(listener: Talk) -> list[list[bytes]]:
+    """The commands that MONITOR reports, without those that scripts call."""
+    commands = []
     while True:
         line: bytes = listener.next()
         head, _, rest = line.partition(b'] ')
         if head.endswith(b' lua'):
             continue
-        found.append(
+        commands.append(
             [ast.literal_eval(f'b{word}') for word in re.findall(r'"(?:[^"\\]|\\.)*"', rest.decode('latin-1'))]
         )
-        if found[-1][:1] == [b'ECHO']:
-            return found[:-1]
+        if commands[-1][:1] == [b'ECHO']:
+            return commands[:-1]
 
 
-def _told(heard: list[list[bytes]], names: dict[str, str], agent: str, task: str) -> dict[str, Any]:
-    """What the worker said, and who registered it; with names for what is another's elsewhere."""
-    texts = {hashlib.sha1(said[1]).hexdigest(): said[1].decode() for said in heard if said[0] == b'EVAL'}  # noqa: S324
-    asked = [_asked([word.decode() for word in said], names) for said in heard]
-    asked = [(name, words) for name, words in asked if name in _WORKERS and _is_of(agent, task, words)]
-    hello = next(words for name, words in asked if name == 'hello')
-    starter = next(words for name, words in asked if name == 'register')[12]
+def _conversation(heard: list[list[bytes]], names: dict[str, str], agent: str, task: str) -> dict[str, Any]:
+    """The commands of the worker and its registration, with placeholders for ids, and the texts of their scripts."""
+    texts = {hashlib.sha1(parts[1]).hexdigest(): parts[1].decode() for parts in heard if parts[0] == b'EVAL'}  # noqa: S324
+    named = [_named([word.decode() for word in parts], names) for parts in heard]
+    named = [(name, words) for name, words in named if name in _WORKERS and _is_of(agent, task, words)]
+    hello = next(words for name, words in named if name == 'hello')
+    starter = next(words for name, words in named if name == 'register')[12]
     marks = {agent: '<agent>', hello[6]: '<instance>', task: '<task>', 'tt:{talk}:': '<town>'}
-    its = dict(zip(hello[7:], ('<host>', '<boot>', '<pid>', '<start>'), strict=True)) | {starter: '<starter>'}
+    process = dict(zip(hello[7:], ('<host>', '<boot>', '<pid>', '<start>'), strict=True)) | {starter: '<starter>'}
     commands: list[dict[str, Any]] = []
-    for name, words in asked:
-        told = [its.get(word, word) for word in words] if name in ('hello', 'register') else words
-        told = [re.sub(r'^[1-9]\d{12,}-\d+$', '<entry>', word) for word in told]
-        for found, mark in marks.items():
-            told = [word.replace(found, mark) for word in told]
-        if {'name': name, 'words': told} not in commands[-2:]:  # a look, a wait, or its text in place of its digest
-            commands.append({'name': name, 'words': told})
+    for name, words in named:
+        marked = [process.get(word, word) for word in words] if name in ('hello', 'register') else words
+        marked = [re.sub(r'^[1-9]\d{12,}-\d+$', '<entry>', word) for word in marked]
+        for value, mark in marks.items():
+            marked = [word.replace(value, mark) for word in marked]
+        if {'name': name, 'words': marked} not in commands[-2:]:  # not a poll, or the text sent after the digest
+            commands.append({'name': name, 'words': marked})
     used = {each['name'] for each in commands}
     return {'commands': commands, 'scripts': {names[each]: texts[each] for each in texts if names.get(each) in used}}
 
 
-def _asked(words: list[str], names: dict[str, str]) -> tuple[str, list[str]]:
-    """The name of a command, and its words; of a script, those from its key on."""
+def _named(words: list[str], names: dict[str, str]) -> tuple[str, list[str]]:
+    """The name of a command or script, and its words; for a script, from its key on."""
     if words[0] not in ('EVAL', 'EVALSHA'):
         return words[0], words
     digest = hashlib.sha1(words[1].encode()).hexdigest() if words[0] == 'EVAL' else words[1]  # noqa: S324
@@ -442,15 +442,15 @@ def _asked(words: list[str], names: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def _is_of(agent: str, task: str, words: list[str]) -> bool:
-    """Whether a command is about an agent's inbox or record, or the end of its task."""
+    """Whether a command concerns an agent's inbox or record, or its task."""
     return any(word == agent or f'{agent}:' in word for word in words) or task in words
 
 
 _WORKERS = ('register', 'agent', 'hello', 'pickup', 'beat', 'finish', 'round_done', 'depart', 'XREAD')
 
 
-def order(it: Recorder) -> dict[str, Any]:
-    """What a keeper is told, and over the descriptor that comes along the worker that it is to start."""
+def started_processes(it: Recorder) -> dict[str, Any]:
+    """The order that the keeper gets, and the charter that the new worker gets over the passed descriptor."""
     run = it.root / '.tt' / 'run'
     run.mkdir(exist_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -461,21 +461,21 @@ def order(it: Recorder) -> dict[str, Any]:
             client, _ = listener.accept()
             data, ancillary, _, _ = client.recvmsg(65536, socket.CMSG_SPACE(4))
             [worker] = array.array('i', ancillary[0][2])
-            told = json.loads(data + _read_all(client))
+            order = json.loads(data + _read_all(client))
             client.sendall(json.dumps({'pid': os.getpid()}).encode())
             client.close()
-            with socket.socket(fileno=worker) as its:
-                charter = json.loads(_read_all(its))
-                its.sendall(b'it is only recorded')
+            with socket.socket(fileno=worker) as passed:
+                charter = json.loads(_read_all(passed))
+                passed.sendall(b'it is only recorded')
             asks.wait()
     (run / 'keeper.sock').unlink()
-    told['env'] = {name: value for name, value in told['env'].items() if name.startswith(('TINYTOWN', 'PYTHON'))}
+    order['env'] = {name: value for name, value in order['env'].items() if name.startswith(('TINYTOWN', 'PYTHON'))}
     marks = {charter['agent_id']: '<agent>', charter['instance']: '<instance>'}
-    text = it.without_marks(json.dumps({'order': told, 'charter': charter}))
-    for found, mark in marks.items():
-        text = text.replace(found, mark)
-    said: dict[str, Any] = json.loads(text)
-    return said
+    text = it.anonymous(json.dumps({'order': order, 'charter': charter}))
+    for value, mark in marks.items():
+        text = text.replace(value, mark)
+    inputs: dict[str, Any] = json.loads(text)
+    return inputs
 
 
 def _read_all(sock: socket.socket) -> bytes:
@@ -491,11 +491,11 @@ def units(it: Recorder, to: Path) -> None:
         it.tt('config', 'townhall.rest_port', '8787')
         it.run('townhall', 'service', 'install', '--to', str(to / name), '--path', '/usr/bin:/bin', *words)
         for file in (to / name).iterdir():
-            file.write_text(it.without_marks(file.read_text()))
+            file.write_text(it.anonymous(file.read_text()))
 
 
 def record(it: Recorder) -> None:
-    """Records all that there is of one version."""
+    """Records everything of one version."""
     it.root.mkdir()
     to = it.scratch / it.run('cli', '--version').split()[-1]
     to.mkdir()
@@ -506,10 +506,10 @@ def record(it: Recorder) -> None:
     pack(it, to / 'town.tar.gz')
     units(it, to / 'units')
     talk = Recorder(it.checkout, it.scratch, 'talk')
-    records |= {'conversation': converse(talk), 'processes': order(talk)}
-    for name, found in records.items():
-        parts = [f'{json.dumps(part)}: {json.dumps(value, ensure_ascii=False)}' for part, value in found.items()]
-        text = it.without_marks(talk.without_marks('{\n' + ',\n'.join(parts) + '\n}\n'))
+    records |= {'conversation': converse(talk), 'processes': started_processes(talk)}
+    for name, record in records.items():
+        parts = [f'{json.dumps(part)}: {json.dumps(value, ensure_ascii=False)}' for part, value in record.items()]
+        text = it.anonymous(talk.anonymous('{\n' + ',\n'.join(parts) + '\n}\n'))
         assert str(it.scratch) not in text, name
         (to / f'{name}.json').write_text(text)
     (to / 'metrics.txt').write_text('\n'.join(metrics) + '\n')

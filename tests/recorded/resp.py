@@ -1,4 +1,4 @@
-"""A conversation with a Redis on a unix socket, in bytes: what a record of one is made with and played back by."""
+"""A minimal Redis client on a unix socket, to record and to replay conversations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Refused(Exception):
 
 
 class Talk:
-    """One connection. A part that is no bytes is sent as its text."""
+    """One connection. Parts of a command that are not bytes are sent as text."""
 
     def __init__(self, path: Path) -> None:
         self._sock = socket.socket(socket.AF_UNIX)
@@ -35,13 +35,15 @@ class Talk:
         self._sock.close()
 
     def ask(self, *parts: bytes | str | int) -> Any:
-        """The reply to a command. Raises Refused."""
-        said = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
-        self._sock.sendall(b'*%d\r\n' % len(said) + b''.join(b'$%d\r\n%b\r\n' % (len(part), part) for part in said))
+        """Sends a command. Returns the reply. Raises Refused for an error reply."""
+        encoded = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+        self._sock.sendall(
+            b'*%d\r\n' % len(encoded) + b''.join(b'$%d\r\n%b\r\n' % (len(part), part) for part in encoded)
+        )
         return self.next()
 
     def next(self) -> Any:
-        """What comes next."""
+        """Reads the next reply."""
         line = self._file.readline()
         kind, rest = line[:1], line[1:-2]
         if kind == b'-':
@@ -50,7 +52,7 @@ class Talk:
             return rest
         if kind == b':':
             return int(rest)
-        assert kind in (b'$', b'*'), f'Redis said {line!r}'
+        assert kind in (b'$', b'*'), f'Redis sent {line!r}'
         if int(rest) < 0:
             return None
         if kind == b'*':

@@ -161,7 +161,7 @@ def test_the_same_input_gives_the_same_tarball(tarball: Path, tmp_path: Path) ->
 @pytest.mark.usefixtures('tarball')  # with which the right ones are there
 def test_a_wheel_that_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / 'deploy' / 'bundle.py'), '--out', str(tmp_path / 'out')]
-    for harm, says in (('missing', 'is missing'), ('another', 'is another file than')):
+    for harm, says in (('missing', 'is missing'), ('another', 'does not have the digest in')):
         wheels = shutil.copytree(REPOSITORY / 'build' / 'wheels', tmp_path / harm)
         (tomli_w,) = wheels.glob('tomli_w-*.whl')
         tomli_w.unlink()
@@ -196,9 +196,9 @@ def test_an_installation_that_was_interrupted_is_done_again(machine: Machine) ->
         ('none', ['--wrong'], '--wrong is not known; see '),
         ('none', ['--prefix'], '--prefix needs a value'),
         ('none', ['--prefix', '/a b'], 'no spaces'),
-        ('none', ['--python', '/bin/false'], '/bin/false is no Python 3.11 to 3.14'),
+        ('none', ['--python', '/bin/false'], '/bin/false is not a Python 3.11 to 3.14'),
         ('damaged', [], 'this bundle is damaged; copy it here again'),
-        ('taken', [], 'bin/tt is there already and is not of '),
+        ('taken', [], 'bin/tt exists and does not belong to '),
     ],
 )
 def test_what_it_can_not_do_it_says_and_changes_nothing(plain: Machine, harm: str, flags: list[str], says: str) -> None:

@@ -272,7 +272,7 @@ def test_a_cache_that_others_could_write_to_is_not_used(fresh: Bare, tmp_path: P
     other.touch()
     done = fresh.run('--version', program='townhall.pyz', TMPDIR=str(other))
     assert done.returncode == 1
-    assert 'set XDG_CACHE_HOME to a directory that you alone may write to' in done.stderr
+    assert 'set XDG_CACHE_HOME to a directory that only you can write to' in done.stderr
     assert done.stderr.count('\n') == 1
 
 

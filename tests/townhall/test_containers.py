@@ -186,7 +186,7 @@ def test_an_empty_volume_on_a_network_gets_a_town_and_a_key_that_stays_and_is_ne
     with serving(volume, 'townhall', **NETWORK) as entered:
         assert entered.get('/v1/town', X_API_Key=key).status == 200
         told += entered.said
-    assert told.count('an API key was made') == 1
+    assert told.count('an API key was created') == 1
     assert key not in told + (volume / 'tinytown.toml').read_text()
 
 

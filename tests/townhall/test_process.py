@@ -360,7 +360,7 @@ def test_a_socket_that_a_dead_townhall_left_is_replaced_and_a_live_one_is_not(pl
     process = on_socket(place, path)
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}']
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, 'another server listens there' in done.stderr) == (2, True)
+    assert (done.returncode, 'another server listens on it' in done.stderr) == (2, True)
     end(process)
 
 
@@ -368,7 +368,7 @@ def test_a_socket_that_a_dead_townhall_left_is_replaced_and_a_live_one_is_not(pl
     ('path', 'says'),
     [
         ('relative.sock', 'give an absolute path'),
-        ('/proc/version', 'there is a file that is no socket'),
+        ('/proc/version', 'this file is not a socket'),
         ('/nowhere/hall.sock', 'No such file or directory'),
         ('/proc/' + 'x' * 120, 'too long'),
     ],

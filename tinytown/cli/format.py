@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from ..console import STEERING, clean
+from ..console import UNSAFE, clean
 from ..core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
 from ..host.processes import this_host
 from ..model import CONDUCTOR_ID
@@ -44,7 +44,7 @@ def cleaned(value: Any) -> Any:
 def as_json(answer: Any, ascii_only: bool) -> str:
     """An answer as JSON on one line; what would steer a terminal is escaped."""
     text = json.dumps(answer, ensure_ascii=ascii_only)
-    return STEERING.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
+    return UNSAFE.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
 
 
 def counted(number: int, noun: str) -> str:

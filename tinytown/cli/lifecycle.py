@@ -305,8 +305,9 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     path = (setting.path, key) if key else tuple(setting.path.split('.'))
     changed = change(file.read_bytes().decode(), path, new)
     wanted = before | {setting.path: before.get(setting.path, {}) | whole if key else whole}
-    untold = {f'{table}.enabled': None for table in configuration.TELLING_TABLES} | {setting.path: wanted[setting.path]}
-    if configuration.parse(changed.encode(), str(file)) | untold != wanted | untold:
+    ignored: dict[str, Any] = {f'{table}.enabled': None for table in configuration.ENABLING_TABLES}
+    ignored[setting.path] = wanted[setting.path]
+    if configuration.parse(changed.encode(), str(file)) | ignored != wanted | ignored:
         raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
     is_open = _shown(setting.path, new) == new
     write_atomically(file, changed, 0o600, keep_mode=is_open)

@@ -493,7 +493,7 @@ def _handshake(town: Town, agent_id: str, instance: str) -> bytes:
 
     Other users could read argv, and child processes inherit the environment.
     """
-    settings = configuration.as_told(town.config)
+    settings = configuration.to_values(town.config)
     return json.dumps(
         {'root': str(town.root), 'agent_id': agent_id, 'instance': instance, 'settings': settings}
     ).encode()

@@ -194,7 +194,7 @@ class _Spawner:
         )
         assert process.stdin
         with suppress(OSError), process.stdin as stdin:
-            stdin.write(json.dumps(self._config and configuration.as_told(self._config)).encode())
+            stdin.write(json.dumps(self._config and configuration.to_values(self._config)).encode())
         return process
 
 

@@ -1,9 +1,9 @@
-"""The HTTP server: one thread, an event loop, and what it does with whole requests; drain.
+"""The HTTP server: an event loop on one thread that accepts clients, runs requests, and drains. See `Server.serve`.
 
-`http.server` owns the listening socket (`listen`); its parser, its threads and its lack of limits are replaced. One
-thread owns every connection (`connection`) and the loop (epoll; poll elsewhere). It starts a request's step, and
-hands the step's Redis commands to a `Link`, so that whatever is ready together shares one write to Redis; it never
-waits for Redis, nor for a client. Operations that are slow (processes, waiting) run on threads of their own.
+The stdlib's `http.server` owns the listening socket (`listener`). Its parser, threads and missing limits are replaced.
+One thread owns the loop (epoll, or poll where there is none) and every connection (`connection`). It starts the step of
+a request and hands the step's Redis commands to a `Link`, so that all commands that are ready at once share one write
+to Redis. It never waits for Redis or for a client. Slow operations (starting processes, waiting) get their own threads.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ T = TypeVar('T')
 Encrypt: TypeAlias = 'Callable[[socket.socket], TlsSocket]'
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-_ENOUGH: Final = 8  # commands that are sent at once, so that Redis works while the rest of a turn is read
-_AT_ONCE: Final = 64  # connections that one turn takes
-MOST_SLOW: Final = 128  # slow operations at once
-_SPARE_DESCRIPTORS: Final = 256  # beside connections: Redis, slow operations, files
+_ENOUGH: Final = 8  # commands that are sent before the turn ends, so that Redis works while the rest is read
+_AT_ONCE: Final = 64  # connections to accept per turn
+MOST_SLOW: Final = 128  # slow operations at a time
+_SPARE_DESCRIPTORS: Final = 256  # for Redis, slow operations and files, in addition to connections
 
 
 class RequestMeter(Protocol):
-    """What is told of requests and connections (`metrics`)."""
+    """Counts requests and connections; `rest/metrics.py` implements it."""
 
     def observe(self, operation: str, method: str, status: int, seconds: float) -> None: ...
     def gauge(self, connections: int, streams: int) -> None: ...
@@ -60,11 +60,11 @@ class RequestMeter(Protocol):
 class Server:
     """Serves an application to the clients of a listener until a signal ends it.
 
-    `connections` are those that are open, `draining` says that no more are taken. Made on the main thread: from then on
-    SIGTERM, SIGINT, SIGQUIT and SIGHUP are its own. The first of the former two drains, a second one or SIGQUIT ends it
-    at once; SIGHUP calls `reload`. One of several processes is given a `lifeline`: it drains when that reads as ended.
-    `prepare` may start a Redis that died. `before_flush` is called before commands are sent; if it gives an error they
-    are not, and fail with it.
+    `connections` are the open ones; while `draining`, no more are accepted. Create it on the main thread: it handles
+    SIGTERM, SIGINT, SIGQUIT and SIGHUP from then on. SIGTERM or SIGINT drains, a second one or SIGQUIT ends it at once;
+    SIGHUP calls `reload`. A worker process gets a `lifeline`, a descriptor: when it reads end of file, the process
+    drains. `prepare` may restart a dead Redis. `before_flush` is called before commands are sent; if it returns an
+    error, they are not sent and fail with it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Server:
         self._handlers: dict[int, Callable[[int], None]] = {}
         has_epoll = hasattr(select, 'epoll')
         self._poll = select.epoll() if has_epoll else select.poll()
-        self._second = 1 if has_epoll else 1000  # in the unit of its timeout
+        self._second = 1 if has_epoll else 1000  # in the unit of the timeout of `_poll`
         self._soon: deque[Callable[[], None]] = deque()
         self._slow = 0
         self._stops = self._is_forced = self._reloads = False
@@ -111,9 +111,9 @@ class Server:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def apply(self, settings: TownhallSettings, encrypt: Encrypt | None = None) -> None:
-        """Takes up settings; for connections that are there already, too, but for `encrypt`, which is for new ones.
+        """Applies new settings, to open connections as well. `encrypt` applies to new connections only.
 
-        Clients with certificates have to connect again, for theirs may have been revoked.
+        Clients with certificates must reconnect, because their certificates may have been revoked.
         """
         self._encrypt = encrypt
         self.limits = settings.limits
@@ -143,14 +143,14 @@ class Server:
             self._end()
 
     def _await_redis(self) -> None:
-        """Leaves clients in the backlog until Redis is connected, or was given its time: no needless 503 at start."""
+        """Leaves clients in the backlog until Redis is connected or has timed out: no needless 503 at the start."""
         deadline = time.monotonic() + TIMEOUT
         while not self.link.is_up and not self._stops and time.monotonic() < deadline:
             self._turn()
 
     def _turn(self) -> None:
-        hurries = self._slow or self.draining or self._paused_until or (self.link.is_up and self.link.is_waiting)
-        interval = 0.1 if hurries else 1.0
+        is_urgent = self._slow or self.draining or self._paused_until or (self.link.is_up and self.link.is_waiting)
+        interval = 0.1 if is_urgent else 1.0
         events = self._poll.poll(interval * self._second)
         for descriptor, mask in events:
             handler = self._handlers.get(descriptor)
@@ -171,13 +171,13 @@ class Server:
             self._lines.clear()
 
     def _send_off(self) -> None:
-        """Sends what Redis is to do, once all that must be done before that is done."""
+        """Sends the waiting commands to Redis, after `before_flush` has done what must precede them."""
         while error := self._before_flush():
             self.link.refuse_unsent(error)  # which may let clients send more
         self.link.flush()
 
     def _sweep(self, now: float) -> None:
-        """Ends what is past its deadline."""
+        """Ends requests and connections that are past their deadline."""
         self._swept = now
         log.flush(0)
         self.link.expire(now)
@@ -198,9 +198,9 @@ class Server:
         return self._is_forced or not self.connections or time.monotonic() > self._drain_until
 
     def _drain(self) -> None:
-        """Takes no more connections; those without a request close, the others once they are answered."""
+        """Accepts no more connections. Idle ones close now, the others after their answer."""
         for _ in range(BACKLOG // _AT_ONCE):
-            self._accept(0)  # who came before the signal
+            self._accept(0)  # clients that connected before the signal
         self.draining = True
         self._drain_until = time.monotonic() + self.limits.drain_secs
         self.unwatch(self._listener.socket)
@@ -227,7 +227,7 @@ class Server:
             self._stops = True
 
     def _orphaned(self, _mask: int) -> None:
-        """The process that started us is gone."""
+        """Drains, because the process that started us has ended."""
         self._handlers.pop(self._lifeline)
         self._poll.unregister(self._lifeline)
         self._stops = True
@@ -261,13 +261,13 @@ class Server:
 
     _redis_descriptor = -1
 
-    def call_soon(self, what: Callable[[], None]) -> None:
-        """Has the loop's thread do something. Any thread may call."""
-        self._soon.append(what)
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` on the loop's thread. May be called from any thread."""
+        self._soon.append(callback)
         try:
             os.write(self._wake_write, b'.')
         except (BlockingIOError, OSError):
-            pass  # the loop is awake anyway, or over
+            pass  # the loop is awake already, or has ended
 
     def _woken(self, _mask: int) -> None:
         try:
@@ -285,7 +285,7 @@ class Server:
             except ConnectionAbortedError:
                 continue
             except OSError:
-                self._paused_until = time.monotonic() + 0.1  # out of descriptors, say: clients wait in the backlog
+                self._paused_until = time.monotonic() + 0.1  # no descriptors left, say; clients wait in the backlog
                 self.unwatch(self._listener.socket)
                 return
             over = len(self.connections) - self.limits.connections
@@ -294,7 +294,7 @@ class Server:
                 continue
             try:
                 connection = self._welcome(sock, address)
-            except OSError:  # gone already
+            except OSError:  # the client is gone
                 sock.close()
                 continue
             if over >= 0:
@@ -309,7 +309,7 @@ class Server:
     # --------------------------------------------------------------------------------------------------- requests
 
     def run(self, connection: Connection, request: Request) -> None:
-        """Has a request answered: at once, with the replies of Redis, on a thread if it is slow, or later."""
+        """Runs a request. It is answered at once, after Redis has replied, on a thread if it is slow, or later."""
         try:
             answer = self.application.handle(request)
         except Exception as e:  # a request must not end the server
@@ -333,50 +333,50 @@ class Server:
             _Drive(self.link, self._store, answer, done)
 
     def drive(self, step: Generator[Command, Any, T], done: Done[T], slow: bool = False, waits: bool = False) -> None:
-        """Runs a step, on a thread of its own if it is slow. On the loop's thread, as is the call of `done`.
+        """Runs a step, on a thread of its own if it is `slow`. Call it on the loop's thread, which also calls `done`.
 
-        One that `waits`, or reads, gets no thread while half of them are taken: it must not hold up changes, nor the
-        proof of who calls.
+        A slow step that `waits` or reads gets a thread only while less than half of them are in use, so that it can't
+        hold up changes or authentication.
         """
         if slow:
             self._run_slow(step, done, MOST_SLOW // 2 if waits else MOST_SLOW)
         else:
             _Drive(self.link, self._store, step, done)
 
-    def _run_slow(self, step: Generator[Command, Any, T], done: Done[T], most: int) -> None:
+    def _run_slow(self, step: Generator[Command, Any, T], done: Done[T], limit: int) -> None:
         def work() -> None:
-            given, error = None, None
+            result, error = None, None
             try:
-                given = self._store.run(step)
-            except Exception as e:  # as above
+                result = self._store.run(step)
+            except Exception as e:  # a request must not end the server
                 error = e
             finally:
                 self._store.close()
-            self.call_soon(lambda: end(given, error))
+            self.call_soon(lambda: end(result, error))
 
-        def end(given: T | None, error: Exception | None) -> None:
+        def end(result: T | None, error: Exception | None) -> None:
             self._slow -= 1
-            _finish(done, given, error)
+            _finish(done, result, error)
 
         try:
-            if self._slow >= most:
+            if self._slow >= limit:
                 raise RuntimeError
             threading.Thread(target=work, name='slow', daemon=True).start()
-        except RuntimeError:  # also of the machine, when it has no more threads
-            done(None, Unavailable(f'{self._slow} slow operations are under way', code='busy', retry_after=1))
+        except RuntimeError:  # also raised by `start`, if the system has no more threads
+            done(None, Unavailable(f'{self._slow} slow operations are running', code='busy', retry_after=1))
         else:
             self._slow += 1
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer for a request that raised: what a TownError says; for a fault of ours no more than its id."""
+        """The answer for a request that raised: the message of a TownError, or for a bug just the request id."""
         if isinstance(error, TownError):
             return problem(error, request.id)
-        about = {'request_id': request.id, 'principal': request.caller}
-        logger.error(f'request {request.id} failed', exc_info=error, extra=about)
+        fields = {'request_id': request.id, 'principal': request.caller}
+        logger.error(f'request {request.id} failed', exc_info=error, extra=fields)
         return problem(Internal('internal error of the server; search its log for the request id'), request.id)
 
     def log(self, request: Request, response: Response) -> None:
-        """Counts a request, and notes it for the access log; the loop writes what has gathered."""
+        """Counts a request, and adds a line to the access log. The loop writes the lines of a turn together."""
         seconds = time.monotonic() - request.began
         if self._meter:
             self._meter.observe(request.operation, request.method, response.status, seconds)
@@ -384,34 +384,34 @@ class Server:
             return
         took = seconds * 1000
         peer = request.peer.address or 'unix'
-        path = quote(request.path)  # one word, whatever it holds
+        path = quote(request.path)  # one word, whatever it contains
         if self._access_log == 'text':
             now = rfc3339(time.time())
             self._lines.append(f'{now} {peer} {request.method} {path} {response.status} {took:.1f}ms {request.id}\n')
         else:
-            about: dict[str, Any] = {'request_id': request.id, 'peer': peer, 'principal': request.caller}
-            about |= {'method': request.method, 'path': request.path, 'status': response.status}
-            about |= {'ms': round(took, 2), 'bytes': len(response.body)}
-            self._note(f'{request.method} {path} {response.status}', about)
+            fields: dict[str, Any] = {'request_id': request.id, 'peer': peer, 'principal': request.caller}
+            fields |= {'method': request.method, 'path': request.path, 'status': response.status}
+            fields |= {'ms': round(took, 2), 'bytes': len(response.body)}
+            self._note(f'{request.method} {path} {response.status}', fields)
 
     def turned_away(self, peer: Peer, why: str) -> None:
-        """Notes a client whose TLS handshake failed for the access log."""
+        """Adds a line to the access log for a client whose TLS handshake failed."""
         address = peer.address or 'unix'
         if self._access_log == 'text':
             self._lines.append(f'{rfc3339(time.time())} {address} TLS handshake failed: {why}\n')
         elif self._access_log != 'off':
             self._note('TLS handshake failed', {'peer': address, 'tls': why})
 
-    def _note(self, message: str, about: dict[str, Any]) -> None:
-        """Notes something for an access log that has fields."""
+    def _note(self, message: str, fields: dict[str, Any]) -> None:
+        """Adds an entry to an access log in JSON or in the journal."""
         if self._access_log == 'json':
-            self._lines.append(log.json_line('access', message, **about))
+            self._lines.append(log.json_line('access', message, **fields))
         else:
-            log.send('access', message, **about)
+            log.send('access', message, **fields)
 
 
 class _Drive(Generic[T]):
-    """A step on its way through the loop: its commands go to Redis; what it gives, or raises, goes to `done`."""
+    """A step that the loop runs: sends its commands to Redis, and passes its result or exception to `done`."""
 
     __slots__ = ('_command', '_done', '_link', '_step', '_store')
 
@@ -422,10 +422,10 @@ class _Drive(Generic[T]):
         self._done = done
         self._go(step.send, None)
 
-    def _go(self, how: Callable[[Any], Command], value: Any) -> None:
-        """Runs the step to its next command, or to its end."""
+    def _go(self, resume: Callable[[Any], Command], value: Any) -> None:
+        """Runs the step to its next command, or to its end. `resume` is its `send` or `throw`."""
         try:
-            command = self._command = how(value)
+            command = self._command = resume(value)
             data = command.pack(self._store)
         except StopIteration as end:
             _finish(self._done, end.value, None)
@@ -443,38 +443,38 @@ class _Drive(Generic[T]):
             self._go(self._step.send, value)
 
     def _whole(self) -> bytes:
-        """The command with its script, for a server that does not know it."""
+        """The command with the text of its script, for a Redis that has not loaded it."""
         return self._command.pack(self._store, whole=True)
 
 
 def _access_log(settings: TownhallSettings) -> str:
-    """The form of the access log: text, json, journal or off."""
+    """The format of the access log: text, json, journal or off."""
     if settings.access_log == 'off' or not logger.isEnabledFor(logging.INFO):
         return 'off'
     return 'json' if settings.access_log == 'json' else settings.log.format
 
 
 def _request_ids() -> Iterator[str]:
-    """Ids that no other server gives: each begins at random, and counts."""
+    """Ids that no other server gives: a random start and a counter."""
     start = os.urandom(5).hex()
     return (f'{start}{number:06x}' for number in itertools.count())
 
 
-def _finish(done: Done[T], given: T | None, error: Exception | None) -> None:
-    _safely(lambda: done(given, error))
+def _finish(done: Done[T], result: T | None, error: Exception | None) -> None:
+    _safely(lambda: done(result, error))
 
 
-def _safely(what: Callable[[], None]) -> None:
-    """Calls something. A fault in it is ours, and must not end the server either."""
+def _safely(callback: Callable[[], None]) -> None:
+    """Calls a callback. An exception in it is a bug of ours; it is logged and must not end the server."""
     try:
-        what()
+        callback()
     except Exception as e:
         logger.error(f'internal error: {e!r}', exc_info=e)
 
 
 def _allow_descriptors(wanted: int) -> None:
-    """Raises our limit of open files, often 1,024, as far as we may and need."""
+    """Raises the limit of open files, often 1,024, to `wanted` or as far as permitted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
