@@ -445,7 +445,7 @@ def test_the_level_filters_lines_and_can_be_changed_at_runtime(place: Place) -> 
         deadline = time.monotonic() + PATIENCE
         while is_logged(os.urandom(8).hex()) != wanted:
             assert time.monotonic() < deadline, level
-    assert served.said('').count('taken up again') == 1  # its level is below warning
+    assert served.said('').count('was reloaded') == 1  # its level is below warning
 
 
 def test_losing_and_regaining_redis_is_logged(place: Place) -> None:

@@ -187,7 +187,7 @@ def _use_by_command(old: Place, hall: Hall) -> None:
     assert file.read_text().splitlines() == [
         'max_agents = 21' if line == 'max_agents = 20' else line for line in before
     ]
-    hall.said('taken up again')
+    hall.said('was reloaded')
     [note] = [json.loads(each.read_text()) for each in (old.root / '.tt' / 'run').glob('townhall-*.json')]
     assert note['pid'] == hall.process.pid, 'the run file of the old townhall is gone'
     assert {'host', 'boot', 'pid', 'start', 'url'} <= note.keys(), 'an old tt finds it by these'

@@ -333,7 +333,7 @@ def test_tt_sends_its_key_and_reports_a_refusal(make: Callable[..., Keyed]) -> N
     done = keyed.place.tt('status', *remote, check=False)
     assert (done.returncode, done.stderr) == (
         1,
-        'tt: send an API key, as Authorization: Bearer …; give a key that is good there: --api-key-file F\n',
+        'tt: send an API key, as Authorization: Bearer …; give a key that is valid there: --api-key-file F\n',
     )
 
 

@@ -338,7 +338,7 @@ def test_the_lines_to_paste_are_valid_as_they_are(directory: Path, tt: Tt) -> No
 
 
 def test_the_list_shows_scopes_notes_and_expiry_and_never_a_hash(directory: Path, tt: Tt) -> None:
-    assert tt('key', 'list')[1] == 'townhall.auth.mode is "none", so no key is asked for.\n'
+    assert tt('key', 'list')[1] == 'townhall.auth.mode is "none", so townhall does not ask for keys.\n'
     made = made_by(tt, 'key', 'create', '--note', 'for CI', '--expires', '2099-01-01T00:00:00Z', '--write')
     with open(directory / config.FILE, 'a') as file:
         file.write(entry(expires='2020-01-01T00:00:00Z'))
@@ -356,7 +356,7 @@ def test_the_list_shows_scopes_notes_and_expiry_and_never_a_hash(directory: Path
         ('key create --scopes all', 2, '--scopes all: give a list of one or more of town.read'),
         ('key create --scopes=', 2, 'give a list'),
         ('key create --expires soon', 2, '--expires soon: give 90d, 12h, or a time'),
-        ('key create --expires 2020-01-01T00:00:00Z', 2, 'that time is over'),
+        ('key create --expires 2020-01-01T00:00:00Z', 2, 'that time is in the past'),
         ('key create --expires 0d', 2, 'give 90d'),
         ('key revoke 0123abcd', 1, "There is no key '0123abcd'"),
         ('key rotate 0123abcd', 1, 'see tt key list'),

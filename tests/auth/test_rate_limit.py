@@ -221,7 +221,7 @@ def test_the_limit_is_the_same_for_any_number_of_processes_and_a_reload_refills_
     assert spent(hall, 4, changes=False) == 4
     assert spent(hall, 2, changes=True) == 2
     hall.process.send_signal(signal.SIGHUP)
-    wait_for_log(hall, 'the configuration was taken up again')
+    wait_for_log(hall, 'the configuration was reloaded')
     assert [hall.get('/v1/town').status for _ in range(6)] == [429] * 6
     assert [hall.post('/v1/recover').status for _ in range(3)] == [429] * 3
     for path in ('/health', '/ready', '/metrics'):

@@ -1,4 +1,4 @@
-"""`tt doctor`: what does not fit together is found, explained, and mended on request."""
+"""`tt doctor`: it finds and explains processes, records and tasks that do not fit together; --fix mends them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def place(directory: Path) -> Iterator[Place]:
 
 
 def findings(place: Place, *words: str) -> dict[str, Any]:
-    """What doctor finds, by kind. That nobody serves the town is found in all of these tests."""
+    """The findings by kind, without `unserved`, which is always found because no townhall runs in these tests."""
     done = place.tt('doctor', '--json', *words, check=False)
     assert done.returncode == 1, done.stderr
-    found = {each['kind']: each for each in json.loads(done.stdout)['findings']}
-    assert found.pop('unserved')['mended'] is False
-    return found
+    by_kind = {finding['kind']: finding for finding in json.loads(done.stdout)['findings']}
+    assert by_kind.pop('unserved')['mended'] is False
+    return by_kind
 
 
-def test_a_town_that_is_served_and_whole_has_no_findings(place: Place) -> None:
+def test_a_served_and_consistent_town_has_no_findings(place: Place) -> None:
     place.hall()
     place.do('agent.spawn', name='a')
     done = place.tt('doctor')
     assert done.stdout == 'Processes, records and tasks fit together.\n'
 
 
-def test_a_worker_that_died_is_found_and_what_it_held_is_freed(place: Place) -> None:
+def test_a_dead_worker_is_found_and_its_task_is_freed(place: Place) -> None:
     place.do('agent.spawn', name='a')
     task = place.do('task.assign', agent='a', task='sleep 60')['task_id']
     place.await_event('task.started', task_id=task)
@@ -56,7 +56,7 @@ def test_a_worker_that_died_is_found_and_what_it_held_is_freed(place: Place) -> 
     assert findings(place) == {}
 
 
-def test_a_process_whose_worker_is_no_more_is_found_and_ended(place: Place) -> None:
+def test_a_process_of_a_worker_without_a_record_is_found_and_ended(place: Place) -> None:
     env = os.environ | {'TINYTOWN_TOWN': str(place.root), 'TINYTOWN_AGENT_ID': new_id(), INSTANCE_VARIABLE: new_id()}
     with subprocess.Popen(
         [sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE, env=env
@@ -68,7 +68,7 @@ def test_a_process_whose_worker_is_no_more_is_found_and_ended(place: Place) -> N
     assert findings(place) == {}
 
 
-def test_tasks_that_wait_for_a_stopped_agent_are_found_and_returned(place: Place) -> None:
+def test_tasks_of_a_stopped_agent_are_found_and_returned_to_the_backlog(place: Place) -> None:
     place.do('agent.spawn', name='a')
     place.do('agent.interrupt', agent='a')
     task = place.do('task.assign', agent='a', task='later')['task_id']

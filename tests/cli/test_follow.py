@@ -1,4 +1,4 @@
-"""The commands that go on: what they print as it happens, how they end, and what they do to a terminal."""
+"""The commands that run until Ctrl-C: what they print as it happens, how they end, and what they do to a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..support import PATIENCE, Hall, Place, environment
 
 
 class Running:
-    """A `tt` command that goes on; its output is read as it comes."""
+    """A running `tt` command, whose output is read as it comes."""
 
     def __init__(self, place: Place, *words: str, **env: str) -> None:
         self.process = subprocess.Popen(
@@ -47,33 +47,33 @@ class Running:
         assert self.process.stdout
         self._out = self.process.stdout
         self._decoder = codecs.getincrementaldecoder('utf-8')()
-        self.said = ''
+        self.output = ''
 
     def until(self, pattern: str) -> re.Match[str]:
-        """Reads until the output holds a pattern."""
+        """Reads until the output matches a pattern."""
         deadline = time.monotonic() + PATIENCE
-        while not (found := re.search(pattern, self.said)):
+        while not (match := re.search(pattern, self.output)):
             left = deadline - time.monotonic()
-            assert left > 0, f'no {pattern} in {self.said!r}'
-            assert select.select([self._out], [], [], left)[0], f'no {pattern} in {self.said!r}'
+            assert left > 0, f'no {pattern} in {self.output!r}'
+            assert select.select([self._out], [], [], left)[0], f'no {pattern} in {self.output!r}'
             part = os.read(self._out.fileno(), 65536)
-            assert part, f'it ended: {self.said!r} {self.process.stderr.read()!r}'  # type: ignore[union-attr]
-            self.said += self._decoder.decode(part)
-        return found
+            assert part, f'it ended: {self.output!r} {self.process.stderr.read()!r}'  # type: ignore[union-attr]
+            self.output += self._decoder.decode(part)
+        return match
 
     def lines(self, count: int) -> None:
-        """Reads so many lines."""
+        """Reads until there are `count` lines in all."""
         self.until(rf'\A(?:[^\n]*\n){{{count}}}')
 
     def has_more(self, seconds: float) -> bool:
-        """Whether it says more within so many seconds."""
+        """Whether it prints more within `seconds`."""
         return bool(select.select([self._out], [], [], seconds)[0])
 
     def end(self, by: int = signal.SIGINT) -> tuple[int, str]:
-        """Ends it by a signal: its exit status, and what it said on stderr."""
+        """Ends it by a signal. Returns its exit status and its stderr."""
         self.process.send_signal(by)
         out, err = self.process.communicate(timeout=PATIENCE)
-        self.said += self._decoder.decode(out)
+        self.output += self._decoder.decode(out)
         return self.process.returncode, err.decode()
 
 
@@ -82,7 +82,7 @@ Run = Callable[..., Running]
 
 @pytest.fixture
 def run() -> Iterator[Run]:
-    """Runs commands, and kills those that are left at the end."""
+    """Starts commands, and kills those that still run at the end of the test."""
     with ExitStack() as stack:
 
         def start(place: Place, *words: str, **env: str) -> Running:
@@ -113,32 +113,32 @@ def way(request: pytest.FixtureRequest, ground: Place, open_hall: Hall) -> list[
 # ------------------------------------------------------------------------------------------------------------- events
 
 
-def test_events_are_told_a_line_each_as_they_happen_until_ctrl_c(ground: Place, way: list[str], run: Run) -> None:
+def test_events_are_printed_a_line_each_as_they_happen_until_ctrl_c(ground: Place, way: list[str], run: Run) -> None:
     happen(ground, 1)
-    told = run(ground, 'events', '-f', '--after', '0-0', *way)
-    told.until(r'task\.created .*\n')
+    command = run(ground, 'events', '-f', '--after', '0-0', *way)
+    command.until(r'task\.created .*\n')
     agent = enlist(ground, 'backend')
     task = ground.do('task.assign', agent='backend', task='x')['task_id']
-    told.until(rf'Z  task\.assigned +backend +{task}\n')
+    command.until(rf'Z  task\.assigned +backend +{task}\n')
     agent.depart()
-    told.until(r'agent\.stopped +backend +-  by test\n|agent\.stopped +backend.*\n')
-    assert told.end() == (130, '')
-    assert len(told.said.splitlines()) == len(ids(ground))
+    command.until(r'agent\.stopped +backend +-  by test\n|agent\.stopped +backend.*\n')
+    assert command.end() == (130, '')
+    assert len(command.output.splitlines()) == len(ids(ground))
 
 
-def test_without_a_start_only_what_comes_is_told(ground: Place, way: list[str], run: Run) -> None:
+def test_without_a_start_only_new_events_are_printed(ground: Place, way: list[str], run: Run) -> None:
     happen(ground, 3)
-    told = run(ground, 'events', '-f', '--json', '--type', 'agent', '--verbose', *way)
-    while not told.said:
+    command = run(ground, 'events', '-f', '--json', '--type', 'agent', '--verbose', *way)
+    while not command.output:
         enlist(ground, f'a{len(ids(ground))}')
-        if told.has_more(0.2):
-            told.until(r'\n')
-    first = json.loads(told.said.splitlines()[0])
+        if command.has_more(0.2):
+            command.until(r'\n')
+    first = json.loads(command.output.splitlines()[0])
     assert first['type'].startswith('agent.')
-    assert told.end()[0] == 130
+    assert command.end()[0] == 130
 
 
-def test_a_count_ends_it(ground: Place, way: list[str]) -> None:
+def test_count_limits_the_number_of_events(ground: Place, way: list[str]) -> None:
     happen(ground, 5)
     done = ground.tt('events', '-f', '--since', '1h', '--count', '3', '--json', *way)
     assert [json.loads(line)['id'] for line in done.stdout.splitlines()] == ids(ground)[:3]
@@ -147,7 +147,7 @@ def test_a_count_ends_it(ground: Place, way: list[str]) -> None:
     assert len(ground.tt('events', '--since', '1970-01-01T00:00:01Z', *way).stdout.splitlines()) == 6
 
 
-def test_what_is_rare_is_found_however_far_it_is(ground: Place, way: list[str]) -> None:
+def test_a_filter_finds_rare_events_among_thousands(ground: Place, way: list[str]) -> None:
     happen(ground, 2100)
     enlist(ground, 'rare')
     happen(ground, 1)
@@ -157,14 +157,14 @@ def test_what_is_rare_is_found_however_far_it_is(ground: Place, way: list[str]) 
     ]
 
 
-def test_types_of_events_may_be_given_one_by_one_or_together(ground: Place, way: list[str]) -> None:
+def test_several_event_types_may_be_given_one_by_one_or_separated_by_commas(ground: Place, way: list[str]) -> None:
     happen(ground, 1)
     enlist(ground, 'a')
-    told = [
+    shown = [
         [event['type'] for event in ground.tt_json('events', *way, *types)['events']]
         for types in (('--type', 'task', '--type', 'agent.started'), ('--type', 'task,agent.started'))
     ]
-    assert told == [['task.created', 'agent.started']] * 2
+    assert shown == [['task.created', 'agent.started']] * 2
 
 
 def test_history_shows_the_latest_events(ground: Place, way: list[str]) -> None:
@@ -175,63 +175,65 @@ def test_history_shows_the_latest_events(ground: Place, way: list[str]) -> None:
     assert 'task.created' not in ground.tt('history', '--agent', 'a', *way).stdout
 
 
-def test_a_gap_is_told(ground: Place, way: list[str], run: Run) -> None:
+def test_a_gap_between_events_is_shown(ground: Place, way: list[str], run: Run) -> None:
     happen(ground, 3)
-    told = run(ground, 'events', '-f', '--after', '0-0', *way)
-    told.lines(3)
+    command = run(ground, 'events', '-f', '--after', '0-0', *way)
+    command.lines(3)
     ground.do('town.reset', force=True)
-    told.until(r'--- some events are not kept any more ---\n.*town\.reset')
+    command.until(r'--- some events are no longer kept ---\n.*town\.reset')
 
 
-def test_the_town_is_followed_over_the_death_of_its_townhall(place: Place, run: Run) -> None:
+def test_following_events_goes_on_after_a_townhall_is_killed_and_restarted(place: Place, run: Run) -> None:
     hall = place.hall()
     happen(place, 10)
-    told = run(place, 'events', '-f', '--after', '0-0', '--json', '--url', f'http://127.0.0.1:{hall.port}')
-    told.lines(10)
+    command = run(place, 'events', '-f', '--after', '0-0', '--json', '--url', f'http://127.0.0.1:{hall.port}')
+    command.lines(10)
     hall.kill()
     happen(place, 10)
     hall = place.hall('--port', str(hall.port))
     happen(place, 10)
-    told.lines(30)
+    command.lines(30)
     hall.process.send_signal(signal.SIGTERM)
     hall.process.wait()
     hall = place.hall('--port', str(hall.port))
     happen(place, 10)
-    told.lines(40)
-    status, complained = told.end()
-    assert [json.loads(line)['id'] for line in told.said.splitlines()] == ids(place)
+    command.lines(40)
+    status, stderr = command.end()
+    assert [json.loads(line)['id'] for line in command.output.splitlines()] == ids(place)
     assert status == 130
-    assert '; trying again' in complained
-    assert 'Traceback' not in complained
+    assert '; trying again' in stderr
+    assert 'Traceback' not in stderr
 
 
 @pytest.mark.parametrize(
-    ('words', 'status', 'said'),
+    ('words', 'status', 'says'),
     [
         (['events', '-f', '--since', 'yesterday'], 2, '--since yesterday'),
         (['events', '--since', '1h', '--after', '1-0'], 2, 'not both'),
         (['events', '-f', '--type', '*'], 2, '--type'),
         (['events', '-f', '--count', '0'], 2, '--limit'),
-        (['events', '-f', '--url', 'http://127.0.0.1:1'], 1, 'can not be reached'),
+        (['events', '-f', '--url', 'http://127.0.0.1:1'], 1, "can't be reached"),
         (['logs', '-f', 'nobody'], 1, "Agent 'nobody' not found"),
-        (['top', '--url', 'http://127.0.0.1:1'], 1, 'can not be reached'),
+        (['top', '--url', 'http://127.0.0.1:1'], 1, "can't be reached"),
     ],
 )
-def test_what_can_not_begin_says_why_in_one_line(ground: Place, words: list[str], status: int, said: str) -> None:
+def test_a_follow_that_can_not_start_says_why_in_one_line(
+    ground: Place, words: list[str], status: int, says: str
+) -> None:
     done = ground.tt(*words, check=False)
     assert (done.returncode, done.stdout) == (status, '')
-    assert said in done.stderr
+    assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_townhall_that_refuses_ends_it(ground: Place, open_hall: Hall) -> None:
+def test_an_error_of_the_townhall_ends_a_follow(ground: Place, open_hall: Hall) -> None:
     url = f'http://{open_hall.address}:{open_hall.port}'
     done = ground.tt('logs', '-f', 'nobody', '--url', url, check=False)
     assert (done.returncode, done.stderr) == (1, "tt: Agent 'nobody' not found\n")
     await_streams(open_hall, 0)
 
 
-def test_ages_and_times_are_ids() -> None:
+def test_since_converts_ages_and_times_to_event_ids() -> None:
     assert since('10m', 1000) == '400000-0'
     assert since('2h', 100) == '0-0'
     assert since('1970-01-01T00:00:01.5Z', 0) == '1500-0'
@@ -240,36 +242,38 @@ def test_ages_and_times_are_ids() -> None:
             since(wrong, 0)
 
 
-def test_server_sent_events_are_read_as_the_standard_has_it() -> None:
+def test_server_sent_events_are_parsed_as_in_the_html_standard() -> None:
     lines = b': hi\n\nid: 1\nevent: a\ndata: x\ndata:  y\n\nretry: 5\ndata\r\n\r\nid: 2\n\ndata: lost'.splitlines(
         keepends=True
     )
-    found = [tuple(each) for each in sent_events(lines, '0')]
-    assert found == [('message', '0', ''), ('a', '1', 'x\n y'), ('message', '1', ''), ('message', '2', '')]
+    events = [tuple(event) for event in sent_events(lines, '0')]
+    assert events == [('message', '0', ''), ('a', '1', 'x\n y'), ('message', '1', ''), ('message', '2', '')]
 
 
 # --------------------------------------------------------------------------------------------------------------- logs
 
 
-def test_a_log_is_followed_from_its_last_lines_on(ground: Place, way: list[str], run: Run) -> None:
+def test_a_followed_log_starts_with_its_last_lines_and_goes_on_as_it_grows(
+    ground: Place, way: list[str], run: Run
+) -> None:
     enlist(ground, 'a')
     file = ground.root / '.tt' / 'logs' / 'a.log'
-    for beside in ('.1', '.at'):
-        file.with_name(f'a.log{beside}').unlink(missing_ok=True)
+    for suffix in ('.1', '.at'):
+        file.with_name(f'a.log{suffix}').unlink(missing_ok=True)
     file.write_text('one\ntwo\nthree\n')
-    told = run(ground, 'logs', 'a', '-f', '-n', '2', *way)
-    told.until('two\nthree\n')
+    command = run(ground, 'logs', 'a', '-f', '-n', '2', *way)
+    command.until('two\nthree\n')
     with file.open('a') as out:
         out.write('four \x1b[2J\n')
-    told.until('four \ufffd\\[2J\n')
+    command.until('four \ufffd\\[2J\n')
     file.write_text('anew\n')
-    told.until('anew\n')
-    status, complained = told.end()
-    assert (status, told.said) == (130, 'two\nthree\nfour \ufffd[2J\nanew\n')
-    assert complained == 'tt: the log begins anew\n'
+    command.until('anew\n')
+    status, stderr = command.end()
+    assert (status, command.output) == (130, 'two\nthree\nfour \ufffd[2J\nanew\n')
+    assert stderr == 'tt: the log starts again\n'
 
 
-def test_a_log_is_shown_as_it_is(ground: Place, way: list[str]) -> None:
+def test_logs_prints_the_text_of_the_log_unchanged(ground: Place, way: list[str]) -> None:
     enlist(ground, 'a')
     (ground.root / '.tt' / 'logs' / 'a.log').write_text('one\n  two\n')
     assert ground.tt('logs', 'a', *way).stdout == 'one\n  two\n'
@@ -281,35 +285,35 @@ def test_a_log_is_shown_as_it_is(ground: Place, way: list[str]) -> None:
 
 
 class Terminal:
-    """A command on a terminal of its own, and what stands on its screen."""
+    """A command that runs on a pseudoterminal, and what its screen shows."""
 
     def __init__(self, place: Place, *words: str, columns: int = 80, lines: int = 24, **env: str) -> None:
-        self._ours, self._its = pty.openpty()
+        self._master, self._slave = pty.openpty()
         self.resize(columns, lines)
-        self.before = termios.tcgetattr(self._its)
+        self.before = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
             [sys.executable, '-m', 'tinytown.cli', *words],
             cwd=place.root,
             env=environment(TERM='xterm', **env),
-            stdin=self._its,
-            stdout=self._its,
-            stderr=self._its,
+            stdin=self._slave,
+            stdout=self._slave,
+            stderr=self._slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is for it
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
         )
         self.raw = ''
         self._decoder = codecs.getincrementaldecoder('utf-8')()
 
     def resize(self, columns: int, lines: int) -> None:
-        fcntl.ioctl(self._its, termios.TIOCSWINSZ, struct.pack('HHHH', lines, columns, 0, 0))
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack('HHHH', lines, columns, 0, 0))
 
     def screen(self) -> list[str]:
-        """The lines that are shown now."""
+        """The lines on the screen now."""
         drawn = self.raw.rpartition('\x1b[H')[2].partition('\x1b[J')[0]
         return [re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', line) for line in drawn.split('\r\n')]
 
     def until(self, pattern: str) -> list[str]:
-        """Reads until the screen shows a pattern: the screen."""
+        """Reads until the screen matches a pattern. Returns the screen."""
         deadline = time.monotonic() + PATIENCE
         while not re.search(pattern, '\n'.join(self.screen())):
             left = deadline - time.monotonic()
@@ -318,19 +322,19 @@ class Terminal:
         return self.screen()
 
     def _read(self, seconds: float) -> None:
-        if select.select([self._ours], [], [], seconds)[0]:
-            self.raw += self._decoder.decode(os.read(self._ours, 65536))
+        if select.select([self._master], [], [], seconds)[0]:
+            self.raw += self._decoder.decode(os.read(self._master, 65536))
 
     def press(self, keys: bytes) -> None:
-        os.write(self._ours, keys)
+        os.write(self._master, keys)
 
     def end(self) -> int:
-        """Waits for its end, and sees that the terminal is as it was. The exit status."""
+        """Waits until the command ends, and checks that it restored the terminal. Returns the exit status."""
         deadline = time.monotonic() + PATIENCE
-        while self.process.poll() is None or select.select([self._ours], [], [], 0)[0]:
+        while self.process.poll() is None or select.select([self._master], [], [], 0)[0]:
             assert time.monotonic() < deadline, self.screen()
             self._read(0.1)
-        assert termios.tcgetattr(self._its) == self.before
+        assert termios.tcgetattr(self._slave) == self.before
         assert self.raw.count('\x1b[?1049h') == self.raw.count('\x1b[?1049l')
         assert self.raw.count('\x1b[?25l') == self.raw.count('\x1b[?25h')
         assert self.raw.rindex('\x1b[?1049l') > self.raw.rindex('\x1b[H')
@@ -340,8 +344,8 @@ class Terminal:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._ours)
-        os.close(self._its)
+        os.close(self._master)
+        os.close(self._slave)
 
 
 Open = Callable[..., Terminal]
@@ -359,7 +363,7 @@ def terminal() -> Iterator[Open]:
         yield make
 
 
-def test_top_shows_the_agents_as_they_come_and_work_and_q_leaves_it(
+def test_top_shows_agents_as_they_start_and_work_until_q_is_pressed(
     ground: Place, way: list[str], terminal: Open
 ) -> None:
     shown = terminal(ground, 'top', *way)
@@ -381,7 +385,7 @@ def test_top_shows_the_agents_as_they_come_and_work_and_q_leaves_it(
     assert shown.end() == 0
 
 
-def test_a_status_that_is_watched_is_drawn_anew(ground: Place, way: list[str], terminal: Open) -> None:
+def test_status_watch_refreshes_the_screen_at_an_event(ground: Place, way: list[str], terminal: Open) -> None:
     shown = terminal(ground, 'status', '--watch', '--deep', *way)
     shown.until('No agents')
     enlist(ground, 'a')
@@ -391,14 +395,14 @@ def test_a_status_that_is_watched_is_drawn_anew(ground: Place, way: list[str], t
 
 
 @pytest.mark.parametrize(('by', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_the_terminal_is_given_back_however_it_ends(ground: Place, terminal: Open, by: int, status: int) -> None:
+def test_the_terminal_is_restored_after_every_signal(ground: Place, terminal: Open, by: int, status: int) -> None:
     shown = terminal(ground, 'top')
     shown.until('No agents')
     shown.process.send_signal(by)
     assert shown.end() == status
 
 
-def test_a_terminal_of_another_size_is_filled_anew(ground: Place, terminal: Open) -> None:
+def test_top_redraws_when_the_terminal_is_resized(ground: Place, terminal: Open) -> None:
     for i in range(12):
         enlist(ground, f'agent-{i}')
     shown = terminal(ground, 'top', columns=120, lines=40)
@@ -411,7 +415,7 @@ def test_a_terminal_of_another_size_is_filled_anew(ground: Place, terminal: Open
     assert shown.end() == 0
 
 
-def test_no_color_is_heeded(ground: Place, terminal: Open) -> None:
+def test_no_color_removes_the_colours_of_top(ground: Place, terminal: Open) -> None:
     enlist(ground, 'a')
     shown = terminal(ground, 'top', NO_COLOR='1')
     shown.until(r'a +Idle')
@@ -421,14 +425,14 @@ def test_no_color_is_heeded(ground: Place, terminal: Open) -> None:
     assert not re.search(r'\x1b\[[0-9;]*m', shown.raw)
 
 
-def test_the_screen_tells_that_the_town_can_not_be_reached_and_recovers(place: Place, terminal: Open) -> None:
+def test_the_screen_shows_that_the_town_can_not_be_reached_and_recovers(place: Place, terminal: Open) -> None:
     hall = place.hall()
     puppet: Puppet = enlist(place, 'a')
     shown = terminal(place, 'top', '--url', f'http://127.0.0.1:{hall.port}', columns=200)
     shown.until(r'a +Idle')
     hall.kill()
     lines = shown.until('trying again')
-    assert any('Idle' in line for line in lines)  # what was known last stays
+    assert any('Idle' in line for line in lines)  # the last known status stays on the screen
     place.hall('--port', str(hall.port))
     puppet.depart()
     shown.until(r'a +Stopped')
@@ -438,12 +442,12 @@ def test_the_screen_tells_that_the_town_can_not_be_reached_and_recovers(place: P
 
 
 @pytest.mark.parametrize('words', [['top'], ['status', '--watch']])
-def test_where_there_is_no_terminal_it_is_shown_once(ground: Place, words: list[str]) -> None:
+def test_without_a_terminal_the_status_is_shown_once(ground: Place, words: list[str]) -> None:
     enlist(ground, 'a')
     done = ground.tt(*words)
     assert 'Idle' in done.stdout
     assert '\x1b' not in done.stdout
-    assert done.stderr == 'tt: this is no terminal, so it is shown once\n'
+    assert done.stderr == 'tt: stdout is not a terminal, so this is shown only once\n'
     assert json.loads(ground.tt(*words, '--json').stdout)['agents'][0]['name'] == 'a'
 
 
@@ -476,7 +480,7 @@ def test_top_fits_any_terminal(columns: int, agents: int, lines: int) -> None:
     assert len(drawn) <= lines
     for line in drawn:
         plain = re.sub(r'\x1b\[\d*m', '', line)
-        assert sum(2 if each in '日本' else 1 for each in plain) <= columns
+        assert sum(2 if character in '日本' else 1 for character in plain) <= columns
         assert '\x1b' not in plain
         assert line.count('\x1b[0m') >= bool('\x1b' in line)
     if agents > lines:
@@ -486,18 +490,18 @@ def test_top_fits_any_terminal(columns: int, agents: int, lines: int) -> None:
 @pytest.mark.parametrize(
     ('seconds', 'shown'), [(-5, '0s'), (0, '0s'), (99.9, '99s'), (100, '1m'), (5999, '99m'), (6000, '1h')]
 )
-def test_a_heartbeat_is_shown_by_its_age(seconds: float, shown: str) -> None:
-    moment = 1795255200.0  # the one of AGENT
+def test_top_shows_the_age_of_the_last_heartbeat(seconds: float, shown: str) -> None:
+    moment = 1795255200.0  # the last heartbeat of AGENT
     [_, _, _, row, *_] = top(deep(1), moment + seconds, 200, 24)
     assert re.search(rf'500\+12 +{shown} ', row)
 
 
-def test_a_line_is_cut_with_its_colours() -> None:
+def test_cutting_a_line_keeps_its_colours_balanced() -> None:
     assert cut('\x1b[32mIdle\x1b[0m', 4) == '\x1b[32mIdle\x1b[0m'
     assert cut('\x1b[32mIdling\x1b[0m', 4) == '\x1b[32mIdl\x1b[0m…'
     assert cut('日本日本', 6, pad=True) == '日本… '
     assert cut('ab', 4, pad=True) == 'ab  '
 
 
-def test_an_event_is_one_clean_line() -> None:
+def test_an_event_is_shown_as_one_line_without_control_characters() -> None:
     assert event_line(EVENT) == '2026-11-21T10:00:00.000Z  task.requeued         a                 t  \ufffdw y'

@@ -1,4 +1,4 @@
-"""What a person sees: columns that align, colour where it helps, and nothing that steers the terminal."""
+"""Text for people: columns align, states are coloured, and nothing in an answer steers the terminal."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def test_columns_align_under_their_heads() -> None:
 
 
 def columns(text: str) -> int:
-    wide = sum(unicodedata.east_asian_width(each) == 'W' for each in text)
+    """The number of terminal columns that a text takes."""
+    wide = sum(unicodedata.east_asian_width(character) == 'W' for character in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 @pytest.mark.parametrize('text', ['x' * 500, '日' * 500, 'é' * 500])
-def test_a_long_cell_is_cut_where_it_is_too_wide(text: str) -> None:
+def test_a_long_cell_is_cut_to_72_columns(text: str) -> None:
     cell = table(('TEXT',), [[text]], '').splitlines()[1]
     assert cell.endswith('…')
     assert 71 <= columns(cell) <= 72
@@ -59,32 +60,33 @@ def test_states_are_coloured_only_if_colour_is_wanted() -> None:
 
 
 def example(schema: dict[str, Any], text: str) -> Any:
-    """A value of a JSON Schema, with `text` wherever text is."""
+    """A value that fits a JSON Schema, with `text` for every string."""
     kind = schema.get('type')
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == 'object':
-        return {name: example(each, text) for name, each in schema.get('properties', {'x': {'type': 'string'}}).items()}
+        properties = schema.get('properties', {'x': {'type': 'string'}})
+        return {name: example(value, text) for name, value in properties.items()}
     if kind == 'array':
         return [example(schema['items'], text)] * 2
     return {'string': text, 'integer': 7, 'number': 1.5, 'boolean': True}.get(str(kind))
 
 
 @pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
-def test_no_answer_steers_the_terminal_whatever_it_holds(op: Any) -> None:
+def test_hostile_text_in_an_answer_does_not_steer_the_terminal(op: Any) -> None:
     answer = example(op.output, HOSTILE)
     for shown in (
         format_answer(op.name, answer, False),
         re.sub(r'\x1b\[\d+m', '', format_answer(op.name, answer, True)),
     ):
         assert shown.strip()
-        assert not [each for each in shown if each != '\n' and unicodedata.category(each)[0] == 'C'], repr(shown)
+        assert not [c for c in shown if c != '\n' and unicodedata.category(c)[0] == 'C'], repr(shown)
     text = as_json(answer, ascii_only=False)
     assert json.loads(text) == answer
-    assert not [each for each in text if unicodedata.category(each)[0] == 'C']
+    assert not [c for c in text if unicodedata.category(c)[0] == 'C']
 
 
 @pytest.mark.parametrize('op', OPERATIONS, ids=lambda op: op.name)
-def test_every_answer_has_words_of_its_own_even_if_it_is_empty(op: Any) -> None:
+def test_an_empty_answer_of_every_operation_is_shown_as_text(op: Any) -> None:
     empty = {
         name: None if 'null' in each['type'] else {'array': [], 'integer': 0, 'object': {}}.get(each['type'], 'x')
         for name, each in op.output['properties'].items()
@@ -96,7 +98,7 @@ def test_every_answer_has_words_of_its_own_even_if_it_is_empty(op: Any) -> None:
     assert ': .' not in shown
 
 
-def test_text_that_is_plain_stays_as_it_is() -> None:
+def test_clean_keeps_plain_text_and_replaces_control_characters() -> None:
     assert clean('Größe\t日本 🚀\n') == 'Größe\t日本 🚀\n'
     assert clean(HOSTILE).strip('az').count('\ufffd') == 12
 
@@ -109,7 +111,7 @@ def test_counts_agree_with_their_nouns() -> None:
     assert format_answer('recovery.reclaim_tasks', reclaimed, False) == 'Moved 1 task to backlog.'
 
 
-def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
+def test_an_inbox_shows_whole_messages_and_their_senders() -> None:
     sender = '1234abcd-0000-4000-8000-000000000000'
     messages = [
         {'id': 'm1', 'from': sender, 'type': 'query', 'summary': 'x' * 100},
@@ -122,7 +124,7 @@ def test_an_inbox_shows_whole_messages_and_who_sent_them() -> None:
     )
 
 
-def test_lines_of_a_text_stand_under_its_first() -> None:
+def test_further_lines_of_a_text_are_indented_to_its_first() -> None:
     shown = format_answer('task.get', TASK | {'description': 'one\ntwo', 'result': None, 'dead_letter': False}, False)
     assert 'description  one\n             two\n' in shown
     assert 'dead_letter  no' in shown
@@ -130,17 +132,17 @@ def test_lines_of_a_text_stand_under_its_first() -> None:
 
 
 @pytest.mark.parametrize(('no_color', 'terminal', 'colour'), [('', True, True), ('1', True, False), ('', False, False)])
-def test_a_terminal_gets_colour_unless_no_color_says_otherwise(
+def test_a_terminal_gets_colour_unless_no_color_is_set(
     place: Place, no_color: str, terminal: bool, colour: bool
 ) -> None:
     task = place.do('backlog.add', description='\x85\x9b2Jx')['task_id']
-    ours, its = pty.openpty() if terminal else os.pipe()
+    reader, writer = pty.openpty() if terminal else os.pipe()
     env = environment(**({'NO_COLOR': no_color} if no_color else {}))
     argv = [sys.executable, '-m', 'tinytown.cli', 'task', 'list']
-    done = subprocess.run(argv, cwd=place.root, env=env, stdout=its, stderr=subprocess.PIPE, check=False)
-    shown = os.read(ours, 65536).decode()
-    os.close(ours)
-    os.close(its)
+    done = subprocess.run(argv, cwd=place.root, env=env, stdout=writer, stderr=subprocess.PIPE, check=False)
+    shown = os.read(reader, 65536).decode()
+    os.close(reader)
+    os.close(writer)
     assert (done.returncode, done.stderr) == (0, b'')
     assert task in shown
     assert ('\x1b[33mpending\x1b[0m' in shown) == colour

@@ -1,4 +1,4 @@
-"""The `tt` command line: every command, on a town here and through a townhall; what it refuses; what it leaves."""
+"""The `tt` command: all commands, on a local town and through a townhall; its errors; the processes that it starts."""
 
 from __future__ import annotations
 
@@ -58,20 +58,20 @@ def tt(capsys: pytest.CaptureFixture[str]) -> Tt:
 
 @pytest.fixture
 def here(ground: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """An empty town, in whose directory we are."""
+    """An empty town, whose directory is the working directory."""
     monkeypatch.chdir(ground.root)
     return ground
 
 
 def child(place: Place, *words: str, **more: Any) -> subprocess.Popen[str]:
-    """A `tt` of its own, in a town's directory."""
+    """Starts `tt` as a child process in a town's directory."""
     streams = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
     argv = [sys.executable, '-m', 'tinytown.cli', *words]
     return subprocess.Popen(argv, cwd=place.root, env=environment(), text=True, **streams | more)
 
 
 def assert_refused(done: Done, status: int, says: str) -> None:
-    """One line on stderr, nothing on stdout."""
+    """Checks the exit status, and that there is one matching line on stderr and nothing on stdout."""
     assert (done.status, done.out) == (status, ''), done
     assert re.fullmatch(r'tt: [^\n]+\n', done.err), done.err
     assert re.search(says, done.err), done.err
@@ -104,22 +104,24 @@ def test_the_help_of_a_command_names_all_its_arguments(tt: Tt, op: Op) -> None:
 
 
 class Town:
-    """Runs table commands one way and remembers which; each answer has the shape that its row promises."""
+    """Runs commands of the table with the global options `way`, and remembers in `used` which operations it ran."""
 
     def __init__(self, tt: Tt, *way: str) -> None:
         self.tt, self.way, self.used = tt, way, set[str]()
 
     def op(self, line: str) -> Op:
-        found = max((op for op in OPERATIONS if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
-        self.used.add(found.name)
-        return found
+        """The operation of a command line, which counts as used."""
+        op = max((op for op in OPERATIONS if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
+        self.used.add(op.name)
+        return op
 
     def ask(self, line: str) -> Done:
-        """A command that is refused."""
+        """The result of a command that may be refused."""
         self.op(line)
         return self.tt(*self.way, *line.split())
 
     def __call__(self, line: str, *more: str, status: int = 0) -> Any:
+        """The answer of a command, after checking that it has the fields that its operation declares."""
         op = self.op(line)
         done = self.tt(*self.way, *line.split(), *more, '--json')
         assert (done.status, done.err) == (status, ''), done
@@ -192,7 +194,7 @@ def test_every_command_of_the_table_works_here_and_through_a_townhall(town: Town
     assert town.used == set(BY_NAME)
 
 
-def test_answers_are_those_of_rest(place: Place, hall: Hall, tt: Tt) -> None:
+def test_tt_gives_the_same_answers_as_rest(place: Place, hall: Hall, tt: Tt) -> None:
     place.do('agent.spawn', name='a')
     task = place.do('task.assign', agent='a', task='say Größe')['task_id']
     place.await_end(task)
@@ -200,13 +202,13 @@ def test_answers_are_those_of_rest(place: Place, hall: Hall, tt: Tt) -> None:
     place.do('backlog.add', description='later')
     lines = ['town', 'status', 'list', 'show a', 'result a', 'inbox a', 'pending', 'task list', 'backlog list']
     for line in [*lines, f'task show {task}', 'task list --limit 1 --state completed']:
-        found = [
+        results = [
             tt('--town', str(place.root), *line.split(), '--json'),
             tt('--url', url(hall), '--json', *line.split()),
         ]
         op = max((op for op in OPERATIONS if f'{line} '.startswith(f'{op.cli} ')), key=lambda op: len(op.cli))
         path = op.path.format(agent='a', task_id=task) + ('?limit=1&state=completed' if '--limit' in line else '')
-        answers = [hall.get(path).json, *(done.json for done in found)]
+        answers = [hall.get(path).json, *(done.json for done in results)]
         for answer in answers:
             for agent in [answer, *answer.get('agents', [])]:
                 agent.pop('last_heartbeat', None)
@@ -214,7 +216,7 @@ def test_answers_are_those_of_rest(place: Place, hall: Hall, tt: Tt) -> None:
 
 
 @pytest.mark.usefixtures('here')
-def test_people_read_sentences_and_tables(tt: Tt) -> None:
+def test_without_json_answers_are_sentences_and_tables(tt: Tt) -> None:
     assert tt('list').out == 'No agents. Start one:  tt spawn NAME\n'
     assert tt('backlog', 'list').out == 'The backlog is empty.\n'
     task = tt('backlog', 'add', 'first line\nsecond line', '--tags', 'x').out.split()[1]
@@ -262,7 +264,7 @@ def test_the_town_is_found_upwards_and_named_by_flag_or_environment(
     assert_refused(tt('list'), 2, 'tt init')
 
 
-def test_a_directory_that_is_gone_is_said_in_one_line(here: Place, directory: Path) -> None:
+def test_a_deleted_working_directory_is_reported_in_one_line(here: Place, directory: Path) -> None:
     script = f'mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m tinytown.cli list'
     for words, status in (([], 1), (['--town', str(here.root)], 0)):
         argv = ['sh', '-c', f'{script} "$@"', 'sh', *words]
@@ -271,7 +273,7 @@ def test_a_directory_that_is_gone_is_said_in_one_line(here: Place, directory: Pa
         assert done.stderr == 'tt: No such file or directory\n' * status
 
 
-# ----------------------------------------------------------------------------------------------------- what is wrong
+# ------------------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_a_directory_that_is_gone_is_said_in_one_line(here: Place, directory: Pa
     ],
 )
 @pytest.mark.usefixtures('here')
-def test_what_is_wrong_is_said_in_one_line(tt: Tt, line: str, status: int, says: str) -> None:
+def test_a_refused_command_says_why_in_one_line(tt: Tt, line: str, status: int, says: str) -> None:
     assert_refused(tt(*line.split()), status, says)
 
 
@@ -339,34 +341,34 @@ def test_a_town_that_can_not_be_opened_says_why(
 @pytest.mark.parametrize(
     ('address', 'status', 'says'),
     [
-        ('http://127.0.0.1:1', 1, r'http://127\.0\.0\.1:1 can not be reached: .*refused'),
+        ('http://127.0.0.1:1', 1, r"http://127\.0\.0\.1:1 can't be reached: .*refused"),
         ('127.0.0.1:1', 2, 'give http://HOST:PORT'),
         ('http://', 2, 'give http://HOST:PORT'),
         ('http://127.0.0.1:99999', 2, 'give http://HOST:PORT'),
         ('http://[::1', 2, 'give http://HOST:PORT'),
         ('http://a..b', 2, 'give http://HOST:PORT'),
         ('http://me:secret@127.0.0.1', 2, 'give http://HOST:PORT'),
-        ('http://127.0.0.1:1/a b\n', 1, 'can not be reached'),
+        ('http://127.0.0.1:1/a b\n', 1, "can't be reached"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_said_in_one_line(tt: Tt, address: str, status: int, says: str) -> None:
+def test_a_url_without_a_townhall_is_reported_in_one_line(tt: Tt, address: str, status: int, says: str) -> None:
     assert_refused(tt('--url', address, 'list'), status, says)
 
 
 @pytest.mark.parametrize(
     ('status', 'body', 'says'),
     [
-        (200, b'{}', 'not what a townhall answers; is it one'),
+        (200, b'{}', 'not as a townhall does; is it one'),
         (200, b'[]', 'is it one'),
         (200, b'"\xff', 'is it one'),
         (302, b'<html>', 'answered 302.*is it one'),
         (404, b'["x"]', 'is it one'),
         (418, b'{"error": 7}', 'answered 418'),
-        (0, b'SSH-2.0-x', 'can not be reached: .*SSH'),
-        (0, b'', 'can not be reached: .*closed'),
+        (0, b'SSH-2.0-x', "can't be reached: .*SSH"),
+        (0, b'', "can't be reached: .*closed"),
     ],
 )
-def test_a_server_that_is_no_townhall_is_told_apart(tt: Tt, status: int, body: bytes, says: str) -> None:
+def test_a_server_that_is_not_a_townhall_is_recognised(tt: Tt, status: int, body: bytes, says: str) -> None:
     head = b'HTTP/1.1 %d X\r\nConnection: close\r\n\r\n' % status if status else b''
     with socket.create_server(('127.0.0.1', 0)) as server:
         answering = threading.Thread(target=answer_once, args=(server, head + body))
@@ -383,38 +385,38 @@ def answer_once(server: socket.socket, data: bytes) -> None:
 
 
 @pytest.mark.parametrize('key', [b'', b'two words', b'a\nb', b'\xff'])
-def test_a_key_file_that_holds_no_key_is_refused(tt: Tt, tmp_path: Path, key: bytes) -> None:
+def test_a_key_file_without_exactly_one_key_is_refused(tt: Tt, tmp_path: Path, key: bytes) -> None:
     (tmp_path / 'key').write_bytes(key)
     assert_refused(tt('--url', 'http://x', '--api-key-file', str(tmp_path / 'key'), 'list'), 2, 'must hold one key')
     assert_refused(tt('--url', 'http://x', '--api-key-file', str(tmp_path / 'no'), 'list'), 2, 'No such file')
 
 
 @pytest.mark.parametrize('line', ['list', '--help', 'backlog list --json'])
-def test_a_reader_that_goes_away_gets_no_complaint(here: Place, line: str) -> None:
-    ours, its = os.pipe()
-    os.close(ours)
-    running = child(here, *line.split(), stdout=its)
-    os.close(its)
+def test_a_closed_pipe_is_not_reported_as_an_error(here: Place, line: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = child(here, *line.split(), stdout=writer)
+    os.close(writer)
     assert running.communicate(timeout=PATIENCE)[1] == ''
     assert running.returncode in (0, 1)
 
 
 @pytest.mark.parametrize('redirection', ['>&-', '2>&-', '<&-', '<&- >&- 2>&-'])
-def test_closed_streams_hurt_nobody(here: Place, redirection: str) -> None:
+def test_tt_runs_with_closed_standard_streams(here: Place, redirection: str) -> None:
     script = f'exec {sys.executable} -m tinytown.cli list {redirection}'
     done = subprocess.run(['sh', '-c', script], cwd=here.root, env=environment(), capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, b'')
     assert (done.stdout == b'') == (' >&-' in f' {redirection}')
 
 
-def test_a_full_disk_is_said_in_one_line(here: Place) -> None:
+def test_a_full_disk_is_reported_in_one_line(here: Place) -> None:
     with open('/dev/full', 'w') as full:
         running = child(here, 'list', stdout=full)
         err = running.communicate(timeout=PATIENCE)[1]
     assert (running.returncode, err) == (1, 'tt: No space left on device\n')
 
 
-def test_a_terminal_that_knows_no_unicode_gets_valid_json(here: Place) -> None:
+def test_an_ascii_terminal_gets_valid_json(here: Place) -> None:
     here.do('backlog.add', description='Größe 🚀 \x9b2J')
     env = environment(PYTHONIOENCODING='ascii')
     argv = [sys.executable, '-m', 'tinytown.cli', 'backlog', 'list']
@@ -436,7 +438,7 @@ def test_wait_gives_up_with_status_124_after_its_timeout(place: Place, tt: Tt) -
 # ------------------------------------------------------------------------------------------- inside an agent's run
 
 
-def test_inside_an_agents_run_tt_knows_who_calls_and_for_which_attempt(directory: Path) -> None:
+def test_in_an_agents_run_tt_acts_as_the_agent_and_for_its_attempt(directory: Path) -> None:
     script = (
         'set -e; tt send conductor "I am on it" --query; test "$(tt inbox --json | cut -c1-13)" = \'{"agent": "a"\'; '
         'tt task current >current; tt task complete --result "said it myself"; exit 3'
@@ -480,8 +482,8 @@ def test_orphaned_tasks_are_listed_returned_cancelled_or_deleted(here: Place, tt
     agent = enlist(here, 'a')
     task = here.do('task.assign', agent='a', task='x')['task_id']
     agent.depart('Error', 'inbox')
-    found = tt('reclaim', '--orphan-tasks', *flag.split(), '--json').json
-    assert [each['task_id'] for each in found['orphans']] == [task]
+    answer = tt('reclaim', '--orphan-tasks', *flag.split(), '--json').json
+    assert [orphan['task_id'] for orphan in answer['orphans']] == [task]
     assert here.do('task.get', task_id=task)['state'] == state
     if not flag:
         assert task in tt('reclaim', '--orphan-tasks').out
@@ -492,10 +494,12 @@ def test_orphaned_tasks_are_listed_returned_cancelled_or_deleted(here: Place, tt
 # ------------------------------------------------------------------------------------------------- start and stop
 
 
-def test_start_leaves_nothing_of_ours_behind_and_stop_nothing_at_all(directory: Path, tt: Tt) -> None:
+def test_start_keeps_no_stream_of_its_caller_open_and_stop_leaves_no_process(directory: Path, tt: Tt) -> None:
     place = make_town(directory, townhall={'rest_port': 0})
     try:
-        started = child(place, 'start', '--json').communicate(timeout=PATIENCE)  # it ends when all writers are gone
+        started = child(place, 'start', '--json').communicate(
+            timeout=PATIENCE
+        )  # returns when all writers have closed the pipes
         answer = json.loads(started[0])
         assert answer['started'] is True
         assert tt('--url', answer['url'], 'town', '--json').json['root'] == str(directory)
@@ -504,7 +508,7 @@ def test_start_leaves_nothing_of_ours_behind_and_stop_nothing_at_all(directory: 
         place.tt('spawn', 'a')
         worker, redis = place.do('agent.get', agent='a')['pid'], redis_pid(place)
         for pid in (answer['pid'], redis, worker):
-            assert ours(pid) == []
+            assert open_streams(pid) == []
         assert place.tt('stop').stdout == 'Stopped 1 townhall and 1 worker.\n'
         assert start_time(answer['pid']) == ''
         assert start_time(worker) == ''
@@ -517,13 +521,13 @@ def test_start_leaves_nothing_of_ours_behind_and_stop_nothing_at_all(directory: 
         place.close()
 
 
-def ours(pid: int) -> list[str]:
-    """The standard streams of a process that are pipes or terminals, and so may be someone's."""
+def open_streams(pid: int) -> list[str]:
+    """The standard streams of a process that are pipes or terminals, and so may be those of its caller."""
     streams = [str(Path(f'/proc/{pid}/fd/{number}').readlink()) for number in range(3)]
     return [stream for stream in streams if stream.startswith(('pipe:', '/dev/pts'))]
 
 
-def test_start_on_a_port_that_is_taken_says_why(directory: Path, hall: Hall) -> None:
+def test_start_on_a_used_port_says_why(directory: Path, hall: Hall) -> None:
     place = make_town(directory / 'second', townhall={'rest_port': hall.port})
     try:
         done = place.tt('start', check=False)
@@ -546,11 +550,11 @@ def test_stop_in_a_town_that_never_ran_starts_nothing(directory: Path, tt: Tt) -
     assert not (directory / '.tt' / 'redis.sock').exists()
 
 
-# ----------------------------------------------------------------------------------------------- workers of our own
+# ------------------------------------------------------------------------------------------------- worker processes
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_in_the_foreground_shows_its_work_until_a_signal(place: Place, number: int) -> None:
+def test_a_worker_in_the_foreground_prints_its_work_until_a_signal(place: Place, number: int) -> None:
     with child(place, 'spawn', 'f', '--foreground') as running:
         await_line(running, 'is up')
         task = place.do('task.assign', agent='f', task='say hello')['task_id']
@@ -572,16 +576,17 @@ def test_a_worker_in_the_foreground_shows_its_work_until_a_signal(place: Place, 
 
 
 def await_line(running: subprocess.Popen[str], says: str) -> None:
+    """Reads the output of a process up to a line that holds `says`."""
     assert running.stdout is not None
     lines = []
     for line in running.stdout:
         lines.append(line)
         if says in line:
             return
-    raise AssertionError(f'{says!r} was not said: {lines} {running.stderr and running.stderr.read()}')
+    raise AssertionError(f'{says!r} was not printed: {lines} {running.stderr and running.stderr.read()}')
 
 
-def test_a_worker_whose_reader_goes_away_works_on(place: Place) -> None:
+def test_a_worker_goes_on_when_its_output_pipe_is_closed(place: Place) -> None:
     with child(place, 'spawn', 'f', '--foreground') as running:
         await_line(running, 'is up')
         assert running.stdout is not None
@@ -605,14 +610,14 @@ def test_a_new_key_fits_its_hash_and_checksum(tt: Tt, line: str) -> None:
     assert re.fullmatch(rf'tt_{made["id"]}_[A-Za-z0-9_-]{{43}}', body)
     assert check == checksum(body)
     shown = tt(*line.split()).out
-    assert shown.endswith('The key is shown this once.\n')
+    assert shown.endswith('The key is shown only this once.\n')
     assert made['key'] not in shown
 
 
 # ------------------------------------------------------------------------------------------------------------ speed
 
 
-def test_a_command_loads_only_what_it_uses(here: Place) -> None:
+def test_tt_list_imports_no_modules_that_it_does_not_need(here: Place) -> None:
     script = 'import sys; from tinytown.cli.main import main; main(["list"]); print(*sys.modules)'
     done = subprocess.run(
         [sys.executable, '-c', script], cwd=here.root, env=environment(), capture_output=True, text=True, check=True
@@ -629,23 +634,23 @@ def test_a_command_loads_only_what_it_uses(here: Place) -> None:
         ('key create --help', ['tt', 'tt key', 'tt key create']),
     ],
 )
-def test_a_command_builds_its_own_parser_and_that_of_no_other(
+def test_a_command_builds_only_its_own_parser(
     ground: Place, tmp_path: Path, tt: Tt, monkeypatch: pytest.MonkeyPatch, line: str, built: list[str]
 ) -> None:
     (tmp_path / 'task').symlink_to(ground.root)
     monkeypatch.chdir(tmp_path)
-    made: list[str] = []
-    build = argparse.ArgumentParser.__init__
+    parsers: list[str] = []
+    init = argparse.ArgumentParser.__init__
 
-    def count(parser: argparse.ArgumentParser, **settings: Any) -> None:
-        build(parser, **settings)
-        made.append(parser.prog)
+    def record(parser: argparse.ArgumentParser, **settings: Any) -> None:
+        init(parser, **settings)
+        parsers.append(parser.prog)
 
-    monkeypatch.setattr(argparse.ArgumentParser, '__init__', count)
+    monkeypatch.setattr(argparse.ArgumentParser, '__init__', record)
     assert tt(*line.split()).status == 0
-    assert [prog for prog in made if prog.startswith('tt')] == built
+    assert [prog for prog in parsers if prog.startswith('tt')] == built
 
 
-def test_conductor_is_the_sender_of_what_people_send(here: Place, tt: Tt) -> None:
+def test_the_conductor_is_the_sender_of_messages_from_people(here: Place, tt: Tt) -> None:
     tt('send', 'conductor', 'note to self')
     assert here.do('agent.inbox', agent='conductor')['messages'][0]['from'] == CONDUCTOR_ID

@@ -33,7 +33,7 @@ from ..worker.test_worker import await_exit, worker_pid
 
 LEASE = 15  # long enough that a death is proven before the lease ends
 HELD = shell_cli('echo held; sleep 100')
-LEFT = 'Left as they are, on hosts that are silent (tt hosts): w.'
+LEFT = 'Not removed, because their hosts are silent (tt hosts): w.'
 WHERE = shell_cli('echo "$PWD $TINYTOWN_HOST"')
 
 
@@ -340,7 +340,7 @@ def test_tt_stop_stops_processes_that_the_configured_redis_does_not_know(directo
         place.tt('config', 'redis.url', 'redis://127.0.0.1:1')
         done = place.tt('stop', '--redis', check=False)
         assert done.returncode == 1
-        line = 'Stopped 1 townhall, 0 workers, 1 worker that its Redis has not been told of and Redis.'
+        line = 'Stopped 1 townhall, 0 workers, 1 worker without a record in Redis and Redis.'
         assert done.stdout.splitlines()[0] == line
         assert '127.0.0.1:1' in done.stdout.splitlines()[1]
         assert hall.process.wait(PATIENCE) == 0

@@ -159,7 +159,7 @@ def test_a_reload_uses_a_new_certificate_and_rejects_a_bad_one(
     assert served_serial(hall, client) == first
     new = authority.sign('localhost', SERVER)
     install(place.root, new)
-    reload(hall, 'the configuration was taken up again')
+    reload(hall, 'the configuration was reloaded')
     assert served_serial(hall, client) == new.made.serial_number != first
     assert exchange(kept, 'GET', '/v1/status')[0] == 200
     kept.close()
@@ -257,7 +257,7 @@ def test_a_reload_closes_the_connection_of_a_revoked_certificate_and_refuses_new
     assert exchange(kept, 'GET', '/v1/status')[0] == 200
     assert kept.sock is not None
     shutil.copy(authority.revoke(pair), place.root / 'crl.pem')
-    reload(hall, 'the configuration was taken up again')
+    reload(hall, 'the configuration was reloaded')
     assert kept.sock.recv(1) == b''  # it has to connect again
     kept.close()
     with pytest.raises(OSError):
@@ -281,7 +281,7 @@ def test_a_certificate_that_is_revoked_during_its_handshake_is_refused(
             with suppress(ssl.SSLWantReadError):
                 client.do_handshake()
         shutil.copy(authority.revoke(pair), place.root / 'crl.pem')
-        reload(hall, 'the configuration was taken up again')
+        reload(hall, 'the configuration was reloaded')
         client.write(b'GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
         sock.sendall(go.read())
         come.write(read_all(sock))
@@ -300,7 +300,7 @@ def test_a_request_under_way_is_answered_before_its_client_must_reconnect(
     waiting = http.client.HTTPSConnection('localhost', hall.port, timeout=PATIENCE, context=client)
     assert exchange(waiting, 'GET', '/v1/status')[0] == 200
     waiting.request('POST', '/v1/agents/a/wait', '{"timeout": 25}', {'Content-Type': 'application/json'})
-    reload(hall, 'the configuration was taken up again')
+    reload(hall, 'the configuration was reloaded')
     assert ask(hall, client, 'POST', '/v1/agents/a/kill')[0] == 200
     answer = waiting.getresponse()
     assert answer.status == 200
@@ -388,7 +388,7 @@ def reload_with_no_keys(place: Place, hall: Hall, issuer: Issuer) -> None:
     """Changes the settings, so that the verifier starts without keys and fetches them for the next token."""
     auth = {'mode': 'oidc', 'issuer': issuer.url, 'audience': 'town', 'clock_skew_seconds': 61}
     make_town(place.root, townhall__auth=auth)
-    reload(hall, 'the configuration was taken up again')
+    reload(hall, 'the configuration was reloaded')
 
 
 def test_an_issuer_with_another_name_stops_the_start(place: Place, issuer: Issuer) -> None:

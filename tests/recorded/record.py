@@ -60,6 +60,7 @@ READS = (
 SLOW = 'echo "it takes long"\nexec sleep 3600\n'
 TELLER = 'while [ ! -e told ]; do sleep 0.1; done\necho "it is told"\n'
 DONE = 'echo "it is done after all"\n'
+RELOADED = re.compile('taken up again|was reloaded')  # how a townhall logs that: 0.1.0, later versions
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -125,9 +126,9 @@ class Recorder:
         """Changes settings one by one, and waits until the running townhall has applied each."""
         log = self.root / '.tt' / 'townhall.log'
         for name, value in settings.items():
-            before = log.read_text().count('taken up again') if log.exists() else -1
+            before = len(RELOADED.findall(log.read_text())) if log.exists() else -1
             self.tt('config', name.replace('__', '.'), value)
-            until(lambda before=before: before < 0 or log.read_text().count('taken up again') > before)  # type: ignore[misc]
+            until(lambda before=before: before < 0 or len(RELOADED.findall(log.read_text())) > before)  # type: ignore[misc]
 
     def await_task(self, task: str, state: str) -> None:
         until(lambda: self.tt('task', 'show', task)['state'] == state)

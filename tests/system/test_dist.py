@@ -188,7 +188,7 @@ def test_a_townhall_goes_on_when_its_file_is_replaced_or_removed(bare: Bare, dis
         assert hall.post('/mcp', {'jsonrpc': '2.0', 'id': 1, 'method': 'ping'}).status < 500
         assert hall.post('/v1/agents', {'name': 'a', 'cli': 'demo'}).status == 201
         hall.process.send_signal(signal.SIGHUP)
-        hall.said('configuration was taken up again')
+        hall.said('configuration was reloaded')
     finally:
         hall.process.terminate()
         assert hall.process.wait(PATIENCE) == 0

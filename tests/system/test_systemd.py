@@ -151,7 +151,7 @@ def test_a_reload_takes_up_the_configuration_and_a_wrong_one_changes_nothing(ser
     lab, file = served.lab, served.place.root / 'tinytown.toml'
     served.install()
     before = file.read_text()
-    for line, says in (('max_agents = 77', 'was taken up again'), ('max_agents = "x"', 'is not taken up')):
+    for line, says in (('max_agents = 77', 'was reloaded'), ('max_agents = "x"', 'was not reloaded')):
         file.write_text(f'{line}\n{before}')
         lab.ctl('reload', HALL)
         deadline = time.monotonic() + PATIENCE

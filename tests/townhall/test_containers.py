@@ -1,4 +1,4 @@
-"""What the containers are made from, and their entry point as a script; and `tt ping`, which tells their health."""
+"""The container files, the entry point run as a script, and `tt ping`, which is the containers' health check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPOSE = yaml.safe_load((DEPLOY / 'compose.yml').read_text())
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
-    """The instructions of a Containerfile: word and rest, continued lines joined, comments left out."""
+    """The instructions of a Containerfile as pairs of keyword and arguments, without comments."""
     text = re.sub(r'^\s*#.*\n', '', (DEPLOY / name).read_text(), flags=re.M).replace('\\\n', ' ')
     return [
         (word, ' '.join(rest.split())) for word, _, rest in (line.partition(' ') for line in text.splitlines() if line)
@@ -44,41 +44,41 @@ CONTAINERFILES = ['Containerfile', 'Containerfile.worker']
 
 
 @pytest.mark.parametrize('name', CONTAINERFILES)
-def test_an_image_runs_as_a_user_of_its_own_from_a_base_that_is_named_and_says_how_it_is(name: str) -> None:
-    found = instructions(name)
-    last = len(found) - 1 - [word for word, _ in reversed(found)].index('FROM')
-    final = dict(found[last:])
+def test_an_image_has_a_fixed_base_a_user_of_its_own_and_a_health_check(name: str) -> None:
+    lines = instructions(name)
+    last = len(lines) - 1 - [word for word, _ in reversed(lines)].index('FROM')
+    final = dict(lines[last:])
     assert re.fullmatch(r'([1-9]\d{4}):\1', final['USER'])
-    for _, base in [each for each in found if each[0] == 'FROM']:
+    for base in [rest for word, rest in lines if word == 'FROM']:
         assert re.match(r'python:\$\{PYTHON\}', base)
-    assert re.fullmatch(r'PYTHON=3\.\d+-slim', found[0][1])
+    assert re.fullmatch(r'PYTHON=3\.\d+-slim', lines[0][1])
     for word in ('ENTRYPOINT', 'CMD'):
-        assert isinstance(json.loads(final[word]), list)  # no shell stands between: townhall itself is process 1
+        assert isinstance(json.loads(final[word]), list)  # exec form: townhall itself is PID 1, not a shell
     assert isinstance(json.loads(final['HEALTHCHECK'].partition('CMD ')[2]), list)
     assert final['STOPSIGNAL'] == 'SIGTERM'
 
 
 @pytest.mark.parametrize('name', CONTAINERFILES)
-def test_what_an_image_is_made_of_is_there_and_is_given_to_its_build(name: str) -> None:
+def test_all_files_that_an_image_copies_exist_and_are_not_ignored(name: str) -> None:
     ignored = (REPOSITORY / '.dockerignore').read_text().splitlines()
-    given = [line[1:] for line in ignored if line.startswith('!')]
+    included = [line[1:] for line in ignored if line.startswith('!')]
     assert '*' in ignored
     for word, rest in instructions(name):
         if word == 'COPY' and not rest.startswith('--from='):
             for source in rest.split()[:-1]:
                 assert (REPOSITORY / source).exists()
-                assert source in given
+                assert source in included
 
 
 @pytest.mark.parametrize('name', CONTAINERFILES)
-def test_the_shell_lines_of_an_image_are_shell(name: str) -> None:
+def test_the_run_instructions_of_an_image_are_valid_shell(name: str) -> None:
     for word, rest in instructions(name):
         if word == 'RUN':
             done = subprocess.run(['sh', '-n', '-c', rest], capture_output=True, text=True, check=False)
             assert (done.returncode, done.stderr) == (0, ''), rest
 
 
-def test_a_service_of_the_compose_file_has_no_more_than_it_needs() -> None:
+def test_a_service_of_the_compose_file_has_only_the_rights_that_it_needs() -> None:
     assert set(COMPOSE['services']) == {'redis', 'townhall', 'worker'}
     for name, service in COMPOSE['services'].items():
         assert service['read_only'] is True, name
@@ -93,13 +93,13 @@ def test_a_service_of_the_compose_file_has_no_more_than_it_needs() -> None:
         if 'build' in service:
             assert (DEPLOY / service['build']['context'] / service['build']['dockerfile']).is_file()
             assert 'HEALTHCHECK' in dict(instructions(Path(service['build']['dockerfile']).name))
-    assert all(each.startswith('127.0.0.1:') for each in COMPOSE['services']['townhall']['ports'])
+    assert all(port.startswith('127.0.0.1:') for port in COMPOSE['services']['townhall']['ports'])
     assert not COMPOSE['services']['redis'].get('ports')
     assert COMPOSE['networks']['inside'] == {'internal': True}
 
 
-def test_a_townhall_finds_the_writes_of_the_redis_in_the_compose_file_safe(directory: Path) -> None:
-    """It is started with the same words, by the server that is here."""
+def test_the_redis_of_the_compose_file_is_reported_as_durable(directory: Path) -> None:
+    """This machine's Redis server is started with the arguments of the compose file."""
     words = [word if word != '/data' else str(directory) for word in COMPOSE['services']['redis']['command'][1:]]
     path = directory / 'r.sock'
     with subprocess.Popen([managed_redis.find_server(), *words, '--port', '0', '--unixsocket', str(path)]) as redis:
@@ -113,24 +113,25 @@ def test_a_townhall_finds_the_writes_of_the_redis_in_the_compose_file_safe(direc
             redis.terminate()
 
 
-def test_the_settings_that_images_and_compose_file_give_are_settings() -> None:
+def test_images_and_the_compose_file_set_only_known_settings() -> None:
     known = {setting.env for setting in config.settings().values()} | {'TINYTOWN_TOWN', 'TINYTOWN_NAME'}
-    given = {name for service in COMPOSE['services'].values() for name in service.get('environment', {})}
+    used = {name for service in COMPOSE['services'].values() for name in service.get('environment', {})}
     for name in CONTAINERFILES:
-        given |= set(re.findall(r'(TINYTOWN_\w+)=', dict(instructions(name))['ENV']))
-    assert given <= known
-    assert len(given) > 3
+        used |= set(re.findall(r'(TINYTOWN_\w+)=', dict(instructions(name))['ENV']))
+    assert used <= known
+    assert len(used) > 3
 
 
 # ----------------------------------------------------------------------------------------------------- the entry point
 
 
 def bare(root: Path, **more: str) -> dict[str, str]:
-    """An environment with nothing in it but where the package is, and the volume."""
+    """A minimal environment: the path of the package, the volume as the town's directory, and a free port."""
     return {'PYTHONPATH': python_path(), 'TINYTOWN_TOWN': str(root), 'TINYTOWN_TOWNHALL_REST_PORT': '0'} | more
 
 
 def enter(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs the entry point until it ends."""
     argv = [sys.executable, str(ENTRY), *words]
     return subprocess.run(
         argv, env=bare(root, **more), cwd='/', capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -138,21 +139,22 @@ def enter(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[s
 
 
 class Entered(Service):
-    """What an entry point became, once it is open."""
+    """A townhall that the entry point started. Its log up to the line that it is open is in `log`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self.said = ''
+        self.log = ''
         assert process.stderr
-        while not (found := re.search(r'is open on https?://([\d.]+):(\d+)', self.said)):
+        while not (match := re.search(r'is open on https?://([\d.]+):(\d+)', self.log)):
             line = process.stderr.readline()
-            assert line, self.said
-            self.said += line
-        self.address, self.port = '127.0.0.1', int(found[2])
+            assert line, self.log
+            self.log += line
+        self.address, self.port = '127.0.0.1', int(match[2])
 
 
 @contextmanager
 def serving(root: Path, *words: str, **more: str) -> Iterator[Entered]:
+    """Runs the entry point until the end of the block, and checks that it ends with status 0."""
     argv = [sys.executable, str(ENTRY), *words]
     with subprocess.Popen(argv, env=bare(root, **more), cwd='/', stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -164,7 +166,7 @@ def serving(root: Path, *words: str, **more: str) -> Iterator[Entered]:
 
 @pytest.fixture
 def volume(directory: Path) -> Iterator[Path]:
-    """An empty one."""
+    """An empty directory that stands for a container's volume."""
     yield directory
     if (directory / 'tinytown.toml').exists():
         Place(directory).close()
@@ -173,24 +175,24 @@ def volume(directory: Path) -> Iterator[Path]:
 NETWORK = {'TINYTOWN_TOWNHALL_BIND': '0.0.0.0'}  # noqa: S104
 
 
-def test_an_empty_volume_on_a_network_gets_a_town_and_a_key_that_stays_and_is_never_told(volume: Path) -> None:
+def test_an_empty_volume_on_a_network_gets_a_town_and_a_lasting_key_that_is_not_logged(volume: Path) -> None:
     file = volume / '.tt' / 'api-key'
     with serving(volume, **NETWORK, TINYTOWN_NAME='hill') as entered:
         key = file.read_text().strip()
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert f'it is in {file}' in entered.said
+        assert f'it is in {file}' in entered.log
         assert entered.get('/v1/town').status == 401
         assert entered.get('/v1/town', Authorization=f'Bearer {key}').json['name'] == 'hill'
-        told = entered.said
+        log = entered.log
     assert '$argon2id$' in (volume / 'tinytown.toml').read_text()
     with serving(volume, 'townhall', **NETWORK) as entered:
         assert entered.get('/v1/town', X_API_Key=key).status == 200
-        told += entered.said
-    assert told.count('an API key was created') == 1
-    assert key not in told + (volume / 'tinytown.toml').read_text()
+        log += entered.log
+    assert log.count('an API key was created') == 1
+    assert key not in log + (volume / 'tinytown.toml').read_text()
 
 
-def test_an_entry_point_that_died_before_the_key_was_in_force_makes_another(volume: Path) -> None:
+def test_an_entry_point_that_died_before_its_key_was_in_force_makes_a_new_one(volume: Path) -> None:
     make_town(volume)
     (volume / '.tt').mkdir(mode=0o700)
     (volume / '.tt' / 'api-key').write_text('left over')
@@ -203,19 +205,17 @@ def test_an_entry_point_that_died_before_the_key_was_in_force_makes_another(volu
     ('words', 'more'),
     [(['townhall', '--bind', '127.0.0.1'], NETWORK), ([], {})],
 )
-def test_no_key_is_made_where_nobody_comes_from_the_network(
-    volume: Path, words: list[str], more: dict[str, str]
-) -> None:
+def test_no_key_is_made_for_a_townhall_on_loopback(volume: Path, words: list[str], more: dict[str, str]) -> None:
     with serving(volume, *words, **more) as entered:
         assert entered.get('/v1/town').status == 200
     assert not (volume / '.tt' / 'api-key').exists()
 
 
-def test_no_key_is_made_where_it_is_said_how_callers_are_known(volume: Path) -> None:
-    hashed = json.loads(Place(volume).tt('generate-api-key', '--json').stdout)
-    given = {'TINYTOWN_TOWNHALL_AUTH_MODE': 'api_key', 'TINYTOWN_TOWNHALL_AUTH_API_KEY_HASH': hashed['hash']}
-    with serving(volume, **NETWORK, **given) as entered:
-        assert entered.get('/v1/town', X_API_Key=hashed['key']).status == 200
+def test_no_key_is_made_if_authentication_is_configured(volume: Path) -> None:
+    made = json.loads(Place(volume).tt('generate-api-key', '--json').stdout)
+    settings = {'TINYTOWN_TOWNHALL_AUTH_MODE': 'api_key', 'TINYTOWN_TOWNHALL_AUTH_API_KEY_HASH': made['hash']}
+    with serving(volume, **NETWORK, **settings) as entered:
+        assert entered.get('/v1/town', X_API_Key=made['key']).status == 200
     assert not (volume / '.tt' / 'api-key').exists()
     refused = enter(volume, **NETWORK, TINYTOWN_TOWNHALL_AUTH_MODE='none')
     assert (refused.returncode, refused.stdout) == (2, '')
@@ -234,7 +234,7 @@ def test_no_key_is_made_where_it_is_said_how_callers_are_known(volume: Path) -> 
         ([], {'TINYTOWN_REDIS_URL': 'redis://127.0.0.1:1'}, 1, 'townhall: Redis .*127.0.0.1:1'),
     ],
 )
-def test_what_can_not_be_started_is_told_in_one_line(
+def test_a_failed_start_is_reported_in_one_line(
     volume: Path, words: list[str], more: dict[str, str], status: int, says: str
 ) -> None:
     if words == ['worker']:
@@ -244,22 +244,20 @@ def test_what_can_not_be_started_is_told_in_one_line(
     assert re.fullmatch(says + r'[^\n]*\n', done.stderr), done.stderr
 
 
-def test_any_other_command_is_run_as_it_stands(volume: Path) -> None:
+def test_any_other_command_is_run_unchanged(volume: Path) -> None:
     make_town(volume)
     done = enter(volume, sys.executable, '-m', 'tinytown.cli', 'config', 'name')
     assert (done.returncode, done.stdout) == (0, 'test\n')
     assert not (volume / '.tt').exists()
 
 
-def test_a_worker_of_another_volume_works_for_the_town_and_comes_back_when_it_is_started_again(
-    place: Place, directory: Path
-) -> None:
+def test_a_worker_on_another_volume_works_for_the_town_and_may_be_restarted(place: Place, directory: Path) -> None:
     other = directory / 'other'
     other.mkdir()
-    given = {'TINYTOWN_REDIS_URL': place.town.redis_url, 'TINYTOWN_NAME': 'test', 'TINYTOWN_HOST': 'worker-1'}
+    settings = {'TINYTOWN_REDIS_URL': place.town.redis_url, 'TINYTOWN_NAME': 'test', 'TINYTOWN_HOST': 'worker-1'}
     argv = [sys.executable, str(ENTRY), 'worker', 'w', '--cli', 'demo']
     for number in (1, 2):
-        with subprocess.Popen(argv, env=bare(other, **given), stdout=subprocess.DEVNULL, cwd='/') as process:
+        with subprocess.Popen(argv, env=bare(other, **settings), stdout=subprocess.DEVNULL, cwd='/') as process:
             place.await_event('agent.started' if number == 1 else 'agent.restarting', agent_name='w')
             task = place.do('task.assign', agent='w', task=f'haiku {number}')['task_id']
             assert place.await_end(task)['result'] == f'demo: done: haiku {number}'
@@ -268,7 +266,7 @@ def test_a_worker_of_another_volume_works_for_the_town_and_comes_back_when_it_is
         assert place.do('agent.get', agent='w')['state'] == 'Stopped'
 
 
-def test_an_agent_that_is_there_keeps_its_coding_cli_and_that_is_said(place: Place) -> None:
+def test_an_existing_agent_keeps_its_coding_cli_and_a_warning_says_so(place: Place) -> None:
     make_town(place.root, agent_clis={'other': 'sh -c true'})
     place.do('agent.spawn', name='w')
     place.do('agent.kill', agent='w')
@@ -278,8 +276,8 @@ def test_an_agent_that_is_there_keeps_its_coding_cli_and_that_is_said(place: Pla
             until(lambda: process.poll() is not None or f'(pid {process.pid}, ' in place.log('w'))
             assert process.poll() is None
             process.terminate()
-            said = process.communicate(timeout=PATIENCE)[1]
-        assert re.search(says, said) if says else b'--cli' not in said
+            stderr = process.communicate(timeout=PATIENCE)[1]
+        assert re.search(says, stderr) if says else b'--cli' not in stderr
         assert place.do('agent.get', agent='w')['cli'] == 'demo'
 
 
@@ -287,22 +285,22 @@ def test_an_agent_that_is_there_keeps_its_coding_cli_and_that_is_said(place: Pla
 
 
 def ping(place: Place, *words: str, **more: str) -> tuple[int, dict[str, Any], str]:
-    """Exit status, answer and complaint of `tt ping`."""
+    """Exit status, answer and stderr of `tt ping`."""
     done = place.tt('ping', '--json', *words, check=False, **more)
     return done.returncode, json.loads(done.stdout or '{}'), done.stderr
 
 
-def test_a_townhall_is_asked_whether_it_is_ready(place: Place) -> None:
-    status, _, said = ping(place)
-    assert (status, said) == (
+def test_ping_tells_whether_a_townhall_is_ready(place: Place) -> None:
+    status, _, stderr = ping(place)
+    assert (status, stderr) == (
         1,
         f'tt: no townhall of {place.root} runs on this machine; start it: tt start --town {place.root}\n',
     )
     hall = place.hall()
     url = f'http://127.0.0.1:{hall.port}'
-    status, answer, said = ping(place)
+    status, answer, stderr = ping(place)
     ready = hall.get('/ready').json
-    assert (status, said, answer['url'], answer['http_status']) == (0, '', url, 200)
+    assert (status, stderr, answer['url'], answer['http_status']) == (0, '', url, 200)
     assert {name for name in ready if ready[name] != answer[name]} <= {'redis_latency_ms'}
     pid = redis_pid(place)
     os.kill(pid, signal.SIGSTOP)
@@ -314,7 +312,7 @@ def test_a_townhall_is_asked_whether_it_is_ready(place: Place) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_townhall_on_a_socket_or_with_a_certificate_for_other_names_is_asked_too(place: Place) -> None:
+def test_ping_reaches_a_unix_socket_and_a_certificate_for_other_names(place: Place) -> None:
     pair = Authority(place.root / 'ca').sign('elsewhere', SERVER, alternative='elsewhere')
     tls = {'TINYTOWN_TOWNHALL_TLS_CERT_PATH': str(pair.cert), 'TINYTOWN_TOWNHALL_TLS_KEY_PATH': str(pair.key)}
     for scheme, words, more in (('unix:/', ['--bind', f'unix:{place.root}/s'], {}), ('https://', ['--port', '0'], tls)):
@@ -323,14 +321,14 @@ def test_a_townhall_on_a_socket_or_with_a_certificate_for_other_names_is_asked_t
             assert process.stderr
             try:
                 assert b'is open on' in process.stderr.readline()
-                status, answer, said = ping(place)
-                assert (status, answer['status'], said) == (0, 'ready', '')
+                status, answer, stderr = ping(place)
+                assert (status, answer['status'], stderr) == (0, 'ready', '')
                 assert answer['url'].startswith(scheme)
             finally:
                 process.terminate()
                 process.stderr.read()
 
 
-def test_an_address_where_no_townhall_is_is_told(place: Place) -> None:
-    status, _, said = ping(place, '--url', 'http://127.0.0.1:1')
-    assert (status, said) == (1, 'tt: http://127.0.0.1:1 can not be reached: [Errno 111] Connection refused\n')
+def test_ping_reports_an_address_without_a_townhall(place: Place) -> None:
+    status, _, stderr = ping(place, '--url', 'http://127.0.0.1:1')
+    assert (status, stderr) == (1, "tt: http://127.0.0.1:1 can't be reached: [Errno 111] Connection refused\n")

@@ -1,4 +1,4 @@
-"""The `townhall` command: its modes and flags, where it works, what it refuses, what it leaves behind."""
+"""The `townhall` command: its modes and flags, how it finds its town, what it refuses, and how it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPT = REPOSITORY / 'townhall.py'
 
 
 def run(*words: str, cwd: Path, script: Path = SCRIPT, **more: str) -> subprocess.CompletedProcess[str]:
-    """`townhall` with nothing in its environment that leads to the package."""
+    """Runs the script without PYTHONPATH, so that it must find the package itself."""
     env = environment(**more)
     del env['PYTHONPATH']
     argv = [sys.executable, str(script), *words]
@@ -36,7 +36,7 @@ def run(*words: str, cwd: Path, script: Path = SCRIPT, **more: str) -> subproces
 def serving(
     *words: str, cwd: Path, script: Path = SCRIPT, **streams: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A townhall, and the URL on which it says that it listens; ended by SIGTERM."""
+    """Runs a townhall during the block, and ends it by SIGTERM. Gives the process and the URL from its log."""
     argv = [sys.executable, str(script), *words]
     env = environment()
     del env['PYTHONPATH']
@@ -44,20 +44,20 @@ def serving(
         argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **streams
     ) as process:
         assert process.stderr is not None
-        said = ''
-        while not (found := re.search(r'is open on (\S+)\n', said)):
+        log = ''
+        while not (match := re.search(r'is open on (\S+)\n', log)):
             line = process.stderr.readline()
-            assert line, said
-            said += line
+            assert line, log
+            log += line
         try:
-            yield process, found[1]
+            yield process, match[1]
         finally:
             process.terminate()
             process.communicate(timeout=PATIENCE)
 
 
 def get(url: str, body: Any = None) -> Any:
-    """The answer to a GET, or to a POST of `body`."""
+    """The JSON answer to a GET, or to a POST if there is a `body`."""
     base, _, path = url.removeprefix('http://').partition('/')
     connection = http.client.HTTPConnection(base, timeout=PATIENCE)
     try:
@@ -73,12 +73,13 @@ def get(url: str, body: Any = None) -> Any:
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], status: int, says: str) -> None:
+    """Checks the exit status, and that there is one matching line on stderr and nothing on stdout."""
     assert (done.returncode, done.stdout) == (status, ''), done
     assert re.fullmatch(r'townhall: [^\n]+\n', done.stderr), done.stderr
     assert re.search(says, done.stderr), done.stderr
 
 
-def test_it_says_its_version_and_its_modes(directory: Path) -> None:
+def test_it_shows_its_version_and_its_modes(directory: Path) -> None:
     assert run('--version', cwd=directory).stdout == f'townhall {__version__}\n'
     shown = run('--help', cwd=directory)
     assert shown.returncode == 0
@@ -109,7 +110,7 @@ def test_it_says_its_version_and_its_modes(directory: Path) -> None:
         ('--verb', '--verb'),
     ],
 )
-def test_what_is_wrong_with_its_words_is_said_in_one_line(directory: Path, line: str, says: str) -> None:
+def test_a_wrong_command_line_is_reported_in_one_line(directory: Path, line: str, says: str) -> None:
     assert_refused(run(*line.split(), cwd=directory), 2, says)
 
 
@@ -123,13 +124,13 @@ def test_what_is_wrong_with_its_words_is_said_in_one_line(directory: Path, line:
         ('--port -1', 'townhall.rest_port = -1: give 0 to 65535'),
     ],
 )
-def test_a_refused_start_starts_nothing(directory: Path, line: str, says: str) -> None:
+def test_a_refused_start_starts_no_redis(directory: Path, line: str, says: str) -> None:
     make_town(directory)
     assert_refused(run(*line.split(), cwd=directory), 2, says)
     assert not (directory / '.tt').exists()
 
 
-def test_a_refused_bind_in_the_file_or_the_environment_is_refused_too(directory: Path) -> None:
+def test_an_unsafe_bind_in_the_file_or_the_environment_is_refused_too(directory: Path) -> None:
     make_town(directory)
     assert_refused(run(cwd=directory, TINYTOWN_TOWNHALL_BIND='::'), 2, 'only a loopback address')
     make_town(directory, townhall={'bind': '::'})
@@ -151,8 +152,8 @@ def test_a_town_that_can_not_be_opened_says_why(directory: Path, settings: str, 
 
 def test_a_port_that_is_taken_is_refused_before_a_redis_is_started(directory: Path, hall: Hall) -> None:
     other = make_town(directory / 'other')
-    said = f'127.0.0.1:{hall.port}: .*in use; choose another'
-    assert_refused(run('--port', str(hall.port), cwd=other.root), 2, said)
+    says = f'127.0.0.1:{hall.port}: .*in use; choose another'
+    assert_refused(run('--port', str(hall.port), cwd=other.root), 2, says)
     assert not (other.root / '.tt').exists()
 
 
@@ -165,22 +166,21 @@ def test_a_socket_of_a_town_that_can_not_be_opened_is_removed(directory: Path) -
 
 
 @pytest.mark.parametrize(('settings', 'more'), [('name = 7', {}), ('name = "a"', {'WORKERS': 'x'})])
-def test_what_is_wrong_with_its_configuration_is_told_as_the_environment_says(
+def test_a_configuration_error_is_logged_in_the_format_that_the_environment_sets(
     directory: Path, settings: str, more: dict[str, str]
 ) -> None:
     (directory / 'tinytown.toml').write_text(settings)
-    given = {'LOG_FORMAT': 'json'} | more
-    given = {f'TINYTOWN_TOWNHALL_{name}': value for name, value in given.items()}
-    done = run(**given, cwd=directory)  # type: ignore[arg-type]
-    told = json.loads(done.stderr)
-    assert (done.returncode, told['level'], told['part']) == (2, 'error', 'townhall')
+    variables = {f'TINYTOWN_TOWNHALL_{name}': value for name, value in ({'LOG_FORMAT': 'json'} | more).items()}
+    done = run(**variables, cwd=directory)  # type: ignore[arg-type]
+    line = json.loads(done.stderr)
+    assert (done.returncode, line['level'], line['part']) == (2, 'error', 'townhall')
 
 
 @pytest.mark.parametrize(
     'line',
     ['--port 0', 'rest --port 0 --town {root}', '--town {root} --verbose rest --port 0', '--port 0 rest --verbose'],
 )
-def test_it_serves_the_town_that_it_is_in_or_is_given(place: Place, directory: Path, line: str) -> None:
+def test_it_serves_the_town_of_its_directory_or_of_the_flag(place: Place, directory: Path, line: str) -> None:
     inside = directory / 'a' / 'b'
     inside.mkdir(parents=True)
     cwd = inside if '{root}' not in line else Path('/')
@@ -192,13 +192,13 @@ def test_it_serves_the_town_that_it_is_in_or_is_given(place: Place, directory: P
     assert not note.exists()
 
 
-def test_verbose_says_which_town(place: Place) -> None:
+def test_verbose_logs_which_town_it_serves(place: Place) -> None:
     sources, town, *_ = place.hall('--verbose').said('is open on').splitlines()
     assert re.fullmatch(rf'\S+Z townhall: settings are from {place.root}/tinytown.toml, .*', sources)
     assert re.fullmatch(rf'\S+Z townhall: town test in {place.root}, Redis at unix://{place.root}/.tt/redis.sock', town)
 
 
-def test_it_works_through_a_symbolic_link_elsewhere(place: Place, tmp_path: Path) -> None:
+def test_it_works_through_a_symbolic_link(place: Place, tmp_path: Path) -> None:
     link = tmp_path / 'bin' / 'townhall'
     link.parent.mkdir()
     link.symlink_to(SCRIPT)
@@ -209,13 +209,13 @@ def test_it_works_through_a_symbolic_link_elsewhere(place: Place, tmp_path: Path
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_status_0_and_nothing_holds_its_streams(directory: Path, number: int) -> None:
+def test_a_signal_ends_it_with_status_0_and_all_its_streams_are_closed(directory: Path, number: int) -> None:
     place = make_town(directory)
     try:
         with serving('--port', '0', cwd=directory, stdout=subprocess.PIPE) as (process, url):
             assert get(f'{url}/v1/agents', {'name': 'a'})['name'] == 'a'
             process.send_signal(number)
-            out, _ = process.communicate(timeout=PATIENCE)  # returns when every writer of the pipes has gone
+            out, _ = process.communicate(timeout=PATIENCE)  # returns when all writers have closed the pipes
             assert (process.returncode, out) == (0, '')
         assert place.do('agent.get', agent='a')['state'] == 'Idle'
         assert Path(f'/proc/{redis_pid(place)}').exists()
@@ -223,7 +223,7 @@ def test_a_signal_ends_it_with_status_0_and_nothing_holds_its_streams(directory:
         place.close()
 
 
-def test_it_lives_on_when_nobody_reads_what_it_says(place: Place) -> None:
+def test_it_goes_on_when_its_log_pipe_is_closed(place: Place) -> None:
     with serving('--port', '0', cwd=place.root) as (process, url):
         assert process.stderr is not None
         process.stderr.close()
@@ -234,13 +234,13 @@ def test_it_lives_on_when_nobody_reads_what_it_says(place: Place) -> None:
 
 
 def await_note(process: subprocess.Popen[bytes], directory: Path) -> Any:
-    """The URL that a townhall has written down."""
+    """Waits for the note file of a townhall, and returns the URL in it."""
     deadline = time.monotonic() + PATIENCE
-    while not (found := sorted(directory.glob('townhall-*.json'))):
+    while not (notes := sorted(directory.glob('townhall-*.json'))):
         assert time.monotonic() < deadline
         with pytest.raises(subprocess.TimeoutExpired):  # it must not end
             process.wait(0.02)
-    return json.loads(found[0].read_text())['url']
+    return json.loads(notes[0].read_text())['url']
 
 
 def test_it_needs_no_standard_streams(place: Place) -> None:

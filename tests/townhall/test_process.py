@@ -1,4 +1,4 @@
-"""A townhall as a server on a machine: several processes, SIGHUP, unix sockets."""
+"""Townhall as a server process: several processes, reloads by SIGHUP, unix sockets, late imports."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from ..support import PATIENCE, Hall, Place, environment, make_town, read_all, s
 
 
 def children(pid: int) -> list[int]:
-    """The processes that serve, of a townhall with several."""
-    found = []
+    """The serving child processes of a townhall whose parent process is `pid`."""
+    pids = []
     for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             if b'townhall' in Path(f'/proc/{child}/cmdline').read_bytes():
-                found.append(int(child))
-    return found
+                pids.append(int(child))
+    return pids
 
 
 def await_end(pid: int) -> None:
-    """Waits until a process that is no child of ours has ended."""
+    """Waits until a process has ended that need not be a child of this one."""
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(pid)
         poll = select.poll()
@@ -49,7 +49,7 @@ def await_end(pid: int) -> None:
 
 
 def change(place: Place, **settings: Any) -> None:
-    """Changes settings of townhall in the town's file."""
+    """Changes settings of [townhall] in the town's file; `__` stands for a dot."""
     file = place.root / config.FILE
     text = file.read_text()
     for name, value in settings.items():
@@ -57,7 +57,7 @@ def change(place: Place, **settings: Any) -> None:
     file.write_text(text)
 
 
-def test_what_is_seldom_served_is_not_imported_before_it_is_asked_for(hall: Hall) -> None:
+def test_seldom_used_modules_are_not_imported_before_they_are_needed(hall: Hall) -> None:
     rooms = {
         'mcp': ('protocol', 'streamable_http', 'catalog'),
         'rest': ('openapi', 'dashboard'),
@@ -69,8 +69,8 @@ def test_what_is_seldom_served_is_not_imported_before_it_is_asked_for(hall: Hall
     assert all(importlib.util.find_spec(module) for module in late)
     late |= {'argon2'}
     code = 'import sys, tinytown.townhall.main, tinytown.townhall.process; print(*sys.modules)'
-    found = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True)
-    assert late & set(found.stdout.split()) == set()
+    done = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True)
+    assert late & set(done.stdout.split()) == set()
     assert [hall.get(path).status for path in ('/', '/openapi.json')] == [200, 200]
 
 
@@ -88,8 +88,8 @@ def test_several_processes_serve_one_port_and_see_one_town(several: Place) -> No
     hall = several.hall('--workers', '3')
     assert len(children(hall.process.pid)) == 3
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda n: hall.post('/v1/backlog', {'description': f'task {n}'}).status, range(60)))
-    assert made == [201] * 60
+        statuses = list(pool.map(lambda n: hall.post('/v1/backlog', {'description': f'task {n}'}).status, range(60)))
+    assert statuses == [201] * 60
     assert hall.get('/v1/backlog').json['count'] == 60
     inodes = {
         line.split()[9] for line in Path('/proc/net/tcp').read_text().splitlines() if f':{hall.port:04X} ' in line
@@ -100,13 +100,13 @@ def test_several_processes_serve_one_port_and_see_one_town(several: Place) -> No
 def test_processes_give_different_request_ids(several: Place) -> None:
     hall = several.hall('--workers', '3')
     with ThreadPoolExecutor(8) as pool:
-        given = list(pool.map(lambda _: hall.get('/health').headers['x-request-id'], range(100)))
-    assert len(set(given)) == 100
-    assert len({each[:10] for each in given}) > 1, 'only one process was asked'
+        request_ids = list(pool.map(lambda _: hall.get('/health').headers['x-request-id'], range(100)))
+    assert len(set(request_ids)) == 100
+    assert len({request_id[:10] for request_id in request_ids}) > 1, 'only one process was asked'
 
 
 def ask_to_wait(hall: Hall, agent: str, seconds: int) -> socket.socket:
-    """A connection on which a request for that has been sent."""
+    """A connection on which a request to wait for an agent has been sent."""
     sock = hall.connect()
     body = b'{"timeout":%d}' % seconds
     head = b'POST /v1/agents/%b/wait HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n' % agent.encode()
@@ -114,7 +114,7 @@ def ask_to_wait(hall: Hall, agent: str, seconds: int) -> socket.socket:
     return sock
 
 
-def test_sigterm_ends_all_processes_and_what_was_asked_is_answered(several: Place) -> None:
+def test_sigterm_ends_all_processes_after_they_answered_their_requests(several: Place) -> None:
     hall = several.hall('--workers', '2')
     pids = children(hall.process.pid)
     several.do('agent.spawn', name='waits')
@@ -129,7 +129,7 @@ def test_sigterm_ends_all_processes_and_what_was_asked_is_answered(several: Plac
     several.do('agent.kill', agent='waits')
 
 
-def test_a_group_that_is_told_twice_to_stop_still_drains(several: Place) -> None:
+def test_a_process_group_that_is_signalled_twice_still_drains(several: Place) -> None:
     hall = several.hall('--workers', '2')
     several.do('agent.spawn', name='lingers')
     with ask_to_wait(hall, 'lingers', 2) as sock:
@@ -140,7 +140,7 @@ def test_a_group_that_is_told_twice_to_stop_still_drains(several: Place) -> None
     several.do('agent.kill', agent='lingers')
 
 
-def test_a_process_that_is_killed_is_replaced(several: Place) -> None:
+def test_a_killed_process_is_replaced(several: Place) -> None:
     hall = several.hall('--workers', '2')
     first = children(hall.process.pid)[0]
     os.kill(first, signal.SIGKILL)
@@ -160,7 +160,7 @@ def test_the_processes_end_when_their_parent_is_killed(several: Place) -> None:
         await_end(pid)
 
 
-def test_a_port_that_another_townhall_has_is_refused_also_with_several_processes(several: Place) -> None:
+def test_a_port_of_another_townhall_is_refused_also_with_several_processes(several: Place) -> None:
     hall = several.hall('--workers', '2')
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(several.root), '--port', str(hall.port)]
     for more in ([], ['--workers', '2']):
@@ -188,36 +188,36 @@ def test_the_limits_are_shared_among_the_processes(several: Place) -> None:
 
 
 @pytest.mark.parametrize('flags', [(), ('--workers', '2')])
-def test_sighup_takes_up_the_configuration(place: Place, flags: tuple[str, ...]) -> None:
+def test_sighup_reloads_the_configuration(place: Place, flags: tuple[str, ...]) -> None:
     hall = place.hall(*flags)
     assert hall.get('/health', Host='town.example').status == 421
     change(place, allowed_hosts=['town.example'], limits__body_bytes=1024)
     hall.process.send_signal(signal.SIGHUP)
-    assert hall.said(r'taken up again').count('taken up again') == 1
+    assert hall.said('was reloaded').count('was reloaded') == 1
     deadline = time.monotonic() + PATIENCE
-    while {hall.get('/health', Host='town.example').status for _ in range(40)} != {200}:  # so many meet all processes
+    while {hall.get('/health', Host='town.example').status for _ in range(40)} != {200}:  # 40 reach all processes
         assert time.monotonic() < deadline
     assert hall.post('/v1/backlog', {'description': 'x' * 2000}).status == 413
 
 
-def test_a_configuration_that_is_wrong_leaves_the_old_one_in_force(place: Place) -> None:
+def test_a_wrong_configuration_leaves_the_old_one_in_force(place: Place) -> None:
     change(place, allowed_hosts=['town.example'])
     hall = place.hall()
     file = place.root / config.FILE
     right = file.read_text()
     file.write_text(right + '\n[townhal]\nbind = 1\n')
     hall.process.send_signal(signal.SIGHUP)
-    assert 'did you mean townhall?' in hall.said(r'is not taken up, the old one stays in force')
+    assert 'did you mean townhall?' in hall.said(r'was not reloaded, the old one stays in force')
     file.write_text(right)
     assert hall.get('/health', Host='town.example').status == 200
 
 
-def test_a_process_that_replaces_another_has_the_rules_of_the_last_reload(place: Place) -> None:
+def test_a_replacement_process_starts_with_the_last_reloaded_configuration(place: Place) -> None:
     hall = place.hall('--workers', '2')
     assert hall.get('/v1/status').status == 200
     place.tt('generate-api-key', '--write')
     hall.process.send_signal(signal.SIGHUP)
-    hall.said('taken up again')
+    hall.said('was reloaded')
     until(lambda: {hall.get('/v1/status').status for _ in range(10)} == {401})
     killed = set(children(hall.process.pid))
     for pid in killed:
@@ -228,9 +228,7 @@ def test_a_process_that_replaces_another_has_the_rules_of_the_last_reload(place:
 
 @pytest.mark.parametrize('flags', [(), ('--workers', '2')])
 @pytest.mark.parametrize('slip', ['max_agents = ' + '9' * 5000, '[[[', 'x = 1', 'name = "\\ud800"'])
-def test_no_slip_in_the_file_ends_a_townhall_that_is_told_to_reload(
-    place: Place, flags: tuple[str, ...], slip: str
-) -> None:
+def test_a_reload_of_a_broken_file_does_not_end_a_townhall(place: Place, flags: tuple[str, ...], slip: str) -> None:
     hall = place.hall(*flags)
     file = place.root / config.FILE
     right = file.read_text()
@@ -241,7 +239,7 @@ def test_no_slip_in_the_file_ends_a_townhall_that_is_told_to_reload(
     assert hall.get('/v1/status').status == 200
 
 
-def test_a_townhall_that_is_told_to_reload_while_it_starts_goes_on(place: Place) -> None:
+def test_a_sighup_during_the_start_does_not_end_a_townhall(place: Place) -> None:
     place.town.store.close()
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--port', '0']
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True) as process:
@@ -255,7 +253,7 @@ def test_a_townhall_that_is_told_to_reload_while_it_starts_goes_on(place: Place)
     assert process.returncode == 0
 
 
-def test_waits_leave_threads_for_changes(place: Place) -> None:
+def test_waiting_requests_leave_threads_for_changes(place: Place) -> None:
     hall = place.hall()
     place.do('agent.spawn', name='waits')
     held = [ask_to_wait(hall, 'waits', 20) for _ in range(70)]
@@ -271,12 +269,12 @@ def test_waits_leave_threads_for_changes(place: Place) -> None:
         sock.close()
 
 
-def test_keys_that_are_turned_on_are_asked_for_at_once(place: Place) -> None:
+def test_a_new_key_turns_on_authentication_at_once(place: Place) -> None:
     hall = place.hall()
     assert hall.get('/v1/status').status == 200
     done = place.tt('generate-api-key', '--write').stdout
     assert 'From now on, townhall asks every caller for a key.' in done
-    hall.said('taken up again')
+    hall.said('was reloaded')
     assert hall.get('/v1/status').status == 401
     key = re.search(r'^key +(\S+)', done, re.M)
     assert key
@@ -284,24 +282,27 @@ def test_keys_that_are_turned_on_are_asked_for_at_once(place: Place) -> None:
     file = place.root / 'key'
     file.write_text(key[1])
     url = f'http://{hall.address}:{hall.port}'
-    assert 'give a key that is good there: --api-key-file F' in place.tt('list', '--url', url, check=False).stderr
+    assert 'give a key that is valid there: --api-key-file F' in place.tt('list', '--url', url, check=False).stderr
     assert place.tt_json('list', '--url', url, '--api-key-file', str(file))['count'] == 0
 
 
-def test_a_setting_that_is_changed_is_taken_up_by_the_townhall_that_runs(place: Place) -> None:
+def test_a_running_townhall_reloads_a_changed_setting(place: Place) -> None:
     hall = place.hall()
-    assert 'the townhall that runs takes it up' in place.tt('config', 'townhall.allowed_hosts', 'town.example').stdout
-    hall.said('taken up again')
+    assert (
+        'the running townhall reloads its configuration'
+        in place.tt('config', 'townhall.allowed_hosts', 'town.example').stdout
+    )
+    hall.said('was reloaded')
     assert hall.get('/health', Host='town.example').status == 200
-    assert 'stay in the Redis that they began with' in place.tt('config', 'redis.url', 'redis://db').stdout
+    assert 'stay with the Redis that they started with' in place.tt('config', 'redis.url', 'redis://db').stdout
     place.tt('config', 'redis.url', '')
 
 
-def test_what_only_a_restart_can_change_is_named(place: Place) -> None:
+def test_a_reload_names_the_settings_that_need_a_restart(place: Place) -> None:
     hall = place.hall()
     change(place, workers=2, allowed_hosts=['town.example'])
     hall.process.send_signal(signal.SIGHUP)
-    hall.said(r'taken up again; townhall\.workers must wait for a restart')
+    hall.said(r'was reloaded; townhall\.workers must wait for a restart')
     assert hall.get('/health', Host='town.example').status == 200
 
 
@@ -309,6 +310,8 @@ def test_what_only_a_restart_can_change_is_named(place: Place) -> None:
 
 
 class UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection to a unix socket."""
+
     def __init__(self, path: Path) -> None:
         super().__init__('localhost', timeout=PATIENCE)
         self._path = path
@@ -320,25 +323,26 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def on_socket(place: Place, path: Path, *flags: str) -> subprocess.Popen[str]:
-    """A townhall that listens at a path."""
+    """A townhall that listens on a unix socket, once it is open."""
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}', *flags]
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for wanted in (f'test is open on unix:{path}', f'try  curl -s --unix-socket {path} http://localhost/v1/status'):
-        time, _, said = process.stderr.readline().partition(' ')
-        assert (time[-1:], said) == ('Z', f'townhall: {wanted}\n')
+        time, _, line = process.stderr.readline().partition(' ')
+        assert (time[-1:], line) == ('Z', f'townhall: {wanted}\n')
     return process
 
 
 def end(process: subprocess.Popen[str]) -> str:
+    """Ends a townhall by SIGTERM, and returns the rest of its log."""
     process.terminate()
-    said = process.communicate(timeout=PATIENCE)[1]
+    log = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0
-    return said
+    return log
 
 
 @pytest.mark.parametrize('flags', [(), ('--workers', '2')])
-def test_it_serves_at_a_path_that_only_its_user_may_open(place: Place, tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_a_unix_socket_may_be_opened_only_by_its_user(place: Place, tmp_path: Path, flags: tuple[str, ...]) -> None:
     path = tmp_path / 'hall.sock'
     process = on_socket(place, path, *flags)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -351,7 +355,7 @@ def test_it_serves_at_a_path_that_only_its_user_may_open(place: Place, tmp_path:
     assert not path.exists()
 
 
-def test_a_socket_that_a_dead_townhall_left_is_replaced_and_a_live_one_is_not(place: Place, tmp_path: Path) -> None:
+def test_the_socket_of_a_dead_townhall_is_replaced_and_that_of_a_live_one_is_not(place: Place, tmp_path: Path) -> None:
     path = tmp_path / 'hall.sock'
     process = on_socket(place, path)
     process.kill()
@@ -373,14 +377,14 @@ def test_a_socket_that_a_dead_townhall_left_is_replaced_and_a_live_one_is_not(pl
         ('/proc/' + 'x' * 120, 'too long'),
     ],
 )
-def test_a_path_that_can_not_be_listened_on_is_refused(place: Place, path: str, says: str) -> None:
+def test_an_unusable_socket_path_is_refused(place: Place, path: str, says: str) -> None:
     argv = [sys.executable, '-m', 'tinytown.townhall', '--town', str(place.root), '--bind', f'unix:{path}']
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, '')
     assert re.fullmatch(rf'townhall: [^\n]*{re.escape(path)}[^\n]*{says}[^\n]*\n', done.stderr), done.stderr
 
 
-def test_requests_in_bytes_are_answered_at_a_path(place: Place, tmp_path: Path) -> None:
+def test_raw_requests_are_answered_on_a_unix_socket(place: Place, tmp_path: Path) -> None:
     path = tmp_path / 'hall.sock'
     process = on_socket(place, path)
     with socket.socket(socket.AF_UNIX) as sock:

@@ -1,4 +1,4 @@
-"""`townhall service`: the units that it writes and refuses to write, what it has systemctl do; and the keeper."""
+"""`townhall service`: the units that it writes, its calls of systemctl, what it refuses; credentials; the spawner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ esac
 
 
 class Machine:
-    """A town, and a systemctl and a loginctl that write down how they are called."""
+    """A town, and fake commands systemctl and loginctl that record their calls."""
 
     def __init__(self, root: Path, place: Path) -> None:
         self.place = make_town(root)
@@ -47,6 +47,7 @@ class Machine:
         self._home = place / 'home'
 
     def service(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Runs `townhall service`. `more` are variables; those of `_CTL` set what systemctl answers."""
         env = {'CALLS': str(self._calls), 'LINGER': 'yes', 'FAILS': 'nothing', 'HOME': str(self._home)}
         env |= {'PATH': f'{self._bin}:/usr/bin:/bin'} | more
         argv = [sys.executable, '-m', 'tinytown.townhall', 'service', *words]
@@ -63,7 +64,7 @@ def machine(directory: Path, tmp_path: Path) -> Machine:
     return Machine(directory, tmp_path)
 
 
-def test_a_users_units_are_written_started_shown_and_removed(machine: Machine) -> None:
+def test_units_of_a_user_are_written_started_shown_and_removed(machine: Machine) -> None:
     done = machine.service('install', '--user', LINGER='no')
     assert done.returncode == 0, done.stderr
     user = pwd.getpwuid(os.getuid()).pw_name
@@ -86,7 +87,7 @@ def test_a_users_units_are_written_started_shown_and_removed(machine: Machine) -
     assert (again.returncode, 'has no units of test' in again.stderr) == (1, True)
 
 
-def test_a_unit_that_was_changed_by_hand_is_kept_unless_it_is_forced(machine: Machine) -> None:
+def test_a_unit_that_was_changed_by_hand_is_kept_without_force(machine: Machine) -> None:
     assert machine.service('install', '--user', '--no-start').returncode == 0
     assert not any(call.startswith('systemctl') for call in machine.calls)
     hall = machine.units / 'townhall-test.service'
@@ -101,7 +102,7 @@ def test_a_unit_that_was_changed_by_hand_is_kept_unless_it_is_forced(machine: Ma
     assert 'WatchdogSec=90' in hall.read_text()
 
 
-def test_two_towns_of_one_name_do_not_take_each_others_units(machine: Machine, tmp_path: Path) -> None:
+def test_two_towns_of_the_same_name_do_not_overwrite_each_others_units(machine: Machine, tmp_path: Path) -> None:
     other = make_town(tmp_path / 'other').root
     assert machine.service('install', '--user', '--no-start').returncode == 0
     done = machine.service('install', '--user', '--no-start', '--town', str(other))
@@ -110,7 +111,7 @@ def test_two_towns_of_one_name_do_not_take_each_others_units(machine: Machine, t
     assert len(list(machine.units.iterdir())) == 4
 
 
-def test_what_systemctl_refuses_is_told(machine: Machine) -> None:
+def test_a_failure_of_systemctl_is_reported(machine: Machine) -> None:
     done = machine.service('install', '--user', FAILS='townhall-test')
     assert done.returncode == 1
     assert 'systemctl --user start townhall-test.service failed: Job for it failed' in done.stderr
@@ -129,13 +130,15 @@ def test_what_systemctl_refuses_is_told(machine: Machine) -> None:
         ((), 'COMMAND'),
     ],
 )
-def test_what_is_wrong_with_its_words_is_said(machine: Machine, words: tuple[str, ...], says: str) -> None:
+def test_a_wrong_command_line_is_reported(machine: Machine, words: tuple[str, ...], says: str) -> None:
     done = machine.service(*words, *(['--user'] if words else []))
     assert (done.returncode, says in done.stderr) == (2, True), done
     assert not machine.units.exists()
 
 
-def test_units_pin_what_they_need_and_warn_of_a_cli_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
+def test_units_hold_absolute_paths_and_credentials_and_a_missing_cli_is_warned_of(
+    machine: Machine, tmp_path: Path
+) -> None:
     machine.place.tt('config', 'default_cli', 'codex')
     secret = tmp_path / 'secret'
     secret.write_text('x')
@@ -162,7 +165,7 @@ def test_a_town_may_lie_in_a_directory_of_any_name(machine: Machine, tmp_path: P
     assert f'WorkingDirectory={str(root).replace("%", "%%")}\n' in text
 
 
-def test_a_socket_unit_is_where_townhall_is_configured_to_listen(machine: Machine, tmp_path: Path) -> None:
+def test_a_socket_unit_listens_where_townhall_is_configured_to(machine: Machine, tmp_path: Path) -> None:
     to = tmp_path / 'to'
     sock = to / 'townhall-test.socket'
     for bind, stream in (('localhost', '127.0.0.1:8787'), ('::1', '[::1]:8787'), ('unix:/run/x.sock', '/run/x.sock')):
@@ -177,41 +180,43 @@ def test_a_socket_unit_is_where_townhall_is_configured_to_listen(machine: Machin
     assert (done.returncode, 'townhall-test.socket was changed by hand' in done.stderr) == (1, True)
     sock.write_text(written)
     assert machine.service('install', '--to', str(to)).returncode == 0
-    assert not sock.exists(), 'it is not wanted any more'
+    assert not sock.exists(), 'install without --socket removes it'
     make_town(machine.place.root, townhall={'rest_port': 0})
     done = machine.service('install', '--to', str(to), '--socket')
     assert (done.returncode, 'rest_port is 0' in done.stderr) == (2, True)
 
 
-def test_a_socket_that_goes_is_stopped_and_one_that_comes_gets_the_port(machine: Machine) -> None:
+def test_a_removed_socket_unit_is_stopped_and_a_new_one_gets_the_port(machine: Machine) -> None:
     def calls(*words: str) -> list[str]:
         before = len(machine.calls)
         assert machine.service(*words, '--user', ACTIVE='inactive').returncode == 0
         return [call.removeprefix('systemctl --user ') for call in machine.calls[before:] if 'loginctl' not in call]
 
-    come = calls('install', '--socket')
-    assert come.index('stop townhall-test.service') < come.index('enable --now tinytown-test.service')
+    added = calls('install', '--socket')
+    assert added.index('stop townhall-test.service') < added.index('enable --now tinytown-test.service')
     assert calls('install')[:2] == ['stop townhall-test.socket', 'daemon-reload']
     calls('install', '--socket')
     assert 'stop tinytown-test.service townhall-test.service townhall-test.socket' in calls('uninstall')
 
 
-def test_where_townhall_writes_is_there_or_is_made_by_systemd(machine: Machine, tmp_path: Path) -> None:
+def test_directories_that_townhall_writes_to_exist_or_are_created_by_systemd(machine: Machine, tmp_path: Path) -> None:
     to = tmp_path / 'to'
     make_town(machine.place.root, townhall={'bind': 'unix:/run/tinytown-of-a-test/hall.sock'})
     assert machine.service('install', '--to', str(to)).returncode == 0
     text = (to / 'townhall-test.service').read_text()
     assert 'RuntimeDirectory=tinytown-of-a-test\nRuntimeDirectoryPreserve=yes\n' in text
-    gone = tmp_path / 'an audit'
-    make_town(machine.place.root, townhall__audit={'path': f'{gone}/audit.jsonl'})
+    missing = tmp_path / 'an audit'
+    make_town(machine.place.root, townhall__audit={'path': f'{missing}/audit.jsonl'})
     done = machine.service('install', '--to', str(to))
-    assert (done.returncode, f"make it: sudo install -d -o root '{gone}'" in done.stderr) == (2, True)
-    gone.mkdir()
+    assert (done.returncode, f"make it: sudo install -d -o root '{missing}'" in done.stderr) == (2, True)
+    missing.mkdir()
     assert machine.service('install', '--to', str(to)).returncode == 0
-    assert f'ReadWritePaths="-{gone}"\n' in (to / 'townhall-test.service').read_text()
+    assert f'ReadWritePaths="-{missing}"\n' in (to / 'townhall-test.service').read_text()
 
 
-def test_a_plan_changes_nothing_in_a_town_whose_path_is_too_long_for_a_socket(machine: Machine, tmp_path: Path) -> None:
+def test_writing_units_changes_nothing_in_a_town_whose_path_is_too_long_for_a_socket(
+    machine: Machine, tmp_path: Path
+) -> None:
     root, to = make_town(tmp_path / ('deep' * 25)).root, tmp_path / 'to'
     assert machine.service('install', '--town', str(root), '--to', str(to)).returncode == 0
     assert [file.name for file in root.iterdir()] == ['tinytown.toml']
@@ -221,7 +226,7 @@ def test_a_plan_changes_nothing_in_a_town_whose_path_is_too_long_for_a_socket(ma
 # --------------------------------------------------------------------------------------------------------- credentials
 
 
-def test_settings_may_come_from_files_that_a_service_manager_loads(tmp_path: Path) -> None:
+def test_settings_may_come_from_credentials_of_a_service_manager(tmp_path: Path) -> None:
     for name, text in (('TINYTOWN_MAX_AGENTS', '7\n'), ('A_KEY', 'k'), ('not-a-variable', 'x'), ('OWN', 'file')):
         (tmp_path / name).write_text(text)
     environ = {'CREDENTIALS_DIRECTORY': str(tmp_path), 'OWN': 'environment', config.EXPECTED: 'A_KEY not-a-variable'}
@@ -234,7 +239,7 @@ def test_settings_may_come_from_files_that_a_service_manager_loads(tmp_path: Pat
     }
 
 
-def test_a_credential_that_is_missing_or_no_text_ends_the_start(tmp_path: Path) -> None:
+def test_a_missing_or_binary_credential_ends_the_start(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='credential GONE is missing'):
         config.take_credentials({'CREDENTIALS_DIRECTORY': str(tmp_path), config.EXPECTED: 'GONE'})
     with pytest.raises(UsageError, match='credential GONE is missing'):
@@ -244,42 +249,45 @@ def test_a_credential_that_is_missing_or_no_text_ends_the_start(tmp_path: Path) 
         config.take_credentials({'CREDENTIALS_DIRECTORY': str(tmp_path)})
 
 
-# ---------------------------------------------------------------------------------------------------------- the keeper
+# --------------------------------------------------------------------------------------------------------- the spawner
 
 
 @pytest.fixture
-def kept(place: Place, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The keeper of `place`, ready."""
-    ear = Manager(str(directory / 'notify'))
+def spawner_process(place: Place, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The spawner of the town `place`, once it is ready."""
+    manager = Manager(str(directory / 'notify'))
     argv = [sys.executable, '-m', 'tinytown.host.spawner', str(place.root)]
-    env = environment(NOTIFY_SOCKET=ear.address, ANTHROPIC_API_KEY='of the keeper')
+    env = environment(NOTIFY_SOCKET=manager.address, ANTHROPIC_API_KEY='of the spawner')
     with subprocess.Popen(argv, env=env) as process:
-        assert ear.hears()['READY'] == '1'
-        ear.close()
+        assert manager.hears()['READY'] == '1'
+        manager.close()
         yield process
         process.terminate()
 
 
 def parent(pid: int) -> int:
+    """The pid of a process's parent."""
     return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
 
 
-def test_what_a_town_starts_is_started_by_its_keeper_whoever_asks(place: Place, kept: subprocess.Popen[bytes]) -> None:
-    place.tt('spawn', 'one', ANTHROPIC_API_KEY='of who asks', OPENAI_API_KEY='of who asks')
+def test_the_spawner_starts_every_process_of_the_town_for_tt_and_for_townhall(
+    place: Place, spawner_process: subprocess.Popen[bytes]
+) -> None:
+    place.tt('spawn', 'one', ANTHROPIC_API_KEY='of the caller', OPENAI_API_KEY='of the caller')
     hall = place.hall()
     hall.post('/v1/agents', {'name': 'two'})
     agents = [place.do('agent.get', agent=name) for name in ('one', 'two')]
     assert [agent['state'] for agent in agents] == ['Idle', 'Idle']
-    assert [parent(agent['pid']) for agent in agents] == [kept.pid] * 2
-    assert parent(redis_pid(place)) == kept.pid
-    found = [Path(f'/proc/{agent["pid"]}/environ').read_bytes().split(b'\0') for agent in agents]
-    assert all(b'ANTHROPIC_API_KEY=of the keeper' in environ for environ in found), 'the same, whoever asks'
-    assert b'OPENAI_API_KEY=of who asks' in found[0]
+    assert [parent(agent['pid']) for agent in agents] == [spawner_process.pid] * 2
+    assert parent(redis_pid(place)) == spawner_process.pid
+    environs = [Path(f'/proc/{agent["pid"]}/environ').read_bytes().split(b'\0') for agent in agents]
+    assert all(b'ANTHROPIC_API_KEY=of the spawner' in environ for environ in environs), "not the caller's"
+    assert b'OPENAI_API_KEY=of the caller' in environs[0]
 
 
 @pytest.mark.parametrize('line', ['agent.restart = "on-failure"', 'nonsense = 3', '['])
-def test_a_keeper_that_ends_ends_the_town_in_good_order_whatever_its_configuration_says_by_then(
-    place: Place, kept: subprocess.Popen[bytes], line: str
+def test_a_stopped_spawner_stops_the_town_cleanly_even_if_the_configuration_is_broken(
+    place: Place, spawner_process: subprocess.Popen[bytes], line: str
 ) -> None:
     place.tt('spawn', 'one')
     redis = identify(redis_pid(place))
@@ -287,8 +295,8 @@ def test_a_keeper_that_ends_ends_the_town_in_good_order_whatever_its_configurati
     file = place.root / 'tinytown.toml'
     before = file.read_text()
     file.write_text(f'{line}\n{before}')
-    kept.terminate()
-    assert kept.wait(PATIENCE) == 0
+    spawner_process.terminate()
+    assert spawner_process.wait(PATIENCE) == 0
     assert not (place.root / '.tt' / 'run' / 'keeper.sock').exists()
     assert verdict(redis) == 'dead'
     file.write_text(before)
@@ -297,24 +305,26 @@ def test_a_keeper_that_ends_ends_the_town_in_good_order_whatever_its_configurati
     assert place.history()[-1]['type'] != 'agent.error'
 
 
-def test_a_second_keeper_is_refused_and_one_that_was_killed_is_done_without(
-    place: Place, kept: subprocess.Popen[bytes]
+def test_a_second_spawner_is_refused_and_a_killed_one_is_not_needed(
+    place: Place, spawner_process: subprocess.Popen[bytes]
 ) -> None:
     second = subprocess.run(
         [sys.executable, '-m', 'tinytown.host.spawner', str(place.root)],
         env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
     assert (second.returncode, 'has a spawner already' in second.stderr) == (1, True)
-    kept.send_signal(signal.SIGKILL)
-    kept.wait()
+    spawner_process.send_signal(signal.SIGKILL)
+    spawner_process.wait()
     pid = spawner.start(place.root, ['sleep', '60'], place.root, dict(os.environ), place.root / 'log')
     assert parent(pid) == os.getpid()
     stop_tree(identify(pid), '', 0)
     reap()
 
 
-def test_the_keeper_answers_what_it_can_not_start_and_goes_on(place: Place, kept: subprocess.Popen[bytes]) -> None:
-    del kept
+def test_the_spawner_reports_what_it_can_not_start_and_goes_on(
+    place: Place, spawner_process: subprocess.Popen[bytes]
+) -> None:
+    del spawner_process
     with pytest.raises(OSError, match='No such file or directory'):
         spawner.start(place.root, ['/nowhere/program'], place.root, {}, place.root / 'log')
     with socket.socket(socket.AF_UNIX) as sock:
@@ -322,11 +332,11 @@ def test_the_keeper_answers_what_it_can_not_start_and_goes_on(place: Place, kept
         sock.sendall(b'nonsense')
         sock.shutdown(socket.SHUT_WR)
         assert 'error' in json.loads(sock.recv(4096))
-    ours, its = socket.socketpair()
-    with ours, its:
+    reader, writer = socket.socketpair()
+    with reader, writer:
         argv = [sys.executable, '-c', 'import os, sys; os.write(int(sys.argv[1]), b"hello")', spawner.FD]
-        spawner.start(place.root, argv, place.root, dict(os.environ), place.root / 'log', [its.fileno()])
-        its.close()
-        ours.settimeout(PATIENCE)
-        assert ours.recv(16) == b'hello'
-        assert ours.recv(16) == b'', 'the keeper holds nothing of it'
+        spawner.start(place.root, argv, place.root, dict(os.environ), place.root / 'log', [writer.fileno()])
+        writer.close()
+        reader.settimeout(PATIENCE)
+        assert reader.recv(16) == b'hello'
+        assert reader.recv(16) == b'', 'the spawner must close its copy of the descriptor'

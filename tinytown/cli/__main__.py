@@ -1,4 +1,4 @@
-"""`python -m tinytown.cli` is `tt`."""
+"""Makes `python -m tinytown.cli` the `tt` command."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""Two ways for `tt` to reach a town: through the door in this process, or over REST.
+"""The two ways by which `tt` reaches a town: `Local` dispatches in this process, `Remote` calls a townhall over REST.
 
-Both take a row and arguments; and both can follow what happens, for ever, over whatever breaks in between.
+Both run an operation of the table with its arguments. Both can follow events and logs without end: they reconnect
+after every failure.
 """
 
 from __future__ import annotations
@@ -21,49 +22,52 @@ from ..errors import TownError, Unavailable, UsageError
 from ..model import Json, Principal
 
 if TYPE_CHECKING:
-    from http.client import HTTPConnection  # which takes long to import: only where it is needed
+    from http.client import HTTPConnection  # slow to import, so functions import it when they need it
 
-ANSWER_TIMEOUT: Final = 60.0  # seconds for an answer of a townhall
-_SILENCE: Final = 45.0  # seconds after which a stream that sends no heartbeat is given up
-_PAUSE: Final = 1.0  # seconds until a stream that ended is opened again
-_LOOK: Final = 0.25  # seconds between two looks at a log
-_BLOCK_MS: Final = 10_000
+ANSWER_TIMEOUT: Final = 60.0  # seconds to wait for an answer of a townhall
+_SILENCE: Final = 45.0  # seconds without a heartbeat after which a stream counts as broken
+_PAUSE: Final = 1.0  # seconds before a broken stream is opened again
+_POLL: Final = 0.25  # seconds between two reads of a log
+_BLOCK_MS: Final = 10_000  # how long one command to Redis waits for an event
 
-Warn = Callable[[str], None]  # is told of trouble that passes
+Warn = Callable[[str], None]  # called with a message on each passing failure
 
 
 class Backend(Protocol):
-    def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]: ...
+    """A town as `tt` uses it."""
 
-    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
-        """Events as they happen, with the arguments of events.list; one of type gap where some are not kept any more.
+    def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Calls an operation, and returns its answer. Raises TownError."""
+        ...
 
-        Raises TownError if it can't begin.
+    def events(self, arguments: dict[str, Any], warn: Warn, /) -> Iterator[Json]:
+        """Yields events as they happen. `arguments` are those of events.list.
+
+        Where older events are no longer kept, it yields an event of type gap. Raises TownError if the first call fails.
         """
         ...
 
-    def log(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
-        """An agent's log as it grows, with the arguments of agent.logs: parts as LogPage has them.
+    def log(self, arguments: dict[str, Any], warn: Warn, /) -> Iterator[Json]:
+        """Yields an agent's log as it grows, in pages (`core.agent_logs.LogPage`). `arguments` are those of agent.logs.
 
-        Raises TownError if it can't begin.
+        Raises TownError if the first call fails.
         """
         ...
 
 
 class Local:
-    """The town itself, as `by`."""
+    """Calls operations in this process, as the principal `by`."""
 
     def __init__(self, town: Town, by: Principal) -> None:
         self.town = town
         self.by = by
 
     def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The answer of an operation. Raises TownError."""
         answer = self.town.store.run(call(self.town, self.by, op, arguments))
-        found: dict[str, Any] = json.loads(encode_answer(answer))
-        return found
+        decoded: dict[str, Any] = json.loads(encode_answer(answer))
+        return decoded
 
-    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
+    def events(self, arguments: dict[str, Any], warn: Warn, /) -> Iterator[Json]:
         store, has_begun = self.town.store, False
         while True:
             try:
@@ -77,22 +81,25 @@ class Local:
             except Unavailable as e:
                 if not has_begun:
                     raise
-                tell(e.detail)
+                warn(e.detail)
                 time.sleep(_PAUSE)
 
-    def log(self, arguments: dict[str, Any], _tell: Warn, /) -> Iterator[Json]:
+    def log(self, arguments: dict[str, Any], _warn: Warn, /) -> Iterator[Json]:
         page = self.run(BY_NAME['agent.logs'], arguments)
         reader = self.town.store.run(open_log(Call(self.town, self.by), arguments['agent']))
         while True:
             if page['text'] or page.get('truncated'):
                 yield page
             if page['next_offset'] == page['size']:
-                time.sleep(_LOOK)
+                time.sleep(_POLL)
             page = dict(reader.page(page['next_offset']))
 
 
 class Remote:
-    """A townhall at a URL, with an API key if it asks for one. Raises UsageError for a bad URL or key."""
+    """Calls operations of the townhall at a URL, with the API key in `key_file` if that is given.
+
+    The constructor raises UsageError for an invalid URL or key.
+    """
 
     def __init__(self, url: str, key_file: str | None) -> None:
         self._url = url.rstrip('/')
@@ -102,7 +109,6 @@ class Remote:
             self._headers['Authorization'] = f'Bearer {_read_key(Path(key_file))}'
 
     def run(self, op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The answer of an operation. Raises TownError."""
         import http.client
 
         connection = self._connection(ANSWER_TIMEOUT)
@@ -113,7 +119,7 @@ class Remote:
             response = connection.getresponse()
             status, text = response.status, response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise Unavailable(f'{self._url} can not be reached: {e or type(e).__name__}') from None
+            raise Unavailable(f"{self._url} can't be reached: {e or type(e).__name__}") from None
         finally:
             connection.close()
         return self._answer(op, status, text)
@@ -124,19 +130,19 @@ class Remote:
         make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         return make(self._host, self._port, timeout=timeout)
 
-    def events(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
-        for sent in self._follow(BY_NAME['events.list'], arguments, tell):
+    def events(self, arguments: dict[str, Any], warn: Warn, /) -> Iterator[Json]:
+        for sent in self._follow(BY_NAME['events.list'], arguments, warn):
             yield json.loads(sent.data)
 
-    def log(self, arguments: dict[str, Any], tell: Warn, /) -> Iterator[Json]:
-        missing: dict[str, Any] = {}
-        for sent in self._follow(BY_NAME['agent.logs'], arguments, tell):
+    def log(self, arguments: dict[str, Any], warn: Warn, /) -> Iterator[Json]:
+        missing: dict[str, Any] = {}  # {'gap': True} or {'truncated': True}, for the next page
+        for sent in self._follow(BY_NAME['agent.logs'], arguments, warn):
             if sent.type == 'log':
                 yield json.loads(sent.data) | missing
             missing = {sent.type: True} if sent.type != 'log' else {}
 
-    def _follow(self, op: Op, arguments: dict[str, Any], tell: Warn) -> Iterator[Sent]:
-        """The events of a stream, which is opened again where it ended as often as it ends."""
+    def _follow(self, op: Op, arguments: dict[str, Any], warn: Warn) -> Iterator[SentEvent]:
+        """The events of a stream. When the stream breaks, it is opened again after the last event."""
         last, has_begun = '', False
         while True:
             try:
@@ -144,15 +150,18 @@ class Remote:
                     last, has_begun = sent.id, True
                     if sent.data:
                         yield sent
-                tell(f'{self._url} ended the stream')
+                warn(f'{self._url} ended the stream')
             except Unavailable as e:
                 if not has_begun:
                     raise
-                tell(e.detail)
+                warn(e.detail)
             time.sleep(_PAUSE)
 
-    def _stream(self, op: Op, arguments: dict[str, Any], last: str) -> Iterator[Sent]:
-        """The events of a stream until it ends. Raises TownError; Unavailable if it may be there later."""
+    def _stream(self, op: Op, arguments: dict[str, Any], last: str) -> Iterator[SentEvent]:
+        """The events of one stream after the id `last`, until it ends.
+
+        Raises Unavailable if a later try may succeed, else TownError.
+        """
         import http.client
 
         path, _ = _request(op, arguments)
@@ -168,34 +177,36 @@ class Remote:
                     raise TownError(f'{self._url} does not stream; is it a townhall?')
                 yield from sent_events(iter(response.readline, b''), last)
             except (OSError, http.client.HTTPException) as e:
-                raise Unavailable(f'{self._url} can not be reached: {e or type(e).__name__}') from None
+                raise Unavailable(f"{self._url} can't be reached: {e or type(e).__name__}") from None
 
     def _answer(self, op: Op, status: int, text: bytes) -> dict[str, Any]:
+        """The answer in a response. Raises TownError for a problem document, and for anything unexpected."""
         try:
-            found = json.loads(text)
+            answer = json.loads(text)
         except ValueError:
-            found = None
-        if isinstance(found, dict) and status == 401:
+            answer = None
+        if isinstance(answer, dict) and status == 401:
             raise TownError(
-                f'{found.get("detail")}; give a key that is good there:  --api-key-file F', code='unauthorized'
+                f'{answer.get("detail")}; give a key that is valid there:  --api-key-file F', code='unauthorized'
             )
-        if isinstance(found, dict) and status >= 400:
-            raise TownError(str(found.get('detail', f'{self._url} answered {status}')), code=str(found.get('code', '')))
-        if not isinstance(found, dict) or not found.keys() >= set(op.output.get('required', ())):
-            raise TownError(f'{self._url} answered {status} and not what a townhall answers; is it one?')
-        return found
+        if isinstance(answer, dict) and status >= 400:
+            detail = str(answer.get('detail', f'{self._url} answered {status}'))
+            raise TownError(detail, code=str(answer.get('code', '')))
+        if not isinstance(answer, dict) or not answer.keys() >= set(op.output.get('required', ())):
+            raise TownError(f'{self._url} answered {status}, but not as a townhall does; is it one?')
+        return answer
 
 
-class Sent(NamedTuple):
-    """One server-sent event. One without data says only how far the stream is."""
+class SentEvent(NamedTuple):
+    """A server-sent event. Without data it only tells the id that the stream has reached."""
 
     type: str
     id: str
     data: str
 
 
-def sent_events(lines: Iterable[bytes], last: str) -> Iterator[Sent]:
-    """Server-sent events from the lines of a stream (the HTML standard, 9.2.6). `last` is the id before the first."""
+def sent_events(lines: Iterable[bytes], last: str) -> Iterator[SentEvent]:
+    """Parses the lines of an event stream (HTML standard, 9.2.6). `last` is the id of the event before."""
     kind, data = '', []
     for line in lines:
         name, _, value = line.decode('utf-8', 'replace').rstrip('\r\n').partition(':')
@@ -207,12 +218,12 @@ def sent_events(lines: Iterable[bytes], last: str) -> Iterator[Sent]:
         elif name == 'data':
             data.append(value)
         elif not name and not value and not line.startswith(b':'):
-            yield Sent(kind or 'message', last, '\n'.join(data))
+            yield SentEvent(kind or 'message', last, '\n'.join(data))
             kind, data = '', []
 
 
 def parse_url(url: str) -> tuple[str, int, str, bool]:
-    """(host, port, path, whether it is TLS) of a base URL. Raises UsageError."""
+    """Splits a base URL into host, port, path, and whether it is https. Raises UsageError."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or '').encode('idna').decode(), parts.port
@@ -225,6 +236,7 @@ def parse_url(url: str) -> tuple[str, int, str, bool]:
 
 
 def _read_key(file: Path) -> str:
+    """The API key in a file. Raises UsageError."""
     try:
         key = file.read_text('ascii').strip()
     except OSError as e:
@@ -249,7 +261,7 @@ def _request(op: Op, arguments: dict[str, Any]) -> tuple[str, bytes | None]:
 
 
 def _in_query(value: Any) -> str:
-    """A value as a query string has it."""
+    """The text of a value in a query string."""
     if isinstance(value, list):
         return ','.join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

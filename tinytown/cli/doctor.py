@@ -1,4 +1,7 @@
-"""What `tt doctor` looks for: processes, records and tasks that do not fit together; and how each is mended."""
+"""`tt doctor`: finds processes, records and tasks that do not fit together, and mends them on request.
+
+`lifecycle` calls `examine`, and with --fix `mend` on each finding.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,28 @@ _QUIET_MS = 15_000  # three heartbeats
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong: its kind, what it is, what to do. `cure` mends it, where it can be mended from here."""
+    """One thing that is wrong in a town."""
 
     kind: str
-    what: str
-    advice: str
-    cure: Callable[[], str] | None = None
+    what: str  # a sentence about it
+    advice: str  # what to do; or what `mend` did, or why it failed
+    cure: Callable[[], str] | None = None  # mends it and returns what it did; None if it can't be mended from here
     mended: bool = False
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {'kind': self.kind, 'what': self.what, 'advice': self.advice, 'mended': self.mended}
 
 
 def examine(call: Call, served: bool) -> list[Finding]:
-    """What is wrong in a town, seen from this machine. `served` says whether a townhall runs here. Raises TownError."""
+    """What is wrong in a town, seen from this machine. `served`: a townhall runs here. Raises TownError."""
     rows = [[text(part) for part in row] for row in call.store.call(call.store.evidence(LIVE))[1]]
-    found = [] if served else [_unserved()]
-    return found + _silent_hosts(call) + _strays(call, {row[3] for row in rows}) + _ghosts(call, rows) + _orphans(call)
+    instances = {row[3] for row in rows}
+    findings = [] if served else [_unserved()]
+    return findings + _silent_hosts(call) + _strays(call, instances) + _missing_workers(call, rows) + _orphans(call)
 
 
 def mend(finding: Finding) -> Finding:
-    """The finding after an attempt to mend it."""
+    """Tries to mend a finding. Returns it with the result."""
     if finding.cure is None:
         return finding
     try:
@@ -49,52 +53,57 @@ def mend(finding: Finding) -> Finding:
 
 
 def _unserved() -> Finding:
-    what = 'no townhall of this town runs here, so nobody looks after its workers'
+    what = 'no townhall of this town runs here, so nothing supervises its workers'
     return Finding('unserved', what, 'Start one:  tt start')
 
 
 def _silent_hosts(call: Call) -> list[Finding]:
-    """Hosts that have live agents, and no townhall to look after them."""
-    found = []
+    """Other hosts that have live agents, but no townhall that supervises them."""
+    findings = []
     for host in call.store.run(hosts.list_hosts(call))['hosts']:
         if host['silent'] and host['agents'] and not host['here']:
-            what = f"host '{host['host']}' has {host['agents']} live agents and was last heard of {host['heard_at']}"
-            advice = 'Start a townhall there; if it does not come back, give its agents up:  tt kill AGENT --force'
-            found.append(Finding('silent host', what, advice))
-    return found
+            what = (
+                f"host '{host['host']}' has {host['agents']} live agents, but no sign of life since {host['heard_at']}"
+            )
+            advice = (
+                'Start a townhall there; if the host does not come back, give up its agents:  tt kill AGENT --force'
+            )
+            findings.append(Finding('silent host', what, advice))
+    return findings
 
 
 def _strays(call: Call, instances: set[str]) -> list[Finding]:
-    """Processes without a record: they belong to workers that are no more."""
+    """Processes of workers that have no record any longer. `instances` are the workers that have one."""
 
     def cure(instance: str) -> Callable[[], str]:
         return lambda: f'Could not be ended: {left}' if (left := stop_tree(None, instance)) else 'Ended'
 
-    found = []
+    findings = []
     for instance, pids in agents_processes(str(call.town.root)).items():
         if instance not in instances:
-            what = f'processes {pids} of a worker that is no more still run'
-            found.append(Finding('stray processes', what, 'tt doctor --fix ends them', cure(instance)))
-    return found
+            what = f'processes {pids} of a worker that no longer exists still run'
+            findings.append(Finding('stray processes', what, 'tt doctor --fix ends them', cure(instance)))
+    return findings
 
 
-def _ghosts(call: Call, rows: list[list[str]]) -> list[Finding]:
-    """Records without a process, and workers that are not heard of."""
+def _missing_workers(call: Call, rows: list[list[str]]) -> list[Finding]:
+    """Records of live workers whose process is gone, or that send no heartbeats."""
 
     def recover() -> str:
         call.store.run(recovery.recover(call))
         return 'Recovered: what it held is in the backlog'
 
-    found = []
+    findings = []
     for agent_id, name, state, instance, host, boot, pid, start, age in rows:
         process = Identity(host, boot, int(pid or 0), start)
         if pid and report_spool.judge(call.town.root, agent_id, instance, process) == 'dead':
             what = f"agent '{name}' is {state}, but its process {pid} is gone"
-            found.append(Finding('dead worker', what, 'tt recover, or tt doctor --fix, frees what it held', recover))
+            findings.append(Finding('dead worker', what, 'tt recover, or tt doctor --fix, frees what it held', recover))
         elif age and int(age) > _QUIET_MS:
-            what = f"agent '{name}' ({state}, process {pid} on {host}) was last heard of {int(age) // 1000} s ago"
-            found.append(Finding('quiet worker', what, f'It may hang or be paused; see its log, or  tt restart {name}'))
-    return found
+            what = f"agent '{name}' ({state}, process {pid} on {host}) sent its last heartbeat {int(age) // 1000} s ago"
+            advice = f'It may hang or be paused; see its log, or  tt restart {name}'
+            findings.append(Finding('quiet worker', what, advice))
+    return findings
 
 
 def _orphans(call: Call) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The commands of `tt` that go on: events and logs as they come, the town as it is now. Ctrl-C ends them."""
+"""The commands of `tt` that run until Ctrl-C: following events and logs, and watching the town (`status`, `top`)."""
 
 from __future__ import annotations
 
@@ -19,57 +19,59 @@ from ..model import Json
 from .backends import Backend
 from .format import as_json, cut, event_line, format_answer
 from .lifecycle import report, wants_json
-from .top import taken, top
+from .top import full_screen, top
 
 _UNITS: Final = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
-_PULSE: Final = 1.0  # seconds after which a screen is looked at anew without an event
-_PAGE: Final = 500  # events that `tt events` shows
-_REST: Final = 0.1  # seconds for which events are gathered before that
+_REFRESH: Final = 1.0  # seconds after which a screen is refreshed even without an event
+_GATHER: Final = 0.1  # seconds to gather events before a refresh
+_PAGE: Final = 500  # events that `tt events` shows by default
 
 Arguments = dict[str, Any]
 
 
-def since(given: str, now: float) -> str:
-    """The stream id after which events are at most so old (10m, 2h), or of that time (RFC 3339). Raises UsageError."""
-    if match := re.fullmatch(r'([0-9]{1,6})([smhd])', given):
+def since(text: str, now: float) -> str:
+    """The event id that stands for an age before `now` (10m, 2h) or for a time (RFC 3339). Raises UsageError."""
+    if match := re.fullmatch(r'([0-9]{1,6})([smhd])', text):
         moment = now - int(match[1]) * _UNITS[match[2]]
     else:
         try:
-            moment = datetime.fromisoformat(given).timestamp()
+            moment = datetime.fromisoformat(text).timestamp()
         except (ValueError, OverflowError, OSError):
-            raise UsageError(f'--since {given}: give an age as 10m or 2h, or a time as 2026-11-21T10:00:00Z') from None
+            raise UsageError(
+                f'--since {text}: give an age like 10m or 2h, or a time like 2026-11-21T10:00:00Z'
+            ) from None
     return f'{max(int(moment * 1000), 0)}-0'
 
 
-def complainer() -> Callable[[str], None]:
-    """Tells of trouble on stderr, but not of the same twice in a row."""
+def warner() -> Callable[[str], None]:
+    """A function that prints warnings on stderr. It leaves out a warning that equals the one before."""
     last = ''
 
-    def tell(what: str) -> None:
+    def warn(message: str) -> None:
         nonlocal last
-        if what != last:
-            print(f'tt: {clean(what)}; trying again', file=sys.stderr, flush=True)
-        last = what
+        if message != last:
+            print(f'tt: {clean(message)}; trying again', file=sys.stderr, flush=True)
+        last = message
 
-    return tell
+    return warn
 
 
-def read_events(town: Backend, given: Arguments) -> Json:
-    """A full page of events, although a page through the door may be short while there is more."""
-    limit = given.get('limit', _PAGE)
-    answer = town.run(BY_NAME['events.list'], given)
+def read_events(town: Backend, filters: Arguments) -> Json:
+    """A full page of events. It may take several calls: an answer may hold fewer events although there are more."""
+    limit = filters.get('limit', _PAGE)
+    answer = town.run(BY_NAME['events.list'], filters)
     while answer.get('more') and len(answer['events']) < limit:
         rest = {'after': answer['next_after'], 'limit': limit - len(answer['events'])}
-        page = town.run(BY_NAME['events.list'], given | rest)
+        page = town.run(BY_NAME['events.list'], filters | rest)
         answer = answer | page | {'events': answer['events'] + page['events'], 'more': page.get('more', False)}
     return answer
 
 
-def follow_events(arguments: argparse.Namespace, town: Backend, given: Arguments) -> int:
-    """`tt events -f`: a line an event. It begins now, or where --after or --since says; --count ends it."""
-    left = given.pop('limit', None)
-    for event in town.events({'after': '$'} | given, complainer()):
-        _print(as_json(event, _is_plain()) if wants_json(arguments) else event_line(event))
+def follow_events(arguments: argparse.Namespace, town: Backend, filters: Arguments) -> int:
+    """`tt events -f`: prints a line for each event, from now on or after --after or --since; --count limits them."""
+    left = filters.pop('limit', None)
+    for event in town.events({'after': '$'} | filters, warner()):
+        _print(as_json(event, _is_ascii()) if wants_json(arguments) else event_line(event))
         if left is not None and event['type'] != 'gap':
             left -= 1
             if not left:
@@ -77,16 +79,16 @@ def follow_events(arguments: argparse.Namespace, town: Backend, given: Arguments
     return 0
 
 
-def follow_log(arguments: argparse.Namespace, town: Backend, given: Arguments) -> int:
-    """`tt logs -f`: what there is, and what comes."""
-    for part in town.log(given, complainer()):
+def follow_log(arguments: argparse.Namespace, town: Backend, where: Arguments) -> int:
+    """`tt logs -f`: prints the log of an agent, and goes on as it grows. `where` holds arguments of agent.logs."""
+    for page in town.log(where, warner()):
         if wants_json(arguments):
-            _print(as_json(part, _is_plain()))
+            _print(as_json(page, _is_ascii()))
             continue
-        for name, said in (('gap', 'a part of the log is not kept any more'), ('truncated', 'the log begins anew')):
-            if part.get(name):
-                print(f'tt: {said}', file=sys.stderr, flush=True)
-        sys.stdout.write(clean(part['text']))
+        for flag, note in (('gap', 'a part of the log is no longer kept'), ('truncated', 'the log starts again')):
+            if page.get(flag):
+                print(f'tt: {note}', file=sys.stderr, flush=True)
+        sys.stdout.write(clean(page['text']))
         sys.stdout.flush()
     return 0
 
@@ -96,29 +98,30 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def _is_plain() -> bool:
+def _is_ascii() -> bool:
+    """Whether stdout may be unable to show characters beyond ASCII."""
     return sys.stdout.encoding.lower() not in ('utf-8', 'utf8')
 
 
 # ----------------------------------------------------------------------------------------------------------- screens
 
 
-def watch_status(arguments: argparse.Namespace, town: Backend, given: Arguments) -> int:
-    """`tt status --watch`: the status, drawn anew when something happens."""
+def watch_status(arguments: argparse.Namespace, town: Backend, wanted: Arguments) -> int:
+    """`tt status --watch`: shows the status, and refreshes it at each event. `wanted` is for town.get_status."""
     op = BY_NAME['town.get_status']
 
     def draw(answer: Json, columns: int, lines: int) -> list[str]:
         return [cut(line, columns) for line in format_answer(op.name, answer, _colour()).split('\n')[:lines]]
 
-    return _watch(arguments, town, given, draw)
+    return _watch(arguments, town, wanted, draw)
 
 
 def watch_top(arguments: argparse.Namespace, town: Backend) -> int:
-    """`tt top`: the agents and what they do, and the latest events."""
+    """`tt top`: shows the agents, what they do, and the latest events."""
 
     def draw(answer: Json, columns: int, lines: int) -> list[str]:
-        drawn = top(answer, time.time(), columns, lines)
-        return drawn if _colour() else [re.sub(r'\x1b\[\d*m', '', line) for line in drawn]
+        screen = top(answer, time.time(), columns, lines)
+        return screen if _colour() else [re.sub(r'\x1b\[\d*m', '', line) for line in screen]
 
     return _watch(arguments, town, {'deep': True}, draw)
 
@@ -128,44 +131,45 @@ def _colour() -> bool:
 
 
 def _watch(
-    arguments: argparse.Namespace, town: Backend, given: Arguments, draw: Callable[[Json, int, int], list[str]]
+    arguments: argparse.Namespace, town: Backend, wanted: Arguments, draw: Callable[[Json, int, int], list[str]]
 ) -> int:
+    """Shows a status until the user leaves. `draw` makes lines from an answer, the columns and the lines there are."""
     op = BY_NAME['town.get_status']
-    answer = town.run(op, given)
+    answer = town.run(op, wanted)
     if not sys.stdout.isatty() or wants_json(arguments):
-        print('tt: this is no terminal, so it is shown once', file=sys.stderr)
+        print('tt: stdout is not a terminal, so this is shown only once', file=sys.stderr)
         return report(arguments, answer, '' if wants_json(arguments) else '\n'.join(draw(answer, 10_000, 10_000)))
-    with taken() as screen:
+    with full_screen() as screen:
         pulse = _pulse(town)
-        trouble = ''
+        warning = ''
         while True:
             columns, lines = screen.size()
-            shown = draw(answer, columns, lines - 1)
-            screen.show([*shown, cut(trouble, columns)] if trouble else shown)
-            if not screen.wait(pulse, _PULSE):
+            content = draw(answer, columns, lines - 1)
+            screen.show([*content, cut(warning, columns)] if warning else content)
+            if not screen.wait(pulse, _REFRESH):
                 return 0
-            time.sleep(_REST)
+            time.sleep(_GATHER)
             try:
-                answer, trouble = town.run(op, given), ''
+                answer, warning = town.run(op, wanted), ''
             except TownError as e:
-                trouble = f'tt: {clean(e.detail)}; trying again'
+                warning = f'tt: {clean(e.detail)}; trying again'
 
 
 def _pulse(town: Backend) -> int:
-    """A descriptor that can be read from when something has happened."""
+    """Starts a thread that listens for events. Returns a descriptor that becomes readable at each event."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def listen() -> None:
         while True:
             try:
-                for _ in town.events({'after': '$'}, lambda _trouble: None):
+                for _ in town.events({'after': '$'}, lambda _warning: None):
                     try:
                         os.write(writer, b'.')
                     except BlockingIOError:
-                        pass  # it is full of pulses
+                        pass  # the pipe is full, so it is readable anyway
             except TownError:
-                time.sleep(_PULSE)
+                time.sleep(_REFRESH)
 
     threading.Thread(target=listen, name='pulse', daemon=True).start()
     return reader

@@ -1,4 +1,7 @@
-"""What `tt` shows a person: answers as aligned text. Pure: an answer in, text out."""
+"""Renders answers as text for people: aligned tables, sentences, colours. Functions take an answer and return text.
+
+Start with `format_answer`; `_RENDERERS` at the end maps each operation to its renderer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..console import UNSAFE, clean
-from ..core.agent_logs import MAX_PAGE_BYTES as MOST_LOG
+from ..core.agent_logs import MAX_PAGE_BYTES
 from ..host.processes import this_host
 from ..model import CONDUCTOR_ID
 
@@ -20,12 +23,12 @@ _COLOURS: Final = {
     'completed': 32, 'running': 36, 'assigned': 36, 'failed': 31, 'cancelled': 2, 'pending': 33,
 }  # fmt: skip
 _ANSI: Final = re.compile(r'\x1b\[[0-9]*m')
-_PIECES: Final = re.compile(r'\x1b\[[0-9]*m|.', re.S)
-_MOST: Final = 72  # columns of a cell
+_PIECES: Final = re.compile(r'\x1b\[[0-9]*m|.', re.S)  # colour codes and characters
+_MAX_CELL: Final = 72  # columns
 
 
 def format_answer(operation: str, answer: JsonObject, colour: bool) -> str:
-    """The text for an operation's answer; colour marks states."""
+    """The text for the answer of an operation. With `colour`, states are coloured."""
     text = _RENDERERS.get(operation, _fields)(cleaned(answer))
     if answer.get('next_cursor'):
         text += f'\n\nThere is more; add  --cursor {clean(answer["next_cursor"])}'
@@ -33,27 +36,27 @@ def format_answer(operation: str, answer: JsonObject, colour: bool) -> str:
 
 
 def cleaned(value: Any) -> Any:
-    """An answer with all its texts clean."""
+    """An answer whose strings hold nothing that steers a terminal (`console.clean`)."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
-        return [cleaned(each) for each in value]
-    return {name: cleaned(each) for name, each in value.items()} if isinstance(value, dict) else value
+        return [cleaned(item) for item in value]
+    return {name: cleaned(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def as_json(answer: Any, ascii_only: bool) -> str:
-    """An answer as JSON on one line; what would steer a terminal is escaped."""
+    """An answer as JSON on one line. Characters that would steer a terminal are escaped."""
     text = json.dumps(answer, ensure_ascii=ascii_only)
     return UNSAFE.sub(lambda match: f'\\u{ord(match.group()):04x}', text)
 
 
 def counted(number: int, noun: str) -> str:
-    """As `1 task`, `2 tasks`."""
+    """A number with its noun: `1 task`, `2 tasks`."""
     return f'{number} {noun}' + ('' if number == 1 else 's')
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str, whole: bool = False) -> str:
-    """Rows under a head, columns aligned; `empty` if there are none. Long cells are cut, if not wanted `whole`."""
+    """Rows in aligned columns under a head; `empty` if there are no rows. Long cells are cut, unless `whole`."""
     if not rows:
         return empty
     lines = [list(head), *([_one_line(cell, whole) for cell in row] for row in rows)]
@@ -64,7 +67,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], empty: str, whole:
 
 
 def _width(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """The number of terminal columns that a text takes."""
     text = _ANSI.sub('', text)
     return len(text) if text.isascii() else sum(map(_columns, text))
 
@@ -77,16 +80,16 @@ def _columns(character: str) -> int:
 
 def _one_line(text: str, whole: bool = False) -> str:
     line = ' '.join(text.split())
-    if whole or _width(line) <= _MOST:
+    if whole or _width(line) <= _MAX_CELL:
         return line
-    line = line[:_MOST]
-    while _width(line) >= _MOST:
+    line = line[:_MAX_CELL]
+    while _width(line) >= _MAX_CELL:
         line = line[:-1]
     return line + '…'
 
 
 def cut(text: str, columns: int, pad: bool = False) -> str:
-    """A line cut to so many columns, and with `pad` filled up to them. Colours take none."""
+    """A line cut to `columns`, and with `pad` filled up with spaces. Colour codes take no columns."""
     if (width := _width(text)) <= columns:
         return text + ' ' * (columns - width) if pad else text
     kept, room, codes = [], columns - 1, False
@@ -101,7 +104,7 @@ def cut(text: str, columns: int, pad: bool = False) -> str:
 
 
 def state(name: str) -> str:
-    """A state in its colour."""
+    """The name of a state in its colour."""
     code = _COLOURS.get(name)
     return f'\x1b[{code}m{name}\x1b[0m' if code else name
 
@@ -121,13 +124,13 @@ def _value(name: str, value: Any) -> str:
         return 'yes' if value else 'no'
     if isinstance(value, str):
         return state(value) if name == 'state' else value
-    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ', '.join(value) or '-'
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
 def elsewhere(agent: JsonObject) -> str:
-    """The host that an agent runs on, if that is not this one; else ''."""
+    """The host that an agent runs on; '' if that is this host."""
     host: str = agent.get('host') or ''
     return host if host != this_host() else ''
 
@@ -156,7 +159,7 @@ def _hosts(answer: JsonObject) -> str:
     rows = [
         [
             h['host'] + (' (this one)' if h['here'] else ''),
-            '\x1b[31msilent\x1b[0m' if h['silent'] else 'heard of',
+            '\x1b[31msilent\x1b[0m' if h['silent'] else 'live',
             str(h['townhalls']),
             str(h['agents']),
             h['heard_at'] or 'never',
@@ -164,8 +167,8 @@ def _hosts(answer: JsonObject) -> str:
         ]
         for h in answer['hosts']
     ]
-    head = ('HOST', 'STATE', 'TOWNHALLS', 'AGENTS', 'HEARD OF AT', 'URL')
-    return table(head, rows, 'No townhall was heard of. Start one:  tt start')
+    head = ('HOST', 'STATE', 'TOWNHALLS', 'AGENTS', 'LAST SEEN', 'URL')
+    return table(head, rows, 'No townhall has been seen. Start one:  tt start')
 
 
 def _status(answer: JsonObject) -> str:
@@ -186,14 +189,14 @@ def _event_table(events: Sequence[JsonObject]) -> str:
 def _events(answer: JsonObject) -> str:
     text = _event_table(answer['events'])
     if answer.get('gap'):
-        text = f'Some of what came before is not kept any more.\n\n{text}'
+        text = f'Some earlier events are no longer kept.\n\n{text}'
     return f'{text}\n\nThere is more; add  --after {answer["next_after"]}' if answer.get('more') else text
 
 
 def event_line(event: JsonObject) -> str:
-    """An event as a line of a feed; a gap as a line that says so."""
+    """The line of an event, or of a gap between events, in a feed."""
     if event['type'] == 'gap':
-        return '--- some events are not kept any more ---'
+        return '--- some events are no longer kept ---'
     event = cleaned(event)
     agent, task = event.get('agent_name') or '-', event.get('task_id') or event.get('message_id') or '-'
     why = f'  {_one_line(event["why"])}' if event.get('why') else ''
@@ -202,7 +205,7 @@ def event_line(event: JsonObject) -> str:
 
 def _log_text(answer: JsonObject) -> str:
     text: str = answer['text']
-    return text.rstrip('\n') or f'{answer["agent"]} has said nothing yet.'
+    return text.rstrip('\n') or f'{answer["agent"]} has printed nothing yet.'
 
 
 def _tasks(answer: JsonObject) -> str:
@@ -224,13 +227,13 @@ def _backlog(answer: JsonObject) -> str:
 
 
 def _inbox(answer: JsonObject) -> str:
-    said = f'{answer["agent"]}: {counted(answer["total"], "message")}, {answer["urgent"]} urgent'
+    summary = f'{answer["agent"]}: {counted(answer["total"], "message")}, {answer["urgent"]} urgent'
     rows = [[m['id'], _sender(m['from']), m['type'], m['summary']] for m in answer['messages']]
-    return f'{said}\n\n{table(("ID", "FROM", "TYPE", "TEXT"), rows, "", whole=True)}' if rows else said
+    return f'{summary}\n\n{table(("ID", "FROM", "TYPE", "TEXT"), rows, "", whole=True)}' if rows else summary
 
 
 def _sender(agent_id: str) -> str:
-    """A sender, short: the start of an id is as good as the id to answer it."""
+    """A short name of a sender. Commands take the start of an agent's id like the whole id."""
     return 'conductor' if agent_id in (CONDUCTOR_ID, '') else agent_id[:8]
 
 
@@ -251,11 +254,11 @@ def _history(answer: JsonObject) -> str:
     runs = [
         [str(r['attempt']), r['agent_name'], _took(r['secs']), state(r['outcome']), _log(r)] for r in answer['attempts']
     ]
-    return f'{changes}\n\n{table(("ATTEMPT", "AGENT", "TOOK", "OUTCOME", "WHAT IT SAID"), runs, "")}'.strip()
+    return f'{changes}\n\n{table(("ATTEMPT", "AGENT", "TOOK", "OUTCOME", "OUTPUT"), runs, "")}'.strip()
 
 
 def _took(seconds: float | None) -> str:
-    """A duration, as short as it can be told."""
+    """A short text for a duration."""
     if seconds is None:
         return '-'
     if seconds < 60:
@@ -265,10 +268,10 @@ def _took(seconds: float | None) -> str:
 
 
 def _log(run: JsonObject) -> str:
-    """The command that shows what an attempt said."""
+    """The command that shows the output of an attempt."""
     if run['log_from'] is None:
         return '-'
-    length = '' if run['log_to'] is None else f' --limit {min(max(run["log_to"] - run["log_from"], 1), MOST_LOG)}'
+    length = '' if run['log_to'] is None else f' --limit {min(max(run["log_to"] - run["log_from"], 1), MAX_PAGE_BYTES)}'
     return f'tt logs {run["agent_name"]} --offset {run["log_from"]}{length}'
 
 
@@ -283,34 +286,34 @@ def _dead_letters(answer: JsonObject) -> str:
 def _orphans(answer: JsonObject) -> str:
     rows = [[o['task_id'], o['state'], o['assigned_to'], o['reason']] for o in answer['orphans']]
     done = {'list': '', 'to_backlog': 'returned to the backlog', 'cancel': 'cancelled', 'delete': 'deleted'}
-    said = f'\n\n{counted(answer["count"], "task")} {how}.' if rows and (how := done.get(answer['action'])) else ''
-    return table(('TASK', 'STATE', 'AGENT', 'REASON'), rows, 'No orphaned tasks.') + said
+    result = f'\n\n{counted(answer["count"], "task")} {how}.' if rows and (how := done.get(answer['action'])) else ''
+    return table(('TASK', 'STATE', 'AGENT', 'REASON'), rows, 'No orphaned tasks.') + result
 
 
 def _result(answer: JsonObject) -> str:
     return _fields(answer['task']) if answer['task'] else f'{answer["agent"]} has finished no task yet.'
 
 
-def _said(template: str) -> Callable[[JsonObject], str]:
-    """A renderer that fills an answer into a sentence."""
+def _sentence(template: str) -> Callable[[JsonObject], str]:
+    """A renderer that fills the fields of an answer into a template."""
     return lambda answer: template.format(**{name: _value(name, value) for name, value in answer.items()})
 
 
 def _counts(template: str, **nouns: str) -> Callable[[JsonObject], str]:
-    """A renderer that fills counts into a sentence, each with its noun; the names of agents come after it."""
+    """A renderer that fills counts into a template, each with its noun, and appends the names in `agents`, if any."""
 
     def fill(answer: JsonObject) -> str:
-        said = template.format(**answer | {name: counted(answer[name], noun) for name, noun in nouns.items()})
+        text = template.format(**answer | {name: counted(answer[name], noun) for name, noun in nouns.items()})
         names = answer.get('agents')
-        return f'{said}: {", ".join(names)}.' if isinstance(names, list) and names else f'{said}.'
+        return f'{text}: {", ".join(names)}.' if isinstance(names, list) and names else f'{text}.'
 
     return fill
 
 
 def _pruned(answer: JsonObject) -> str:
-    said = _counts('Removed {removed}', removed='agent')(answer)
+    text = _counts('Removed {removed}', removed='agent')(answer)
     left = answer.get('left')
-    return f'{said}\nLeft as they are, on hosts that are silent (tt hosts): {", ".join(left)}.' if left else said
+    return f'{text}\nNot removed, because their hosts are silent (tt hosts): {", ".join(left)}.' if left else text
 
 
 _RENDERERS: Final[dict[str, Callable[[JsonObject], str]]] = {
@@ -318,38 +321,38 @@ _RENDERERS: Final[dict[str, Callable[[JsonObject], str]]] = {
     'town.list_hosts': _hosts,
     'town.reset': _counts('Removed {agents} and {tasks}', agents='agent', tasks='task'),
     'agent.list': _agents,
-    'agent.spawn': _said('{name} runs {cli} ({agent_id}).'),
+    'agent.spawn': _sentence('{name} runs {cli} ({agent_id}).'),
     'agent.get_result': _result,
-    'agent.kill': _said('{agent} is {status}.'),
-    'agent.restart': _said('{agent} is {status}.'),
-    'agent.interrupt': _said('{agent} is {status}.'),
-    'agent.resume': _said('{agent} is {status}.'),
-    'agent.close': _said('{agent} is {status}.'),
-    'agent.wait': _said('{agent} is {state}.'),
+    'agent.kill': _sentence('{agent} is {status}.'),
+    'agent.restart': _sentence('{agent} is {status}.'),
+    'agent.interrupt': _sentence('{agent} is {status}.'),
+    'agent.resume': _sentence('{agent} is {status}.'),
+    'agent.close': _sentence('{agent} is {status}.'),
+    'agent.wait': _sentence('{agent} is {state}.'),
     'agent.prune': _pruned,
     'agent.inbox': _inbox,
     'agent.ack': _counts('Cleared {removed} from the mailbox of {agent}', removed='message'),
-    'task.assign': _said('Task {task_id} waits in the inbox of {agent_name}.'),
+    'task.assign': _sentence('Task {task_id} waits in the inbox of {agent_name}.'),
     'task.list_pending': _pending,
     'task.list': _tasks,
-    'task.complete': _said('Task {task_id} is {state}.'),
-    'task.fail': _said('Task {task_id} is {state}.'),
-    'task.cancel': _said('Task {task_id} is {state}.'),
-    'task.retry': _said('Task {task_id} is {state}.'),
-    'task.release': _said('Task {task_id} is {state}.'),
+    'task.complete': _sentence('Task {task_id} is {state}.'),
+    'task.fail': _sentence('Task {task_id} is {state}.'),
+    'task.cancel': _sentence('Task {task_id} is {state}.'),
+    'task.retry': _sentence('Task {task_id} is {state}.'),
+    'task.release': _sentence('Task {task_id} is {state}.'),
     'task.history': _history,
     'deadletter.list': _dead_letters,
-    'deadletter.retry': _said('The {kind} {id} is {status}.'),
-    'deadletter.drop': _said('The {kind} {id} is {status}.'),
+    'deadletter.retry': _sentence('The {kind} {id} is {status}.'),
+    'deadletter.drop': _sentence('The {kind} {id} is {status}.'),
     'events.list': _events,
     'events.latest': _events,
     'agent.logs': _log_text,
     'backlog.list': _backlog,
-    'backlog.add': _said('Task {task_id} is in the backlog.'),
-    'backlog.claim': _said('Task {task_id} waits in the inbox of {agent_name}.'),
+    'backlog.add': _sentence('Task {task_id} is in the backlog.'),
+    'backlog.claim': _sentence('Task {task_id} waits in the inbox of {agent_name}.'),
     'backlog.assign_all': _counts('Assigned {assigned}', assigned='task'),
-    'backlog.remove': _said('Task {task_id} is removed.'),
-    'message.send': _said('Message {message_id} sent to {to_agent}.'),
+    'backlog.remove': _sentence('Task {task_id} is removed.'),
+    'message.send': _sentence('Message {message_id} sent to {to_agent}.'),
     'recovery.recover_agents': _counts('Checked {checked}, recovered {recovered}', checked='agent'),
     'recovery.reclaim_tasks': _counts('Moved {reclaimed} to {destination}', reclaimed='task'),
     'recovery.orphan_tasks': _orphans,

@@ -1,4 +1,8 @@
-"""`tt generate-api-key` and `tt key`: API keys in the configuration of a town. A townhall that runs takes them up."""
+"""`tt generate-api-key` and `tt key`: make, list, rotate and revoke API keys in a town's configuration file.
+
+A running townhall reloads its keys by itself. `_check_reloaded` asks it whether it did, after a key was removed.
+`api_key_table` edits the [[townhall.auth.keys]] tables; `auth.api_keys` generates keys and their hashes.
+"""
 
 from __future__ import annotations
 
@@ -34,26 +38,26 @@ _UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
 
 
 def key_commands() -> Iterator[Command]:
-    """What makes and manages keys."""
-    write = argument('--write', action='store_true', help='write it into tinytown.toml, and turn keys on')
+    """The commands that make and manage keys."""
+    write = argument('--write', action='store_true', help='add the key to tinytown.toml, and turn authentication on')
     to = argument('--to', metavar='FILE', type=Path, help=_TO)
     yield Command('access', 'generate-api-key', _GENERATE, _generate, (write, to))
     yield Command('access', 'auth gen-key', 'The same as generate-api-key', _generate, (write, to))
     entry = (
-        argument('--scopes', metavar='LIST', default=READ, help='what it may do, as town.read,town.write'),
-        argument('--expires', metavar='WHEN', help='90d, 12h, or a time as 2027-01-31T12:00:00Z'),
+        argument('--scopes', metavar='LIST', default=READ, help='what it may do, like town.read,town.write'),
+        argument('--expires', metavar='WHEN', help='when it expires: 90d, 12h, or a time like 2027-01-31T12:00:00Z'),
         argument('--note', metavar='TEXT', help='what it is for'),
     )
     yield Command('access', 'key create', 'Make an API key; it is shown once', _create, (*entry, write, to))
     yield Command('access', 'key list', 'List the keys of this town', _list)
-    key = argument('id', metavar='ID', help='see tt key list')
+    key = argument('id', metavar='ID', help='id of the key (see tt key list)')
     yield Command('access', 'key rotate', _ROTATE, _rotate, (key,))
-    yield Command('access', 'key revoke', 'Remove a key; it ends at once', _revoke, (key,))
+    yield Command('access', 'key revoke', 'Remove a key; it stops working at once', _revoke, (key,))
 
 
 _GENERATE: Final = 'Make an API key that may do everything; it is shown once'
-_ROTATE: Final = 'Replace a key by a new one of the same id; the old one ends at once'
-_TO: Final = 'write the key into a file (mode 0600) that only you may read, and do not show it'
+_ROTATE: Final = 'Replace a key by a new one with the same id; the old one stops working at once'
+_TO: Final = 'write the key into a file (mode 0600) that only you may read, instead of showing it'
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -63,7 +67,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _create(arguments: argparse.Namespace) -> int:
     entry: dict[str, Any] = {'scopes': [part.strip() for part in arguments.scopes.split(',')]}
     if wrong := api_key_table.scopes_violation(entry['scopes']):
-        raise UsageError(f'--scopes {arguments.scopes}: {wrong}, with commas between')
+        raise UsageError(f'--scopes {arguments.scopes}: {wrong}, separated by commas')
     if arguments.expires is not None:
         entry['expires'] = _expiry(arguments.expires)
     if arguments.note is not None:
@@ -72,47 +76,55 @@ def _create(arguments: argparse.Namespace) -> int:
 
 
 def _make(arguments: argparse.Namespace, entry: dict[str, Any]) -> int:
-    """Makes a key and shows it, and writes it down if that is asked for."""
+    """Makes a key and shows it; with --write also adds it to the configuration, with --to writes it into a file."""
     acts_here(arguments)
-    made = _new_key()
-    entry = {'id': made.id, 'hash': made.hash} | entry
-    if arguments.to:  # before it is let in: a key that is in force must be known to somebody
-        write_atomically(arguments.to, f'{made.key}\n', 0o600, keep_mode=False, keep_owner=False)
+    new_key = _new_key()
+    entry = {'id': new_key.id, 'hash': new_key.hash} | entry
+    if arguments.to:  # before the configuration: a key in force that was never written down would be lost
+        write_atomically(arguments.to, f'{new_key.key}\n', 0o600, keep_mode=False, keep_owner=False)
     if not arguments.write:
-        paste = [f'To let it in, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
-        return _show(arguments, made, '\n'.join([*paste, api_key_table.written(entry).rstrip()]))
+        paste = [f'To accept it, add to {configuration.FILE}:', '', '[townhall.auth]', 'mode = "api_key"', '']
+        return _show(arguments, new_key, '\n'.join([*paste, api_key_table.written(entry).rstrip()]))
     file = town_root(arguments) / configuration.FILE
     with _changing(file) as draft:
         draft.entries.append(entry)
         draft.text = api_key_table.added(draft.text, entry)
         draft.turn_on()
-    return _show(arguments, made, f'Written to {file}, mode 0600.{draft.advice}')
+    return _show(arguments, new_key, f'Written to {file}, mode 0600.{draft.advice}')
 
 
 def _new_key(key_id: str = '') -> ApiKey:
-    from ..auth.api_keys import generate_key  # late: other commands need none of it
+    from ..auth.api_keys import generate_key  # late: other commands do not need it
 
     return generate_key(key_id)
 
 
-def _show(arguments: argparse.Namespace, made: ApiKey, more: str) -> int:
+def _show(arguments: argparse.Namespace, new_key: ApiKey, more: str) -> int:
     file = getattr(arguments, 'to', None)
-    key = {'key_file': str(file)} if file else {'key': made.key}
-    where = f'The key is in {file}, mode 0600.' if file else 'The key is shown this once.'
-    lines = [f'id    {made.id}', *([] if file else [f'key   {made.key}']), f'hash  {made.hash}', '', more, '', where]
-    return report(arguments, {'id': made.id, **key, 'hash': made.hash}, '\n'.join(lines))
+    key = {'key_file': str(file)} if file else {'key': new_key.key}
+    where = f'The key is in {file}, mode 0600.' if file else 'The key is shown only this once.'
+    lines = [
+        f'id    {new_key.id}',
+        *([] if file else [f'key   {new_key.key}']),
+        f'hash  {new_key.hash}',
+        '',
+        more,
+        '',
+        where,
+    ]
+    return report(arguments, {'id': new_key.id, **key, 'hash': new_key.hash}, '\n'.join(lines))
 
 
 def _expiry(given: str) -> str:
-    """A time as the file holds it. Raises UsageError for none, and for one that is over."""
+    """The value of --expires as a time (RFC 3339). Raises UsageError if it is invalid or in the past."""
     if match := re.fullmatch(r'([1-9][0-9]{0,4})([mhdw])', given):
         ends = datetime.now(UTC) + timedelta(**{_UNITS[match[2]]: int(match[1])})
         return ends.strftime('%Y-%m-%dT%H:%M:%SZ')
     moment = api_key_table.expiry({'expires': given})
     if moment is None:
-        raise UsageError(f'--expires {given}: give 90d, 12h, or a time as 2027-01-31T12:00:00Z')
+        raise UsageError(f'--expires {given}: give 90d, 12h, or a time like 2027-01-31T12:00:00Z')
     if moment <= time.time():
-        raise UsageError(f'--expires {given}: that time is over')
+        raise UsageError(f'--expires {given}: that time is in the past')
     return given
 
 
@@ -123,7 +135,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if auth.api_key_hash:
         lines.append(f'{"-":8}  {",".join(auth.api_key_scopes)}  (townhall.auth.api_key_hash)')
     if auth.mode != 'api_key':
-        lines.append(f'{_MODE} is "{auth.mode}", so no key is asked for.')
+        lines.append(f'{_MODE} is "{auth.mode}", so townhall does not ask for keys.')
     answer = {'mode': auth.mode, 'keys': keys, 'api_key_hash': bool(auth.api_key_hash)}
     return report(arguments, answer, '\n'.join(lines) or 'There is no key. Make one:  tt key create --write')
 
@@ -131,19 +143,19 @@ def _list(arguments: argparse.Namespace) -> int:
 def _line(key: dict[str, Any]) -> str:
     parts = [key['id'], ','.join(key['scopes'])]
     if 'expires' in key:
-        over = (api_key_table.expiry(key) or 0) <= time.time()
-        parts.append(f'{"expired" if over else "until"} {key["expires"]}')
+        is_expired = (api_key_table.expiry(key) or 0) <= time.time()
+        parts.append(f'{"expired" if is_expired else "until"} {key["expires"]}')
     return '  '.join([*parts, key.get('note', '')]).rstrip()
 
 
 def _rotate(arguments: argparse.Namespace) -> int:
     file = town_root(arguments) / configuration.FILE
-    made = _new_key(_known(file, arguments.id))
+    new_key = _new_key(_known(file, arguments.id))
     with _changing(file) as draft:
-        draft.text = api_key_table.rekeyed(draft.text, made.id, made.hash)
-        draft.entries = [key | {'hash': made.hash} if key['id'] == made.id else key for key in draft.entries]
-    _show(arguments, made, f'Written to {file}. The old key of this id is not taken any more.')
-    _check_taken_up(file.parent, f'the new key of {made.id} is in {file}', 'the old one')
+        draft.text = api_key_table.rekeyed(draft.text, new_key.id, new_key.hash)
+        draft.entries = [key | {'hash': new_key.hash} if key['id'] == new_key.id else key for key in draft.entries]
+    _show(arguments, new_key, f'Written to {file}. The old key of this id is no longer accepted.')
+    _check_reloaded(file.parent, f'the new key of {new_key.id} is in {file}', 'the old one')
     return 0
 
 
@@ -153,27 +165,30 @@ def _revoke(arguments: argparse.Namespace) -> int:
     with _changing(file) as draft:
         draft.text = api_key_table.removed(draft.text, key_id)
         draft.entries = [key for key in draft.entries if key['id'] != key_id]
-    _check_taken_up(file.parent, f'{key_id} is not in {file} any more', 'it')
-    return report(arguments, {'revoked': key_id}, f'Revoked {key_id}. A townhall that runs refuses it from now on.')
+    _check_reloaded(file.parent, f'{key_id} is no longer in {file}', 'it')
+    return report(arguments, {'revoked': key_id}, f'Revoked {key_id}. A running townhall refuses it from now on.')
 
 
-def _check_taken_up(root: Path, done: str, what: str) -> None:
-    """Asks the townhalls that run here. Raises TownError if one still lets in what the configuration does not."""
+def _check_reloaded(root: Path, done: str, key: str) -> None:
+    """Asks each townhall that runs here whether it reloaded its keys. Raises TownError if one still has the old keys.
+
+    The message says what was `done`, and names the `key` that is still accepted.
+    """
     for _, url in live_townhalls(root):
         try:
             ready = ask(url, '/ready', is_here=True)[1]
         except TownError as e:
-            print(f'tt: whether the townhall took this up is not known: {e.detail}; its log says so', file=sys.stderr)
+            print(f'tt: cannot tell whether the townhall reloaded its keys: {e.detail}; see its log', file=sys.stderr)
             continue
         if ready.get('keys') == 'old':
             raise TownError(
-                f'{done}, but the townhall on {url} STILL LETS {what.upper()} IN: it can not take up its '
-                'configuration; mend what its log says, or end it:  tt stop'
+                f"{done}, but the townhall on {url} STILL LETS {key.upper()} IN: it can't reload its configuration; "
+                'see its log and mend the cause, or stop it:  tt stop'
             )
 
 
 def _known(file: Path, key_id: str) -> str:
-    """The id of a key that this file has. Raises TownError."""
+    """Returns `key_id` if a key in this file has it, else raises TownError."""
     if key_id not in [key['id'] for key in configuration.read_settings(file).get(configuration.KEYS, [])]:
         raise TownError(f"There is no key '{key_id}' in {file}; see  tt key list")
     return key_id
@@ -183,7 +198,7 @@ def _known(file: Path, key_id: str) -> str:
 
 
 class _Draft:
-    """A configuration file that is being changed: its text, and what it is to say then."""
+    """A change of a configuration file: the new `text`, and the keys and mode that it must result in."""
 
     def __init__(self, text: str, before: dict[str, Any]) -> None:
         self.text = text
@@ -194,25 +209,28 @@ class _Draft:
         self.advice = ''
 
     def turn_on(self) -> None:
-        """Has keys asked for, if nothing is."""
+        """Turns on authentication by API key, unless the file sets a mode other than none."""
         if self.mode in (None, 'none'):
             self.mode = 'api_key'
             self.text = change(self.text, ('townhall', 'auth', 'mode'), 'api_key')
             self.turns_on = True
 
     def is_right(self) -> bool:
-        """Whether the text says what it said before, but for the keys and the mode, and of these what it should."""
+        """Whether the text has the wanted keys and mode, and all other settings as before."""
         wanted = self.before | {configuration.KEYS: self.entries, _MODE: self.mode}
         try:
-            found = configuration.parse(self.text.encode(), 'the draft')
+            parsed = configuration.parse(self.text.encode(), 'the draft')
         except UsageError:
             return False
-        return {configuration.KEYS: [], _MODE: None} | found == wanted
+        return {configuration.KEYS: [], _MODE: None} | parsed == wanted
 
 
 @contextmanager
 def _changing(file: Path) -> Iterator[_Draft]:
-    """Changes a configuration file, alone, if the change says just what it should. Raises UsageError."""
+    """Gives a draft of a configuration file to change, under a lock, and then writes it. Raises UsageError.
+
+    The file stays unchanged if the draft's text does not result in just the wanted change.
+    """
     with _lock(file.parent):
         whole = file.read_bytes().decode()
         text = whole.removeprefix('\ufeff')
@@ -220,7 +238,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
         yield draft
         if not draft.is_right():
             raise UsageError(
-                f'{file} is left as it is: its keys are not written as [[townhall.auth.keys]]; change it by hand'
+                f'{file} was not changed: its keys are not written as [[townhall.auth.keys]]; change it by hand'
             )
         write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
     if draft.turns_on:
@@ -230,7 +248,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Lets one command at a time change the configuration."""
+    """Makes other commands wait, so that only one changes the configuration at a time."""
     descriptor = os.open(TownDir(root).create().path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,4 +1,7 @@
-"""The commands of `tt` that act on this machine: making a town, its configuration, its processes."""
+"""The commands of `tt` that act on this machine: make, start, stop, check and configure a town, and run a worker.
+
+Start with `town_commands`. `main` registers the commands; the other modules of `cli` print answers with `report`.
+"""
 
 from __future__ import annotations
 
@@ -46,34 +49,34 @@ from .format import as_json, counted
 from .parser import Command, acts_here, argument, open_meant, town_root
 
 TOWNHALL_START_SECS: Final = 10.0
-# The settings that `tt init` is given, and its flags.
+# Settings that have a flag of `tt init`, with the flag.
 _INIT_FLAGS: Final = {'default_cli': 'cli', 'redis.url': 'redis_url', 'host': 'host'}
-# What only an agent's run sees, and not a townhall that is started in it.
+# Variables of an agent's run. `tt start` removes them, so that a townhall started in a run does not act as that agent.
 _AGENTS_OWN: Final = frozenset({'TINYTOWN_AGENT_ID', 'TINYTOWN_AGENT_NAME', 'TINYTOWN_TASK_ID', 'TINYTOWN_ATTEMPT'})
 
 
 def town_commands() -> Iterator[Command]:
-    """What makes, opens, closes and configures a town."""
+    """The commands that make, start, stop, check and configure a town."""
     flags = (
-        argument('--name', help='its name (default: that of the directory)'),
-        argument('--cli', metavar='NAME', help='default_cli: what agents run that name none'),
-        argument('--redis-url', metavar='URL', help='redis.url: a Redis of yours, which several hosts may share'),
-        argument('--host', metavar='NAME', help='host: what this host is called (default: as the system does)'),
-        argument('--join', action='store_true', help='make this a further host of the town that its Redis holds'),
+        argument('--name', help='name of the town (default: that of the directory)'),
+        argument('--cli', metavar='NAME', help='default_cli: the coding CLI of agents that are spawned without --cli'),
+        argument('--redis-url', metavar='URL', help='redis.url: a Redis of your own, which several hosts may share'),
+        argument('--host', metavar='NAME', help="host: name of this host (default: the system's host name)"),
+        argument('--join', action='store_true', help='make this directory a further host of the town in that Redis'),
     )
     yield Command('town', 'init', 'Make a town in this directory', _init, flags)
-    yield Command('town', 'start', 'Start Redis and townhall, detached', _start)
-    redis = argument('--redis', action='store_true', help='the managed Redis too')
+    yield Command('town', 'start', 'Start Redis and townhall in the background', _start)
+    redis = argument('--redis', action='store_true', help='also stop the managed Redis')
     yield Command('town', 'stop', 'Stop townhall and the workers', _stop, (redis,))
     fix = argument('--fix', action='store_true', help='mend what is found')
     yield Command('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor, (fix,))
-    key = argument('key', nargs='?', help='a setting, as townhall.rest_port')
+    key = argument('key', nargs='?', help='a setting, such as townhall.rest_port')
     value = argument('value', nargs='?', help='its new value')
     yield Command('town', 'config', 'Show the configuration, or show or change one setting', _config, (key, value))
 
 
 def worker_command() -> Command:
-    """What runs workers on this machine."""
+    """The command `tt worker`."""
     name = argument('name', metavar='NAME', help='an agent that has no process')
     return Command('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker, (name,))
 
@@ -83,7 +86,7 @@ def wants_json(arguments: argparse.Namespace) -> bool:
 
 
 def report(arguments: argparse.Namespace, answer: dict[str, Any], sentence: str) -> int:
-    """Prints the answer of a command: JSON if that was asked for, else a sentence."""
+    """Prints the result of a command: `answer` as JSON with --json, else `sentence`. Returns exit status 0."""
     unicode = sys.stdout.encoding.lower() in ('utf-8', 'utf8')
     print(as_json(answer, not unicode) if wants_json(arguments) else sentence)
     return 0
@@ -109,7 +112,7 @@ def _init(arguments: argparse.Namespace) -> int:
         flag = f'--{_INIT_FLAGS[path].replace("_", "-")}'
         _check_url(path, configuration.find_setting(path, flag).check(value, flag))
     root.mkdir(parents=True, exist_ok=True)
-    mode = 0o600 if 'redis.url' in given else 0o644  # there may be a password in it
+    mode = 0o600 if 'redis.url' in given else 0o644  # redis.url may hold a password
     write_atomically(file, configuration.template(name, given), mode)
     write_atomically(TownDir(root).create().gitignore, '*\n')
     if arguments.join:
@@ -124,8 +127,9 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _join(arguments: argparse.Namespace, root: Path) -> int:
     town = join(root, lambda town: town.store.call(claim_host(town.store, root)))
-    told = f'{root} belongs to the town {town.name} now, as its host {this_host()}'
-    sentence = f'{told}. Start it:  tt start --town {root}'
+    sentence = (
+        f'{root} belongs to the town {town.name} now, as its host {this_host()}. Start it:  tt start --town {root}'
+    )
     return report(arguments, {'name': town.name, 'root': str(root), 'host': this_host()}, sentence)
 
 
@@ -137,18 +141,21 @@ def _start(arguments: argparse.Namespace) -> int:
             answer = {'url': url, 'started': False, 'pid': process.pid}
             return report(arguments, answer, f'{town.name} is open already on {url}')
     log = TownDir(root).townhall_log
-    began = log.stat().st_size if log.exists() else 0
+    offset = log.stat().st_size if log.exists() else 0
     env = {name: value for name, value in os.environ.items() if name not in _AGENTS_OWN}
     argv = python('tinytown.townhall', 'rest', '--town', str(root))
     pid = start_detached(argv, root, env | {'PYTHONPATH': python_path()}, log)
-    url = _await_townhall(root, pid, log, began)
+    url = _await_townhall(root, pid, log, offset)
     return report(
         arguments, {'url': url, 'started': True, 'pid': pid}, f'{town.name} is open on {url}. Try:  tt status'
     )
 
 
-def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
-    """The URL of the townhall that was started as `pid`, once it listens. Raises TownError with what it said."""
+def _await_townhall(root: Path, pid: int, log: Path, offset: int) -> str:
+    """Waits until townhall process `pid` listens, and returns its URL.
+
+    Raises TownError if it ends, or takes too long; the message is the last line of its log, which begins at `offset`.
+    """
     deadline = time.monotonic() + TOWNHALL_START_SECS
     while time.monotonic() < deadline:
         for _, process, url in running_townhalls(root):
@@ -159,13 +166,13 @@ def _await_townhall(root: Path, pid: int, log: Path, began: int) -> str:
             break
         select.select([], [], [], 0.02)
     with open(log, encoding='utf-8', errors='replace') as lines:
-        lines.seek(began)
-        said = lines.read().strip().splitlines()
-    raise TownError(_told(said[-1]) if said else f'townhall did not start; see {log}')
+        lines.seek(offset)
+        logged = lines.read().strip().splitlines()
+    raise TownError(_message(logged[-1]) if logged else f'townhall did not start; see {log}')
 
 
-def _told(line: str) -> str:
-    """What a line of the log says, whatever form it has."""
+def _message(line: str) -> str:
+    """The message in a line of the log, in either format."""
     try:
         return str(json.loads(line)['message'])
     except (ValueError, LookupError, TypeError):
@@ -176,26 +183,30 @@ def _stop(arguments: argparse.Namespace) -> int:
     root = town_root(arguments)
     config = configuration.load(root)
     name_host(config.host)
-    halls, left = stop_townhalls(root, config)
+    townhalls, left = stop_townhalls(root, config)
     stopped, others, failed = _stop_workers(root, config)
     left += failed
     redis = arguments.redis and managed_redis.stop_redis(root)
-    answer = {'townhalls': halls, 'agents': stopped, 'left': left, 'redis': redis}
+    answer = {'townhalls': townhalls, 'agents': stopped, 'left': left, 'redis': redis}
     answer |= {'others': others} if others else {}
-    parts = [counted(halls, 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
-    parts[2:2] = [f'{counted(others, "worker")} that its Redis has not been told of'] if others else []
+    parts = [counted(townhalls, 'townhall'), counted(len(stopped), 'worker'), *(['Redis'] if redis else [])]
+    parts[2:2] = [f'{counted(others, "worker")} without a record in Redis'] if others else []
     sentence = f'Stopped {", ".join(parts[:-1])} and {parts[-1]}.'
     report(arguments, answer, '\n'.join([sentence, *left]))
     return 1 if left else 0
 
 
 def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]]:
-    """Stops the workers of this directory: the names of those that its Redis tells of; how many others; what failed."""
+    """Stops the workers of this directory.
+
+    Returns the names of stopped agents that Redis has records of, the number of other stopped workers, and a message
+    for each failure.
+    """
     names: list[str] = []
     left: list[str] = []
     try:
         if config.redis.url or managed_redis.socket_path(root).exists():
-            names, left = _stop_known(root)
+            names, left = _stop_recorded(root)
     except (TownError, UsageError) as e:
         left = [f'{e}']
     others = 0
@@ -207,17 +218,20 @@ def _stop_workers(root: Path, config: Config) -> tuple[list[str], int, list[str]
     return names, others, left
 
 
-def _stop_known(root: Path) -> tuple[list[str], list[str]]:
-    """Stops the workers of this directory, whatever their host is called: their names, and what could not be."""
+def _stop_recorded(root: Path) -> tuple[list[str], list[str]]:
+    """Stops the workers of this directory that Redis has records of, even if this host had another name before.
+
+    Returns the names of stopped agents, and a message for each failure.
+    """
     town = open_town(root)
     call = Call(town, Principal('tt', ALL_SCOPES))
 
     def stop_all() -> Step[tuple[list[str], list[str]]]:
         names, left = [], []
-        for found in (yield from agents.of_this_directory(call)):
+        for agent in (yield from agents.of_this_directory(call)):
             try:
-                yield from agents.stop_process(call, found, 'the town was stopped', GRACE_SECS)
-                names.append(found.name)
+                yield from agents.stop_process(call, agent, 'the town was stopped', GRACE_SECS)
+                names.append(agent.name)
             except TownError as e:
                 left.append(e.detail)
         return names, left
@@ -226,17 +240,17 @@ def _stop_known(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from . import doctor  # late: nothing else needs it
+    from . import doctor  # late: other commands do not need it
 
     town = open_meant(arguments)
     call = Call(town, Principal('tt', ALL_SCOPES))
-    found = doctor.examine(call, bool(running_townhalls(town.root)))
+    findings = doctor.examine(call, bool(running_townhalls(town.root)))
     if arguments.fix:
-        found = [doctor.mend(each) for each in found]
-    answer = {'findings': [each.shown() for each in found]}
-    lines = [f'{each.kind}: {each.what}. {each.advice}' for each in found]
+        findings = [doctor.mend(finding) for finding in findings]
+    answer = {'findings': [finding.to_json() for finding in findings]}
+    lines = [f'{finding.kind}: {finding.what}. {finding.advice}' for finding in findings]
     report(arguments, answer, '\n'.join(lines) or 'Processes, records and tasks fit together.')
-    return 1 if any(not each.mended for each in found) else 0
+    return 1 if any(not finding.mended for finding in findings) else 0
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -251,53 +265,56 @@ def _config(arguments: argparse.Namespace) -> int:
         if key and key not in value:
             raise TownError(f'{arguments.key} is not set')
         value = value[key] if key else _without_password(setting.path, value)
-        return report(arguments, {arguments.key: value}, value if isinstance(value, str) else _plain(value))
+        return report(arguments, {arguments.key: value}, value if isinstance(value, str) else _as_toml(value))
     file = root / configuration.FILE
     new = _change(file, setting, key, arguments.value)
     new = _without_password(setting.path, new)
-    told = '; the townhall that runs takes it up, and tells in its log what must wait for a restart'
+    note = '; the running townhall reloads its configuration; if this setting must wait for a restart, its log says so'
     if setting.path == 'redis.url':
-        told = (
-            '; the townhall and the workers that run stay in the Redis that they began with, and tt asks this one. To '
-            'move all, set this back, run  tt stop  , set it again, and run  tt start'
+        note = (
+            '; the running townhall and workers stay with the Redis that they started with, but tt uses this one now. '
+            'To move them too, set this back, run  tt stop  , set it again, and run  tt start'
         )
     return report(
         arguments,
         {arguments.key: new},
-        f'{arguments.key} = {to_toml(new)}  ({file}{told if reload_townhalls(root) else ""})',
+        f'{arguments.key} = {to_toml(new)}  ({file}{note if reload_townhalls(root) else ""})',
     )
 
 
 def _shown(path: str, value: Any) -> Any:
-    """A setting for a list that people paste elsewhere."""
+    """A setting as the list of all settings shows it: without secrets, because people paste that list elsewhere."""
     return '***' if path in configuration.SECRETS and value else _without_password(path, value)
 
 
 def _without_password(path: str, value: Any) -> Any:
-    """A setting for whoever asks for it: the file alone shows the password."""
+    """A setting as `tt config` shows it alone: without a password of Redis, which only the file shows."""
     return masked(value) if path == 'redis.url' else value
 
 
 def _check_url(path: str, value: Any) -> None:
-    """Raises UsageError for a redis.url that can't be one."""
+    """Raises UsageError if the setting at `path` is redis.url, and `value` is not a valid one."""
     if path == 'redis.url' and value:
         read_url(value)
 
 
 def _config_lines(values: dict[str, Any]) -> list[str]:
     width = max(map(len, values))
-    return [f'{path.ljust(width)}  {_plain(value)}' for path, value in values.items()]
+    return [f'{path.ljust(width)}  {_as_toml(value)}' for path, value in values.items()]
 
 
-def _plain(value: Any) -> str:
-    """A setting as the file would have it."""
+def _as_toml(value: Any) -> str:
+    """The value of a setting in TOML; a table on one line."""
     if isinstance(value, dict):
-        return ', '.join(f'{name} = {to_toml(each)}' for name, each in value.items()) or '-'
+        return ', '.join(f'{name} = {to_toml(item)}' for name, item in value.items()) or '-'
     return to_toml(value)
 
 
 def _change(file: Path, setting: configuration.Setting, key: str, given: str) -> Any:
-    """Writes one setting (or the `key` of a table) into a configuration file, if that can be loaded then. Its value."""
+    """Sets one setting (or the `key` of a table) in a configuration file, and returns its value. Raises UsageError.
+
+    The file stays unchanged if its new text would not load, or would change anything else.
+    """
     new: Any = given if key else setting.read(given, 'tt config')
     whole = setting.check({key: new} if key else new, 'tt config')
     _check_url(setting.path, new)
@@ -305,17 +322,17 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     path = (setting.path, key) if key else tuple(setting.path.split('.'))
     changed = change(file.read_bytes().decode(), path, new)
     wanted = before | {setting.path: before.get(setting.path, {}) | whole if key else whole}
-    ignored: dict[str, Any] = {f'{table}.enabled': None for table in configuration.ENABLING_TABLES}
-    ignored[setting.path] = wanted[setting.path]
-    if configuration.parse(changed.encode(), str(file)) | ignored != wanted | ignored:
-        raise UsageError(f'{file} is left as it is: {setting.path} can not be changed in it safely; change it by hand')
-    is_open = _shown(setting.path, new) == new
-    write_atomically(file, changed, 0o600, keep_mode=is_open)
+    # `enabled` of these tables follows from whether they are in the file, so it may change with the setting.
+    same = {f'{table}.enabled': None for table in configuration.ENABLING_TABLES} | {setting.path: wanted[setting.path]}
+    if configuration.parse(changed.encode(), str(file)) | same != wanted | same:
+        raise UsageError(f"{file} was not changed: {setting.path} can't be changed in it safely; change it by hand")
+    is_public = _shown(setting.path, new) == new
+    write_atomically(file, changed, 0o600, keep_mode=is_public)
     return new
 
 
 def _setting(path: str) -> tuple[configuration.Setting, str]:
-    """A setting by its path; and the key within it, if it is a table."""
+    """A setting by its path, and the key within it if it is a table, else ''. Raises UsageError."""
     table, _, key = path.partition('.')
     if table == 'agent_clis' and key:
         return configuration.find_setting('agent_clis', 'tt config'), key
@@ -326,7 +343,10 @@ def _setting(path: str) -> tuple[configuration.Setting, str]:
 
 
 def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
-    """Runs a worker in this process: `step(start)` is what readies its agent, and starts it with `start`."""
+    """Runs a worker in this process until a signal. Returns the exit status.
+
+    `step(start)` must prepare the worker's agent, and call `start`, which opens the worker.
+    """
     from ..worker.main import Worker, open_here
 
     opened: list[Worker] = []
@@ -334,7 +354,7 @@ def run_here(town: Town, step: Callable[[Any], Step[Any]]) -> int:
     def start(town: Town, agent_id: str, name: str, instance: str) -> None:
         opened.append(open_here(town, agent_id, name, instance, echo=True))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which as process 1 of a container we would not hear
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # without a handler, PID 1 in a container ignores it
     town.store.run(step(start))
     return opened[0].run()
 
@@ -343,9 +363,9 @@ def _worker(arguments: argparse.Namespace) -> int:
     town = open_meant(arguments)
     call = Call(town, Principal('tt', ALL_SCOPES))
 
-    def ready(start: Any) -> Step[None]:
-        found = yield from agents.look_up(call, arguments.name)
-        registry.find_cli(town.config, json.loads(found.json)['cli'])
-        yield from agents.revive(call, found.id, found.name, start)
+    def revive(start: Any) -> Step[None]:
+        agent = yield from agents.look_up(call, arguments.name)
+        registry.find_cli(town.config, json.loads(agent.json)['cli'])
+        yield from agents.revive(call, agent.id, agent.name, start)
 
-    return run_here(town, ready)
+    return run_here(town, revive)

@@ -1,4 +1,9 @@
-"""The `tt` command. What is an operation comes from the table; the rest are the commands that act on this machine."""
+"""The `tt` command: builds the command line, and runs one command.
+
+Most commands are rows of the table of operations (`core.operations`). `lifecycle`, `keys` and `ping` add the others.
+`backends` runs an operation, `format` renders its answer, `follow` holds the commands that run until Ctrl-C. Start with
+`_commands`, then `_operate`.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +33,9 @@ from .backends import Backend, Local, Remote
 from .format import format_answer
 from .parser import Command, Parser, argument, note, open_meant
 
-_WAIT_STEP: Final = 25  # seconds that one call of agent.wait may take
+_WAIT_STEP: Final = 25  # seconds that one call of agent.wait takes at most
 
-# The headings of `tt --help`; what is an operation stands under the first part of its name.
+# The headings of `tt --help`. An operation is listed under the first part of its name.
 _TOPICS: Final = {
     'town': 'The town',
     'agent': 'Agents',
@@ -45,7 +50,10 @@ _TOPICS: Final = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 usage or configuration error, 124 `wait` timed out. Never a traceback."""
+    """Runs `tt`. Never prints a traceback.
+
+    Exit status: 0 done, 1 failed, 2 usage or configuration error, 124 `wait` timed out, 130 interrupted.
+    """
     ready_streams()
     try:
         status = _run(argv)
@@ -54,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 1  # whoever reads has seen enough
+        return 1  # the reader closed the pipe, as `head` does
     except Exception as e:
         return complain('tt', e)
     finally:
@@ -63,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        arguments = build_parser(_meant(argv)).parse_args(argv)
+        arguments = build_parser(_select(argv)).parse_args(argv)
     except SystemExit:
-        return 0  # --help or --version was answered; what is wrong is a UsageError
+        return 0  # argparse answered --help or --version; errors raise UsageError instead
     status: int = arguments.run(arguments)
     return status
 
@@ -73,8 +81,11 @@ def _run(argv: list[str] | None) -> int:
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
-def _meant(argv: list[str] | None) -> list[Command]:
-    """The command that is asked for, since parsers take long to build; all for the help and for words that are none."""
+def _select(argv: list[str] | None) -> list[Command]:
+    """The command that `argv` names, so that only its parser is built, because building all is slow.
+
+    All commands if it names none, for the help and for error messages.
+    """
     commands = list(_commands())
     try:
         words = _shared().parse_known_args(argv)[1]
@@ -84,7 +95,7 @@ def _meant(argv: list[str] | None) -> list[Command]:
 
 
 def build_parser(commands: Iterable[Command] | None = None) -> Parser:
-    """The command line of these commands, or of all. Global options are taken before and after the command."""
+    """The parser of these commands, by default of all. It takes the shared options before and after the command."""
     commands = list(_commands() if commands is None else commands)
     top = Parser(
         prog='tt',
@@ -92,7 +103,7 @@ def build_parser(commands: Iterable[Command] | None = None) -> Parser:
         parents=[_shared()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=_overview(commands),
-        epilog='tt COMMAND --help tells more of a command. Options may stand before and after it.',
+        epilog='tt COMMAND --help explains a command. Options may stand before or after it.',
     )
     top.add_argument('--version', action='version', version=f'tt {__version__}', help='show the version and exit')
     groups: dict[str, Any] = {
@@ -106,10 +117,10 @@ def build_parser(commands: Iterable[Command] | None = None) -> Parser:
                 metavar='COMMAND', required=True, parser_class=Parser, prog=f'tt {group}', title='commands'
             )
         summary = command.summary
-        made = groups[group].add_parser(word, parents=[_shared()], help=_clipped(summary), description=summary)
-        made.set_defaults(run=command.run)
+        parser = groups[group].add_parser(word, parents=[_shared()], help=_clipped(summary), description=summary)
+        parser.set_defaults(run=command.run)
         for add in command.takes:
-            add(made)
+            add(parser)
     return top
 
 
@@ -118,25 +129,25 @@ def _shared() -> Parser:
     """The options of every command."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
-        '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
+        '--town', metavar='DIR', help='directory of the town (default: the nearest one upwards that holds a town)'
     )
     shared.add_argument('--json', action='store_true', help='answer in JSON')
     shared.add_argument('--url', help='act on the townhall at this URL')
     shared.add_argument('--api-key-file', metavar='F', help='file that holds the key for --url')
-    shared.add_argument('--verbose', action='store_true', help='say on which town it acts')
+    shared.add_argument('--verbose', action='store_true', help='show which town the command acts on')
     return shared
 
 
 def _commands() -> Iterator[Command]:
-    """Every command."""
+    """All commands."""
     yield from lifecycle.town_commands()
-    beyond = _beyond()
+    extras = _extras()
     for op in OPERATIONS:
-        run, *more = beyond.get(op.cli, (None,))
+        run, *more = extras.get(op.cli, (None,))
         takes = (partial(_add_parameters, op=op), *more)
         yield Command(op.name.partition('.')[0], op.cli, op.summary, run or partial(_operate, op=op), takes)
     yield Command('events', 'top', 'Show the agents and what they do, as it happens', _top)
-    agent = argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one that asks)')
+    agent = argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one in whose run tt is called)')
     yield Command('task', 'task current', 'Show the task that an agent works on', _current_task, (agent,))
     yield lifecycle.worker_command()
     yield from keys.key_commands()
@@ -144,7 +155,7 @@ def _commands() -> Iterator[Command]:
 
 
 def _clipped(summary: str) -> str:
-    """A summary for one line of a list of commands: its first clause."""
+    """The first clause of a summary, short enough for one line in the list of commands."""
     line = re.split(r'[.:;](?= |$)', summary)[0]
     if len(line) > 58:
         line = re.split(r',| \(', line)[0]
@@ -152,10 +163,10 @@ def _clipped(summary: str) -> str:
 
 
 def _overview(commands: list[Command]) -> str:
-    """Every command with its summary, by topic."""
+    """The description in `tt --help`: all commands with their summaries, by topic."""
     parts = ['Runs a town of AI coding agents.']
     for topic, title in _TOPICS.items():
-        lines = [f'  {each.words:19} {_clipped(each.summary)}' for each in commands if each.topic == topic]
+        lines = [f'  {command.words:19} {_clipped(command.summary)}' for command in commands if command.topic == topic]
         parts.append('\n'.join([f'{title}:', *lines]))
     return '\n\n'.join(parts)
 
@@ -166,7 +177,7 @@ def _add_parameters(command: Parser, op: Op) -> None:
 
 
 def _add_argument(command: Parser, op: Op, parameter: Parameter) -> None:
-    """One parameter of an operation: required ones by position, the rest as flags."""
+    """Adds a parameter of an operation: required ones by position, the others as flags."""
     schema, spelling = parameter.schema, _spelling(parameter)
     text = _explanation(schema).replace('%', '%%')
     if parameter.required:
@@ -187,64 +198,81 @@ def _add_argument(command: Parser, op: Op, parameter: Parameter) -> None:
 
 
 class _Join(argparse.Action):
-    """A list, whose items may stand in one text with commas between them, or in several."""
+    """A list option: its items are separated by commas, and the option may be repeated."""
 
-    def __call__(self, _parser: Any, given: argparse.Namespace, text: Any, _flag: str | None = None) -> None:
-        before = getattr(given, self.dest)
-        setattr(given, self.dest, f'{before},{text}' if before else text)
+    def __call__(self, _parser: Any, arguments: argparse.Namespace, text: Any, _flag: str | None = None) -> None:
+        before = getattr(arguments, self.dest)
+        setattr(arguments, self.dest, f'{before},{text}' if before else text)
 
 
 def _is_choice(parameter: Parameter) -> bool:
-    """Whether the values of a parameter are flags themselves, as --query and --info."""
+    """Whether the values of a parameter are flags themselves, like --query and --info."""
     return 'enum' in parameter.schema and parameter.name in ('kind', 'action')
 
 
 def _spelling(parameter: Parameter) -> str:
-    """How a parameter reads on the command line: TASK, --max-rounds."""
+    """The name of a parameter on the command line: TASK, --max-rounds."""
     if parameter.required:
         return parameter.name.removesuffix('_id').upper()
     return '--' + re.sub(r'(_agent)?_id$', '', parameter.name).replace('_', '-')
 
 
 def _explanation(schema: dict[str, Any]) -> str:
-    """What the help says of a parameter."""
-    if said := schema.get('description', ''):
-        return str(said)
+    """The help text of a parameter."""
+    if description := schema.get('description', ''):
+        return str(description)
     return f'one of {", ".join(schema["enum"])}' if 'enum' in schema else ''
 
 
-def _beyond() -> dict[str, tuple[Any, ...]]:
-    """What some commands do beyond their row: the function that runs them, and what else they take."""
+def _extras() -> dict[str, tuple[Any, ...]]:
+    """What some commands add to their row: the function that runs them (None: `_operate`), and further arguments."""
     return {
         'spawn': (_spawn, argument('--foreground', action='store_true', help='run the worker here, until it stops')),
-        'inbox': (_inbox, argument('--all', action='store_true', help='the mailboxes of all agents and the conductor')),
+        'inbox': (
+            _inbox,
+            argument('--all', action='store_true', help='show the mailboxes of all agents and the conductor'),
+        ),
         'wait': (_wait,),
         'reclaim': (_reclaim, _add_orphan_flags),
         'events': (
             _events,
-            argument('-f', '--follow', action='store_true', help='go on, with what happens from now on'),
-            argument('--since', metavar='WHEN', help='only what is not older: 10m, 2h, or a time'),
-            argument('--count', dest='limit', metavar='N', help='so many events and no more'),
+            argument('-f', '--follow', action='store_true', help='go on with new events as they happen, until Ctrl-C'),
+            argument('--since', metavar='WHEN', help='only events since then: an age (10m, 2h) or a time'),
+            argument('--count', dest='limit', metavar='N', help='show at most N events'),
         ),
-        'history': (None, argument('-n', dest='limit', metavar='N', help='so many events (default: 50)')),
+        'history': (None, argument('-n', dest='limit', metavar='N', help='number of events (default: 50)')),
         'logs': (
             _logs,
-            argument('-n', dest='tail', metavar='N', help='the last so many lines (default: 100)'),
-            argument('-f', '--follow', action='store_true', help='go on, with what comes'),
+            argument('-n', dest='tail', metavar='N', help='show the last N lines (default: 100)'),
+            argument('-f', '--follow', action='store_true', help='go on as the log grows, until Ctrl-C'),
         ),
-        'status': (_status, argument('--watch', action='store_true', help='go on, drawn anew when something happens')),
+        'status': (
+            _status,
+            argument('--watch', action='store_true', help='refresh the status at each event, until Ctrl-C'),
+        ),
     }
 
 
 def _add_orphan_flags(reclaim: Parser) -> None:
-    reclaim.add_argument('--orphan-tasks', action='store_true', help='unfinished tasks whose agent is gone: list, or …')
-    what = reclaim.add_mutually_exclusive_group()
-    what.add_argument('--cancel', action='store_const', dest='action', const='cancel', help='… cancel them')
-    what.add_argument('--delete', action='store_const', dest='action', const='delete', help='… delete them')
+    reclaim.add_argument(
+        '--orphan-tasks',
+        action='store_true',
+        help='list unfinished tasks whose agent is gone or does not run; with --to-backlog, return them',
+    )
+    action = reclaim.add_mutually_exclusive_group()
+    action.add_argument(
+        '--cancel', action='store_const', dest='action', const='cancel', help='with --orphan-tasks: cancel them'
+    )
+    action.add_argument(
+        '--delete', action='store_const', dest='action', const='delete', help='with --orphan-tasks: delete them'
+    )
 
 
 def _from_environment(op: Op, name: str) -> str | None:
-    """What stands for a required argument that is left out: inside an agent's run, its own task; the own mailbox."""
+    """The default of a required argument, None if it has none.
+
+    In an agent's run these are the task of the run, and the mailbox of the agent; elsewhere the conductor's mailbox.
+    """
     if name == 'task_id' and op.cli.startswith('task '):
         return os.environ.get('TINYTOWN_TASK_ID', '')
     if name == 'agent' and op.cli in ('inbox', 'ack'):
@@ -253,8 +281,8 @@ def _from_environment(op: Op, name: str) -> str | None:
 
 
 def collect(arguments: argparse.Namespace, op: Op) -> dict[str, Any]:
-    """The arguments of an operation from the command line, checked. Raises UsageError."""
-    found: dict[str, Any] = {}
+    """The valid arguments of an operation from the command line. Raises UsageError."""
+    values: dict[str, Any] = {}
     for name, parameter in op.parameters.items():
         value = getattr(arguments, name, None)
         if value is None and parameter.required:
@@ -262,23 +290,24 @@ def collect(arguments: argparse.Namespace, op: Op) -> dict[str, Any]:
             if value is None:
                 raise UsageError(f'{_spelling(parameter)} is missing (see tt {op.cli} --help)')
         if value is not None:
-            found[name] = parameter.read(value) if isinstance(value, str) else value
-    if 'attempt' in op.parameters and 'attempt' not in found and found['task_id'] == os.environ.get('TINYTOWN_TASK_ID'):
-        found['attempt'] = op.parameters['attempt'].read(os.environ.get('TINYTOWN_ATTEMPT', ''))
+            values[name] = parameter.read(value) if isinstance(value, str) else value
+    own_task = os.environ.get('TINYTOWN_TASK_ID')
+    if 'attempt' in op.parameters and 'attempt' not in values and values['task_id'] == own_task:
+        values['attempt'] = op.parameters['attempt'].read(os.environ.get('TINYTOWN_ATTEMPT', ''))
     try:
-        validate(op.parameters, found)
+        validate(op.parameters, values)
     except Invalid as e:
-        wrong = (e.errors or [{'pointer': '/', 'detail': e.detail}])[0]
-        parameter = op.parameters[wrong['pointer'].split('/')[1]]
-        raise UsageError(f'{_spelling(parameter)}: {wrong["detail"]} (see tt {op.cli} --help)') from None
-    return found
+        error = (e.errors or [{'pointer': '/', 'detail': e.detail}])[0]
+        parameter = op.parameters[error['pointer'].split('/')[1]]
+        raise UsageError(f'{_spelling(parameter)}: {error["detail"]} (see tt {op.cli} --help)') from None
+    return values
 
 
 # -------------------------------------------------------------------------------------------------------- operations
 
 
 def backend(arguments: argparse.Namespace) -> Backend:
-    """The town that the command line means."""
+    """The town that the command line names: a `Remote` with --url, else a `Local`. Raises UsageError, TownError."""
     url, key_file = getattr(arguments, 'url', None), getattr(arguments, 'api_key_file', None)
     if url is None:
         if key_file:
@@ -292,18 +321,19 @@ def backend(arguments: argparse.Namespace) -> Backend:
 
 
 def local_principal(town: Town) -> Principal:
-    """Who runs `tt`."""
+    """The principal for which `tt` acts: the agent in whose run it is called, else a person with all scopes."""
     return agent_tokens.acting_principal(town, Principal('tt', ALL_SCOPES))
 
 
 def _own_token() -> str | None:
-    """The file with the token of the agent in whose run this is."""
+    """The token file of the agent in whose run `tt` is called; None outside of a run."""
     root, agent_id = os.environ.get('TINYTOWN_TOWN', ''), os.environ.get('TINYTOWN_AGENT_ID', '')
     file = TownDir(Path(root)).token(agent_id)
     return str(file) if root and agent_id and file.exists() else None
 
 
 def print_answer(arguments: argparse.Namespace, op: Op, answer: dict[str, Any]) -> int:
+    """Prints the answer of an operation, as text or JSON. Returns exit status 0."""
     colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
     return lifecycle.report(
         arguments, answer, '' if lifecycle.wants_json(arguments) else format_answer(op.name, answer, colour)
@@ -314,7 +344,7 @@ def _operate(arguments: argparse.Namespace, op: Op) -> int:
     return print_answer(arguments, op, backend(arguments).run(op, collect(arguments, op)))
 
 
-# `watch` is imported where it is used: it brings the terminal, which most commands leave alone.
+# `follow` is imported late: it imports the modules for terminals, which most commands do not need.
 
 
 def _events(arguments: argparse.Namespace) -> int:
@@ -325,10 +355,10 @@ def _events(arguments: argparse.Namespace) -> int:
         if arguments.after is not None:
             raise UsageError('give --since or --after, not both')
         arguments.after = follow.since(arguments.since, time.time())
-    given = collect(arguments, op)
+    filters = collect(arguments, op)
     if not arguments.follow:
-        return print_answer(arguments, op, follow.read_events(backend(arguments), given))
-    return follow.follow_events(arguments, backend(arguments), given)
+        return print_answer(arguments, op, follow.read_events(backend(arguments), filters))
+    return follow.follow_events(arguments, backend(arguments), filters)
 
 
 def _logs(arguments: argparse.Namespace) -> int:
@@ -380,7 +410,7 @@ def _spawn(arguments: argparse.Namespace) -> int:
 
 
 def _wait(arguments: argparse.Namespace) -> int:
-    """Waits without end, or for --timeout seconds."""
+    """Waits without a limit, or for --timeout seconds, in calls of at most _WAIT_STEP seconds."""
     op = BY_NAME['agent.wait']
     limit, arguments.timeout = arguments.timeout, None
     if limit is not None and not re.fullmatch(r'[0-9]{1,9}', limit):

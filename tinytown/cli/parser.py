@@ -1,4 +1,4 @@
-"""What the two command lines share: a parser that complains in one line, and which town is meant."""
+"""What the command lines of `tt` and `townhall` share: the argument parser, `Command`, and how a town is found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..host.town_dir import find
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, by UsageError, and has the command exit with status 2. Options are written out."""
+    """An argument parser that raises UsageError (one line, exit status 2), and takes no abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -29,44 +29,44 @@ Argument = Callable[[Parser], object]
 
 
 class Command(NamedTuple):
-    """A command of `tt`: the topic of the help that it belongs to, the words after `tt`, what it does and takes."""
+    """A command of `tt`."""
 
-    topic: str
-    words: str
+    topic: str  # the heading that it is listed under in `tt --help`, a key of `main._TOPICS`
+    words: str  # the words after `tt`, such as 'task list'
     summary: str
-    run: Callable[[argparse.Namespace], int]
-    takes: tuple[Argument, ...] = ()
+    run: Callable[[argparse.Namespace], int]  # returns the exit status
+    takes: tuple[Argument, ...] = ()  # what adds its arguments to its parser
 
 
 def argument(*names: str, **settings: Any) -> Argument:
-    """An argument of a command, in the words of `add_argument`."""
+    """An argument of a command. Takes what `ArgumentParser.add_argument` takes."""
     return lambda parser: parser.add_argument(*names, **settings)
 
 
 def acts_here(arguments: argparse.Namespace) -> None:
-    """Refuses what only goes with commands that act on a town. Raises UsageError."""
+    """Refuses --url, for a command that acts on this machine. Raises UsageError."""
     if getattr(arguments, 'url', None):
         raise UsageError('--url: this command acts on this machine and not through a townhall; leave --url out')
 
 
 def town_root(arguments: argparse.Namespace) -> Path:
-    """The town that is meant, for a command that may write or start something there. Raises UsageError."""
+    """The town's directory, for a command that may write or start something there. Raises UsageError."""
     root = meant_root(arguments)
     _refuse_root(root)
     return root
 
 
 def meant_root(arguments: argparse.Namespace) -> Path:
-    """The town of --town, of TINYTOWN_TOWN, or of the nearest directory upwards. Raises UsageError."""
+    """The town's directory: from --town, else from TINYTOWN_TOWN, else the nearest one upwards. Raises UsageError."""
     acts_here(arguments)
     given = getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN') or None
     return find(Path() if given else Path.cwd(), given)
 
 
 def _refuse_root(root: Path) -> None:
-    """Refuses root in the town of another user of this machine, who could not use what root starts or writes there.
+    """Refuses to act as root in a town of another user, who could not use the files and processes of root.
 
-    A number without a name, as in a container that a directory is mounted into, is nobody who could be locked out.
+    It does not refuse if the owner's uid has no name, as in a container that mounts the directory from its host.
     """
     owner = root.stat().st_uid
     if os.geteuid() or not owner:
@@ -84,13 +84,13 @@ def _refuse_root(root: Path) -> None:
 
 
 def open_meant(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Town:
-    """Opens the town that a command line means; with --verbose it says which. Raises UsageError, TownError."""
+    """Opens the town of a command line; --verbose shows which one it is. Raises UsageError, TownError."""
     town = open_town(town_root(arguments), flags)
     note(arguments, f'town {town.name} in {town.root}, Redis at {town.redis_url}')
     return town
 
 
-def note(arguments: argparse.Namespace, what: str) -> None:
-    """Says on stderr what --verbose asks for."""
+def note(arguments: argparse.Namespace, message: str) -> None:
+    """Prints a message on stderr if --verbose was given."""
     if getattr(arguments, 'verbose', False):
-        print(clean(what), file=sys.stderr)
+        print(clean(message), file=sys.stderr)

@@ -1,4 +1,7 @@
-"""`tt ping`: whether a townhall is ready, for scripts and for the health checks of containers and service managers."""
+"""`tt ping`: asks a townhall whether it is ready, for scripts and for health checks of containers.
+
+`keys` also uses `ask`, to find whether a townhall reloaded its keys.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,42 @@ from .lifecycle import report
 from .parser import Command, argument, meant_root
 
 if TYPE_CHECKING:
-    from http.client import HTTPConnection  # which takes long to import
+    from http.client import HTTPConnection  # slow to import, so functions import it when they need it
 
-SECS: Final = 5.0  # for an answer
+SECS: Final = 5.0  # timeout of a request
 _UNIX: Final = 'unix:'
 
 
 def ping_command() -> Command:
-    """What asks a townhall how it is."""
-    live = argument('--live', action='store_true', help='only whether it answers; Redis may be away')
+    """The command `tt ping`."""
+    live = argument('--live', action='store_true', help='only ask whether it answers; Redis may be away')
     return Command('town', 'ping', 'Ask whether townhall is ready: exit status 0 if it is, else 1', _ping, (live,))
 
 
 def _ping(arguments: argparse.Namespace) -> int:
     url = getattr(arguments, 'url', None) or _url_of(meant_root(arguments))
     path = '/health' if arguments.live else '/ready'
-    status, found = ask(url, path, is_here=not getattr(arguments, 'url', None))
-    answer = {'url': url, 'http_status': status, **found}
-    said = f'{url} is {found.get("status", f"not a townhall: it answered {status}")}'
-    report(arguments, answer, f'{said}: {found["detail"]}' if 'detail' in found else said)
+    status, body = ask(url, path, is_here=not getattr(arguments, 'url', None))
+    answer = {'url': url, 'http_status': status, **body}
+    sentence = f'{url} is {body.get("status", f"not a townhall: it answered {status}")}'
+    report(arguments, answer, f'{sentence}: {body["detail"]}' if 'detail' in body else sentence)
     return 0 if status == 200 else 1
 
 
 def _url_of(root: Path) -> str:
-    """Where the townhall of a town listens on this machine. Raises TownError."""
-    found = running_townhalls(root)
-    if not found:
+    """The URL of the town's townhall on this machine. Raises TownError if none runs."""
+    townhalls = running_townhalls(root)
+    if not townhalls:
         raise TownError(f'no townhall of {root} runs on this machine; start it:  tt start --town {root}')
-    return found[-1][2]
+    return townhalls[-1][2]
 
 
 def ask(url: str, path: str, is_here: bool) -> tuple[int, dict[str, Any]]:
-    """The status and the JSON object that a townhall answers with. Raises TownError when it does not."""
+    """Sends a GET to a townhall. Returns the status and the JSON object of its answer, {} if that is anything else.
+
+    `is_here` means a townhall of this machine, whose certificate need not fit its address. Raises TownError if it can't
+    be reached.
+    """
     import http.client
 
     try:
@@ -56,12 +63,12 @@ def ask(url: str, path: str, is_here: bool) -> tuple[int, dict[str, Any]]:
             response = connection.getresponse()
             status, text = response.status, response.read()
     except (OSError, http.client.HTTPException) as e:
-        raise TownError(f'{url} can not be reached: {e or type(e).__name__}') from None
+        raise TownError(f"{url} can't be reached: {e or type(e).__name__}") from None
     try:
-        found = json.loads(text)
+        body = json.loads(text)
     except ValueError:
-        found = {}
-    return status, found if isinstance(found, dict) else {}
+        body = {}
+    return status, body if isinstance(body, dict) else {}
 
 
 def _connection(url: str, is_here: bool) -> HTTPConnection:
@@ -79,6 +86,6 @@ def _connection(url: str, is_here: bool) -> HTTPConnection:
     import ssl
 
     context = ssl.create_default_context()
-    if is_here:  # it is known by its process, its certificate is for other names, and nothing secret is sent
+    if is_here:  # the URL is from a live process, the certificate names other addresses, and nothing secret is sent
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return http.client.HTTPSConnection(host, port, timeout=SECS, context=context)

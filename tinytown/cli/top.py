@@ -1,4 +1,7 @@
-"""A terminal that shows the town as it is: what stands on it (pure), and how it is taken and given back."""
+"""`tt top`: the lines that it shows (`top`, a pure function), and the terminal in full-screen mode (`full_screen`).
+
+`follow` uses both, and refreshes the screen at each event.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ _LEAVE: Final = '\x1b[?25h\x1b[?1049l'
 
 
 def top(answer: JsonObject, now: float, columns: int, lines: int) -> list[str]:
-    """The lines of `tt top` for a deep status: the agents, and below them the latest events, cut to the terminal.
+    """The lines of `tt top`: agents, and below them the latest events, cut to `columns` and `lines`.
 
-    `now` is in seconds since the epoch, as the heartbeats are.
+    `answer` is that of town.get_status with deep. `now` is in seconds since the epoch.
     """
     answer = cleaned(answer)
     agents = [_agent(agent, now) for agent in answer['agents']]
@@ -59,7 +62,7 @@ def _agent(agent: JsonObject, now: float) -> str:
 
 
 def _age(at: str | None, now: float) -> str:
-    """How long ago something was, in seconds; after a while, in minutes or hours."""
+    """The time since `at` (RFC 3339), in seconds; from 100 s in minutes, from 100 minutes in hours."""
     if at is None:
         return '-'
     seconds = max(int(now - datetime.fromisoformat(at).timestamp()), 0)
@@ -76,19 +79,19 @@ def _row(cells: list[str]) -> str:
 
 
 class Screen:
-    """The terminal, taken as a whole. Its lines are replaced in place, so that nothing flickers."""
+    """The terminal in full-screen mode. Overwrites lines in place, so that nothing flickers."""
 
     def __init__(self) -> None:
         self._shown: list[str] = []
 
     @staticmethod
     def size() -> tuple[int, int]:
-        """Columns and lines, as they are now; 80 and 24 of a terminal that does not know."""
+        """The present number of columns and lines; 80 and 24 if the terminal does not report them."""
         size = os.get_terminal_size(sys.stdout.fileno())
         return size.columns or 80, size.lines or 24
 
     def show(self, lines: list[str]) -> None:
-        """Shows these lines and nothing else."""
+        """Shows exactly these lines."""
         if lines == self._shown:
             return
         self._shown = lines
@@ -96,11 +99,11 @@ class Screen:
         sys.stdout.flush()
 
     def redraw(self) -> None:
-        """Has the next lines be drawn even if they are the same: the terminal has another size."""
+        """Makes the next `show` draw even unchanged lines, for a terminal whose size has changed."""
         self._shown = []
 
     def wait(self, pulse: int, seconds: float) -> bool:
-        """Waits until there is something to be read from `pulse`, a key is pressed, or for so long. False: to leave."""
+        """Waits at most `seconds` for data on the descriptor `pulse` or for a key. Returns False if the user leaves."""
         inputs = [pulse, sys.stdin.fileno()] if sys.stdin.isatty() else [pulse]
         ready, _, _ = select.select(inputs, [], [], seconds)
         if pulse in ready:
@@ -113,11 +116,11 @@ class Screen:
 
 
 @contextmanager
-def taken() -> Iterator[Screen]:
-    """Takes the terminal, and gives it back as it was, whatever happens: SIGTERM and SIGHUP too."""
+def full_screen() -> Iterator[Screen]:
+    """Switches the terminal to full-screen mode, and always restores it, at SIGTERM and SIGHUP too."""
     screen = Screen()
-    resized = signal.signal(signal.SIGWINCH, lambda _number, _frame: screen.redraw())
-    ended = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda _number, _frame: screen.redraw())}
+    handlers |= {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
     modes = _without_echo()
     sys.stdout.write(_ENTER)
     try:
@@ -128,7 +131,7 @@ def taken() -> Iterator[Screen]:
             sys.stdout.flush()
         if modes:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        for number, handler in {signal.SIGWINCH: resized, **ended}.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -137,7 +140,7 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _without_echo() -> list[Any] | None:
-    """Has keys be read as they are pressed, and not shown. The modes before that."""
+    """Lets keys be read as they are pressed, and not echoed. Returns the previous modes; None without a terminal."""
     if not sys.stdin.isatty():
         return None
     before = termios.tcgetattr(sys.stdin)

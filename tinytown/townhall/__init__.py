@@ -1,4 +1,4 @@
-"""The `townhall` command: it puts a server process together, runs several of them, and talks to systemd.
+"""The `townhall` command: builds a server process, runs several of them, and integrates with systemd.
 
 Start with `main`, then `process`.
 """

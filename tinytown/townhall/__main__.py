@@ -1,4 +1,4 @@
-"""`python -m tinytown.townhall` is `townhall`."""
+"""Makes `python -m tinytown.townhall` the `townhall` command."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""The `townhall` command: serves a town."""
+"""The `townhall` command: reads its command line, loads the configuration, and serves a town.
+
+It hands over to `process` (REST and MCP over HTTP), `mcp.stdio` (mode mcp-stdio) or `systemd` (`townhall service`).
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,38 @@ MODES = ('rest', 'mcp-stdio', 'mcp-http')
 
 
 def townhall_parser() -> Parser:
-    """The command line of `townhall`. --town and --verbose are taken before and after the mode."""
+    """The parser of `townhall`'s command line, `townhall service` aside (see `systemd`)."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
-        '--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)'
+        '--town', metavar='DIR', help='directory of the town (default: the nearest one upwards that holds a town)'
     )
-    shared.add_argument('--verbose', action='store_true', help='log more: as townhall.log.level = "debug"')
-    served = Parser(
+    shared.add_argument('--verbose', action='store_true', help='log more, like townhall.log.level = "debug"')
+    parser = Parser(
         prog='townhall',
         parents=[shared],
         description='Townhall, the control plane of a town of AI coding agents.',
-        epilog='townhall service --help tells how systemd runs a town.',
+        epilog='To run a town under systemd, see townhall service --help.',
     )
-    served.add_argument('--version', action='version', version=f'townhall {__version__}')
-    served.add_argument('mode', nargs='?', choices=MODES, default='rest', help='what to serve (default: rest)')
-    served.add_argument(
+    parser.add_argument('--version', action='version', version=f'townhall {__version__}')
+    parser.add_argument('mode', nargs='?', choices=MODES, default='rest', help='what to serve (default: rest)')
+    parser.add_argument(
         '--bind', metavar='ADDRESS', help='address, or unix:/path, to listen on (default: townhall.bind, 127.0.0.1)'
     )
-    served.add_argument(
-        '--port', metavar='N', type=int, help='port to listen on (default: townhall.rest_port, 8787; mcp_port, 8788)'
+    parser.add_argument(
+        '--port',
+        metavar='N',
+        type=int,
+        help='port to listen on (default: townhall.rest_port, 8787; mcp-http: mcp_port, 8788)',
     )
-    served.add_argument('--workers', metavar='N', type=int, help='processes that serve (default: townhall.workers, 1)')
-    served.add_argument('--read-only', action='store_true', default=None, help='refuse every change')
-    return served
+    parser.add_argument(
+        '--workers', metavar='N', type=int, help='number of processes that serve (default: townhall.workers, 1)'
+    )
+    parser.add_argument('--read-only', action='store_true', default=None, help='refuse all changes')
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
+    """Runs the command. Exit status: 0 stopped cleanly, 1 runtime failure, 2 usage or configuration error."""
     ready_streams()
     log.configure_from_environment(os.environ)
     try:
@@ -54,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     except Exception as e:
-        said, status = explain(e)
-        log.fatal(said)
+        message, status = explain(e)
+        log.fatal(message)
         return status
     finally:
         end_streams()
@@ -64,21 +72,21 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ['service']:
-        from . import systemd  # late: nothing else needs it
+        from . import systemd  # late: only `townhall service` needs it
 
         return systemd.run(words[1:])
     configuration.take_credentials()
     try:
         arguments = townhall_parser().parse_args(argv)
     except SystemExit:
-        return 0  # --help or --version was answered; what is wrong is a UsageError
+        return 0  # argparse answered --help or --version; errors raise UsageError instead
     root = town_root(arguments)
     if arguments.mode == 'mcp-stdio':
         from ..mcp.stdio import serve
 
         return serve(root, {'townhall.read_only': arguments.read_only, 'townhall.log.level': _level(arguments)})
-    signal.signal(signal.SIGHUP, lambda *_: None)  # until there is something to be reloaded
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which as process 1 of a container we would not hear
+    signal.signal(signal.SIGHUP, lambda *_: None)  # until the server, which reloads, handles it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # without a handler, PID 1 in a container ignores it
     flags: dict[str, Any] = {
         'townhall.bind': arguments.bind,
         'townhall.rest_port' if arguments.mode == 'rest' else 'townhall.mcp_port': arguments.port,
@@ -86,19 +94,19 @@ def _run(argv: list[str] | None) -> int:
         'townhall.read_only': arguments.read_only,
         'townhall.log.level': _level(arguments),
     }
-    from ..auth.access import check_start  # late: --help and a wrong command line need none of it
+    from ..auth.access import check_start  # late: --help and usage errors do not need these modules
     from ..host import town_secrets
     from .process import TownhallProcess
 
     config = configuration.load(root, flags)
     town_secrets.configure_log(root, config)
     logger.debug(f'settings are from {", ".join(configuration.sources(root, flags))}')
-    check_start(config, config.townhall.bind)  # before anything is started
+    check_start(config, config.townhall.bind)  # before any socket or process is opened
     return TownhallProcess(root, config, flags, arguments.mode).run()
 
 
 def _level(arguments: argparse.Namespace) -> str | None:
-    """The log's level, if the command line says it."""
+    """The log level that --verbose asks for; None without it."""
     return 'debug' if getattr(arguments, 'verbose', False) else None
 
 

@@ -1,8 +1,10 @@
-"""Several processes that serve one address, and the parent that starts, watches and ends them.
+"""Prefork: several processes that serve one address, and the parent that starts, watches and ends them.
 
-The parent serves nothing itself. It made the listening sockets and keeps them open, so that clients wait in the backlog
-while a child that died is replaced. Each child holds the reading end of a pipe whose writing end only the parent has:
-however the parent ends, they notice and end too.
+The parent serves no requests. It opened the listening sockets and keeps them open, so that clients wait in the backlog
+while a dead child is replaced. Each child holds the reading end of a pipe, and only the parent holds the writing end.
+Thus children notice when the parent ends in any way, and end too.
+
+`process` uses `Prefork` if `townhall.workers` is above 1.
 """
 
 from __future__ import annotations
@@ -23,17 +25,20 @@ from .liveness import ChildStatus
 
 logger = logging.getLogger('tinytown.townhall')
 
-SHORT_LIFE_SECS: Final = 1.0  # a child that lives shorter is replaced only after as long
+SHORT_LIFE_SECS: Final = 1.0  # a child that ended sooner than this is replaced after a pause of the same length
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 class Prefork:
-    """Runs `serve(number, lifeline)` in `count` children until SIGTERM or SIGINT; `reload` takes up a configuration;
-    `ready` is called when the children have been started, `stopping` when they have been told to end; `roll` is who of
-    them lives: one that hangs is killed, and replaced.
+    """Runs `serve(number, lifeline)` in `count` child processes until SIGTERM or SIGINT.
 
-    `lifeline` is a descriptor that reads as ended when the parent is gone. Children drain at SIGTERM, however often it
-    comes (a service manager may tell the whole group); a second signal to the parent is passed on as SIGQUIT.
+    `lifeline` is a descriptor that reads end-of-file once the parent has ended. `reload` loads the configuration at
+    SIGHUP; if it returns True, the children reload too. `ready` is called when all children have been started,
+    `stopping` when they have been signalled to end. `child_status` finds children that hang: they are killed and
+    replaced.
+
+    Children drain at SIGTERM, and ignore further ones, because a service manager may signal the whole process group. A
+    second signal to the parent reaches the children as SIGQUIT.
     """
 
     def __init__(
@@ -43,21 +48,21 @@ class Prefork:
         reload: Callable[[], bool],
         ready: Callable[[], None],
         stopping: Callable[[], None],
-        roll: ChildStatus,
+        child_status: ChildStatus,
     ) -> None:
         self._count = count
         self._serve = serve
         self._reload = reload
         self._ready = ready
         self._stopping = stopping
-        self._roll = roll
-        self._children: dict[int, tuple[int, float]] = {}  # by pid: its number, and since when
-        self._missing: dict[int, float] = {}  # by number: when it is to be started
+        self._child_status = child_status
+        self._children: dict[int, tuple[int, float]] = {}  # by pid: number, and when it was started
+        self._missing: dict[int, float] = {}  # by number: when to start it
         self._stops = False
         self._status = 0
 
     def run(self) -> int:
-        """The exit status: 0 if every child ended well after a signal."""
+        """Serves until a signal. Returns the exit status: 0 if every child ended cleanly."""
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)
@@ -67,23 +72,23 @@ class Prefork:
         self._missing = dict.fromkeys(range(self._count), 0.0)
         poll = select.poll()
         poll.register(wake_read, select.POLLIN)
-        poll.register(self._roll.descriptor, select.POLLIN)
+        poll.register(self._child_status.descriptor, select.POLLIN)
         try:
             self._start_missing()
             self._ready()
             while self._children or not self._stops:
                 self._start_missing()
-                poll.poll(100 if self._missing else self._roll.tick_ms)
+                poll.poll(100 if self._missing else self._child_status.tick_ms)
                 for number in _read_all(wake_read):
                     self._on_signal(number)
                 self._reap()
-                self._look_after(time.monotonic())
+                self._check_children(time.monotonic())
         finally:
             signal.set_wakeup_fd(-1)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            for each in (wake_read, wake_write, *self._lifeline):
-                os.close(each)
+            for descriptor in (wake_read, wake_write, *self._lifeline):
+                os.close(descriptor)
         return self._status
 
     def _start_missing(self) -> None:
@@ -91,23 +96,23 @@ class Prefork:
             if time.monotonic() >= when and not self._stops:
                 del self._missing[number]
                 self._children[self._fork(number)] = (number, time.monotonic())
-                self._roll.begin(number, time.monotonic())
+                self._child_status.begin(number, time.monotonic())
 
-    def _look_after(self, now: float) -> None:
-        """Hears what the children tell. One whose loop stands still is killed: it holds its share of the clients."""
-        self._roll.read(now)
+    def _check_children(self, now: float) -> None:
+        """Reads the children's signs. Kills a child whose event loop hangs, because its clients get no answer."""
+        self._child_status.read(now)
         if self._stops:
-            self._roll.stopping()
+            self._child_status.stopping()
             return
-        hung = self._roll.hung(now)
+        hung = self._child_status.hung(now)
         for pid, (number, _) in self._children.items():
             if number in hung:
-                logger.error(f'process {number} hung for {self._roll.patience:g} s and is killed')
+                logger.error(f'process {number} hung for {self._child_status.hang_secs:g} s and is killed')
                 os.kill(pid, signal.SIGKILL)
-                self._roll.end(number)
+                self._child_status.end(number)
 
     def _fork(self, number: int) -> int:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in the child until its server heeds it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # the child unblocks it once its server handles it
         pid = os.fork()
         if pid:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
@@ -115,8 +120,8 @@ class Prefork:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            for handled in _SIGNALS:
+                signal.signal(handled, signal.SIG_DFL)
             os.close(self._lifeline[1])
             status = self._serve(number, self._lifeline[0])
         except UsageError as e:
@@ -132,27 +137,27 @@ class Prefork:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._stop()
         elif number == signal.SIGHUP and self._reload():
-            self._tell(signal.SIGHUP)
+            self._signal_children(signal.SIGHUP)
 
     def _stop(self) -> None:
-        self._tell(signal.SIGQUIT if self._stops else signal.SIGTERM)
+        self._signal_children(signal.SIGQUIT if self._stops else signal.SIGTERM)
         if not self._stops:
             self._stopping()
         self._stops = True
         self._missing.clear()
 
-    def _tell(self, number: int) -> None:
+    def _signal_children(self, number: int) -> None:
         for pid in self._children:
-            os.kill(pid, number)  # one that has ended is a zombie of ours until `_reap`: the pid is still its own
+            os.kill(pid, number)  # a child that has ended stays a zombie until `_reap`, so its pid is not reused yet
 
     def _reap(self) -> None:
-        """Notices children that have ended. One that was not told to is replaced, but for a configuration error."""
+        """Collects children that have ended. One that ended by itself is replaced; a configuration error stops all."""
         for pid, (number, since) in list(self._children.items()):
             ended, code = os.waitpid(pid, os.WNOHANG)
             if not ended:
                 continue
             del self._children[pid]
-            self._roll.end(number)
+            self._child_status.end(number)
             status = os.waitstatus_to_exitcode(code)
             if self._stops:
                 self._status = self._status or int(status not in (0, -signal.SIGTERM))
@@ -163,11 +168,11 @@ class Prefork:
                 now = time.monotonic()
                 logger.warning(f'process {number} ended (status {status}) and is replaced')
                 self._missing[number] = now + SHORT_LIFE_SECS if now - since < SHORT_LIFE_SECS else now
-        reap(but=self._children)  # a Redis that was started before the children
+        reap(but=self._children)  # a Redis that this process started is its child, too
 
 
 def _read_all(descriptor: int) -> Iterator[int]:
-    """The bytes that can be read now."""
+    """All bytes that can be read without blocking."""
     with suppress(BlockingIOError):
         while data := os.read(descriptor, 4096):
             yield from data

@@ -1,8 +1,12 @@
-"""How a town that is a service comes to a standstill: its workers end, what they held is kept, and Redis is closed.
+"""Stops a town that runs as a service: stops its townhalls and workers, saves what the workers held, stops its Redis.
 
-That is `tt stop --redis`, with two differences. Agents that are to be started again when they fail
-(`agent.restart = "on-failure"`) are noted for it, and run again when the town does, after a reboot, say. And it is done
-even if the configuration can't be used any more, by the one that the keeper knows, and tells on standard input.
+The spawner (`host.spawner`) runs this module as a process of its own when systemd stops the service. It does what
+`tt stop --redis` does, with two differences:
+
+- Agents that restart on failure (`agent.restart = "on-failure"`) are marked, so that they run again when the town does,
+  for example after a reboot.
+- It also works if the configuration can no longer be used. The spawner passes the configuration with which it started
+  on standard input, as the fallback.
 """
 
 from __future__ import annotations
@@ -32,50 +36,50 @@ logger = logging.getLogger('tinytown.townhall')
 WHY: Final = 'the town was stopped'
 
 
-def stop_town(root: Path, began: Config | None) -> int:
-    """Ends what runs of the town on this machine. `began` is the configuration with which that was started.
+def stop_town(root: Path, started: Config | None) -> int:
+    """Stops every process of the town on this machine. `started` is the configuration with which they were started.
 
-    The exit status: 0 if nothing is left. Raises UsageError, TownError.
+    Returns the exit status: 0 if no process is left. Raises UsageError, TownError.
     """
-    config = _in_force(root, began)
+    config = _choose_config(root, started)
     name_host(config.host)
     left = stop_townhalls(root, config)[1] + _stop_workers(root, config)
-    for what in left:
-        logger.error(what)
+    for failure in left:
+        logger.error(failure)
     managed_redis.stop_redis(root)
     return 1 if left else 0
 
 
-def _in_force(root: Path, began: Config | None) -> Config:
-    """The configuration of now, unless it can't be used or is about another town. Raises UsageError."""
+def _choose_config(root: Path, started: Config | None) -> Config:
+    """The present configuration; `started` if that can't be used or names another town. Raises UsageError."""
     try:
-        now = configuration.load(root)
+        present = configuration.load(root)
     except (UsageError, OSError) as e:
-        if began is None:
+        if started is None:
             raise
-        logger.warning(f'{e}; the town is stopped by the configuration that was in force before')
-        return began
-    if began and (now.name, now.host, now.redis) != (began.name, began.host, began.redis):
-        return began
-    return now
+        logger.warning(f'{e}; the town is stopped by the configuration with which it was started')
+        return started
+    if started and (present.name, present.host, present.redis) != (started.name, started.host, started.redis):
+        return started
+    return present
 
 
 def _stop_workers(root: Path, config: Config) -> list[str]:
-    """Stops the workers of this directory, if the Redis is there that tells of them. What could not be, and why."""
+    """Stops the workers of this directory that Redis has records of. Returns what failed, a message for each worker."""
     if not config.redis.url and not managed_redis.socket_path(root).exists():
         return []
     managed_redis.ensure(root, config)
     town = Town(root, config, Store(managed_redis.endpoint(root, config), config.name, config.retention.events))
     call = Call(town, Principal('service', ALL_SCOPES))
-    comes_back = config.agent.restart != 'never'
+    restarts = config.agent.restart != 'never'
 
     def stop_all() -> Step[list[str]]:
         left = []
-        for found in (yield from agents.of_this_directory(call)):
+        for agent in (yield from agents.of_this_directory(call)):
             try:
-                yield from agents.stop_process(call, found, WHY, GRACE_SECS, 'inbox' if comes_back else 'backlog')
-                if comes_back:
-                    yield town.store.revive_later(found.id)
+                yield from agents.stop_process(call, agent, WHY, GRACE_SECS, 'inbox' if restarts else 'backlog')
+                if restarts:
+                    yield town.store.revive_later(agent.id)
             except TownError as e:
                 left.append(e.detail)
         return left
@@ -84,13 +88,13 @@ def _stop_workers(root: Path, config: Config) -> list[str]:
 
 
 def main(root: Path) -> int:
-    """The exit status, as that of a command."""
+    """Stops the town in `root`. Standard input holds its settings by path (JSON), or null. Returns an exit status."""
     log.configure()
-    told = json.load(sys.stdin)
+    values = json.load(sys.stdin)
     try:
-        return stop_town(root, told and configuration.from_values(told, root))
+        return stop_town(root, values and configuration.from_values(values, root))
     except (TownError, UsageError, OSError) as e:
-        for instance in agents_processes(str(root)):  # no record tells of them, but they are told to end
+        for instance in agents_processes(str(root)):  # the records can't be read, so the processes alone are ended
             stop_tree(None, instance, GRACE_SECS)
         with suppress(TownError):
             managed_redis.stop_redis(root)

@@ -1,4 +1,7 @@
-"""`townhall service`: has systemd run a town, for the machine or for one user of it."""
+"""`townhall service`: installs, removes and shows the systemd units of a town, for the machine or for one user.
+
+Start with `service_parser`, then `_install`. `systemd_units` renders the units from the `Plan` that `_plan` makes.
+"""
 
 from __future__ import annotations
 
@@ -27,44 +30,50 @@ from . import systemd_units
 from .systemd_units import Plan
 
 _SYSTEM: Final = Path('/etc/systemd/system')
-_INACTIVE: Final = 3  # the exit status of `status` for what does not run, as systemctl has it
+_INACTIVE: Final = 3  # exit status of `townhall service status` for a stopped unit, as of `systemctl status`
 
 
 def service_parser() -> Parser:
-    """The command line of `townhall service`."""
-    top = Parser(prog='townhall service', description='Have systemd run a town: its townhall, its agents, its Redis.')
+    """The parser of `townhall service`'s command line."""
+    top = Parser(prog='townhall service', description='Run a town under systemd: its townhall, its agents, its Redis.')
     commands = top.add_subparsers(metavar='COMMAND', required=True, parser_class=Parser)
-    install = _command(commands, 'install', 'Write the units of a town, and start it now and at boot', _install)
-    install.add_argument('--path', metavar='PATH', help='where coding CLIs are looked for (default: your $PATH)')
-    install.add_argument('--socket', action='store_true', help='systemd holds the port: no client is ever refused')
+    install = _command(commands, 'install', 'Write the units of a town; start it now and at boot', _install)
+    install.add_argument(
+        '--path', metavar='PATH', help='PATH on which the units find coding CLIs (default: your $PATH)'
+    )
+    install.add_argument(
+        '--socket', action='store_true', help='let systemd hold the port, so that no client is refused during a restart'
+    )
     install.add_argument(
         '--credential', metavar='SETTING=FILE', action='append', default=[],
-        help='a setting that is secret, or the variable of a coding CLI, from a file that only root need read',
+        help='load a secret setting, or a variable of a coding CLI, from a file that only root needs to read',
     )  # fmt: skip
-    install.add_argument('--no-start', action='store_true', help='only write them')
-    install.add_argument('--to', metavar='DIR', help='only write them, into this directory')
+    install.add_argument('--no-start', action='store_true', help='only write the units')
+    install.add_argument('--to', metavar='DIR', help='only write the units, into this directory')
     uninstall = _command(commands, 'uninstall', 'Stop the town, and remove its units', _uninstall)
-    for each in (install, uninstall):
-        each.add_argument('--force', action='store_true', help='even if a unit was changed by hand')
-    _command(commands, 'status', 'Say what is installed, and whether it runs', _status)
+    for command in (install, uninstall):
+        command.add_argument('--force', action='store_true', help='replace or remove units that were changed by hand')
+    _command(commands, 'status', 'Show which units are installed and whether they run', _status)
     return top
 
 
-def _command(commands: argparse._SubParsersAction[Parser], name: str, does: str, run: Callable[..., int]) -> Parser:
-    made: Parser = commands.add_parser(name, help=does, description=does)
-    made.set_defaults(run=run, to=None)
-    made.add_argument('--town', metavar='DIR', help='the town (default: the nearest directory upwards that holds one)')
-    made.add_argument('--name', metavar='NAME', help='name of the units: tinytown-NAME (default: that of the town)')
-    made.add_argument('--user', action='store_true', help="your own service manager's, and not the machine's")
-    return made
+def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: str, run: Callable[..., int]) -> Parser:
+    command: Parser = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(run=run, to=None)
+    command.add_argument(
+        '--town', metavar='DIR', help='directory of the town (default: the nearest one upwards that holds a town)'
+    )
+    command.add_argument('--name', metavar='NAME', help='name of the units: tinytown-NAME (default: name of the town)')
+    command.add_argument('--user', action='store_true', help="use your own service manager, not the machine's")
+    return command
 
 
 def run(words: list[str]) -> int:
-    """The exit status. Raises UsageError, TownError."""
+    """Runs `townhall service` with these arguments. Returns the exit status. Raises UsageError, TownError."""
     try:
         arguments = service_parser().parse_args(words)
     except SystemExit:
-        return 0  # --help was answered
+        return 0  # argparse answered --help
     status: int = arguments.run(arguments)
     return status
 
@@ -81,14 +90,14 @@ def _install(arguments: argparse.Namespace) -> int:
     if not arguments.force:
         _refuse_foreign(directory, texts)
         _refuse_changed(socket)
-    is_over = not plan.listen and socket.exists()
-    if is_over and _starts(arguments):
-        _run(arguments, 'stop', socket.name)  # and with it townhall, whose port it holds
+    drops_socket = not plan.listen and socket.exists()
+    if drops_socket and _starts(arguments):
+        _run(arguments, 'stop', socket.name)  # this also stops townhall, which requires the socket
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomically(directory / name, text)
         print(f'wrote {directory / name}')
-    if is_over:
+    if drops_socket:
         socket.unlink()
         print(f'removed {socket}')
     for warning in _warnings(arguments, plan, config):
@@ -97,7 +106,7 @@ def _install(arguments: argparse.Namespace) -> int:
         _start(arguments, plan)
     elif arguments.to is None:
         ctl = _systemctl(arguments)
-        first = f'{ctl} stop {plan.socket_unit} && ' if is_over else ''
+        first = f'{ctl} stop {plan.socket_unit} && ' if drops_socket else ''
         print(f'Start it:  {first}{ctl} daemon-reload && {ctl} enable --now {plan.town_unit}')
     return 0
 
@@ -110,12 +119,12 @@ def _start(arguments: argparse.Namespace, plan: Plan) -> None:
     ctl = _systemctl(arguments)
     _run(arguments, 'daemon-reload')
     if plan.listen and _ask(arguments, 'is-active', plan.socket_unit) != 'active':
-        _run(arguments, 'stop', plan.hall_unit)  # a townhall that runs holds the port that the socket is to have
+        _run(arguments, 'stop', plan.townhall_unit)  # a running townhall holds the port that the socket needs
     _run(arguments, 'enable', '--now', plan.town_unit)
-    _run(arguments, 'start', plan.hall_unit)  # as the town has asked for already: this waits until it serves
-    print(f'{plan.town_unit} and {plan.hall_unit} run. What ran before takes up the new units:')
-    print(f'{ctl} restart {plan.hall_unit}')
-    print(f'{ctl} restart {plan.town_unit}  (a new PATH or new keys of agents, too; it ends what they are doing)')
+    _run(arguments, 'start', plan.townhall_unit)  # the town's unit started it already; this waits until it serves
+    print(f'{plan.town_unit} and {plan.townhall_unit} run. If they ran before, restart them to apply the new units:')
+    print(f'{ctl} restart {plan.townhall_unit}')
+    print(f'{ctl} restart {plan.town_unit}  (needed for a new PATH or new keys of agents; interrupts their work)')
 
 
 def _uninstall(arguments: argparse.Namespace) -> int:
@@ -126,7 +135,7 @@ def _uninstall(arguments: argparse.Namespace) -> int:
     for file in files if not arguments.force else ():
         _refuse_changed(file)
     _run(arguments, 'disable', '--now', f'tinytown-{name}.service')
-    _run(arguments, 'stop', *(file.name for file in files))  # what goes with the town may run without it
+    _run(arguments, 'stop', *(file.name for file in files))  # townhall and its socket can run without the town's unit
     for file in files:
         file.unlink()
         print(f'removed {file}')
@@ -157,8 +166,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Path, Config]:
-    """The town that is meant, and its configuration as its services see it: by the home of their user, and without
-    the settings in our environment. Raises UsageError."""
+    """The town's directory, and its configuration as the services will see it. Raises UsageError.
+
+    That is with the home directory of the services' user, and without the settings in this process's environment.
+    """
     root = meant_root(arguments)
     home = configuration.home() if arguments.user or os.geteuid() else Path(_owner(root).pw_dir)
     return root, configuration.load(root, environ={'HOME': str(home)} if home else {})
@@ -177,12 +188,13 @@ def _owner(root: Path) -> pwd.struct_passwd:
 
 
 def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
+    """The plan for the units of a town. Raises UsageError if a unit can't hold it."""
     settings = config.townhall
     user = '' if arguments.user else _owner(root).pw_name
     credentials, paths = _credentials(arguments.credential)
     writable, runtime = _places(arguments, root, config, user)
     if managed_redis.is_redis_elsewhere(root) and not config.redis.url:
-        writable.append('/tmp')  # noqa: S108  in which the directory of its socket is made, anew if that was emptied
+        writable.append('/tmp')  # noqa: S108  Redis' socket directory is there, and is created again if /tmp is cleaned
     return Plan(
         name=_name(arguments),
         root=_fit_for_unit(root, 'the town'),
@@ -201,15 +213,15 @@ def _plan(arguments: argparse.Namespace, root: Path, config: Config) -> Plan:
 
 
 def _places(arguments: argparse.Namespace, root: Path, config: Config, user: str) -> tuple[list[str], str]:
-    """The directories outside of the town that townhall writes to, and which of them systemd is to make below /run.
+    """The directories outside of the town that townhall writes to; and one below /run that systemd creates, or ''.
 
-    Raises UsageError for one that is not there.
+    Raises UsageError for a directory that does not exist.
     """
     bind = config.townhall.bind
     places = {'townhall.audit.path': (root / config.townhall.audit.path).parent}
     if bind.startswith(UNIX) and not arguments.socket:
         places['townhall.bind'] = Path(bind.removeprefix(UNIX)).parent
-    found, runtime = [], ''
+    writable, runtime = [], ''
     for setting, place in places.items():
         if place.is_relative_to(root):
             continue
@@ -218,20 +230,20 @@ def _places(arguments: argparse.Namespace, root: Path, config: Config, user: str
             continue
         if not place.is_dir():
             make = f'sudo install -d -o {user}' if user else 'mkdir -p'
-            raise UsageError(f'{setting} is in {place}, which is not there; make it:  {make} {shlex.quote(str(place))}')
-        found.append(str(place))
-    return found, runtime
+            raise UsageError(f'{setting} is in {place}, which is missing; make it:  {make} {shlex.quote(str(place))}')
+        writable.append(str(place))
+    return writable, runtime
 
 
 def _is_own_runtime(place: Path, user: str) -> bool:
-    """Whether a directory is one right below /run, which is empty after a boot, and is no other user's."""
+    """Whether a directory is directly below /run (so it is gone after a boot), and does not belong to another user."""
     if place.parent != Path('/run') or not re.fullmatch(r'[\w.-]+', place.name):
         return False
     return not place.exists() or place.owner() == user
 
 
 def _is_temporary(path: str) -> bool:
-    """Whether a path is below /tmp or /var/tmp, of which a private one has nothing."""
+    """Whether a path is below /tmp or /var/tmp, which PrivateTmp= would hide."""
     return 'tmp' in Path(path).parts[1:3]
 
 
@@ -253,28 +265,33 @@ def _fit_text(text: str, what: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """The directories of a PATH that stand for the same wherever one is, each once."""
+    """A PATH without relative directories and duplicates."""
     return os.pathsep.join(dict.fromkeys(part for part in path.split(os.pathsep) if part.startswith('/')))
 
 
 def _listen_stream(bind: str, port: int) -> str:
+    """ListenStream= for `townhall.bind` and `townhall.rest_port`. Raises UsageError."""
     if bind.startswith(UNIX):
         return bind.removeprefix(UNIX)
     if port == 0:
         raise UsageError(
-            'townhall.rest_port is 0, a free one; give one for --socket:  tt config townhall.rest_port 8787'
+            'townhall.rest_port is 0, which means any free port; --socket needs a fixed one:  '
+            'tt config townhall.rest_port 8787'
         )
     host = '127.0.0.1' if bind == 'localhost' else bind
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
 
 
 def _credentials(given: list[str]) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """LoadCredential= for `SETTING=FILE`: of a setting that is a path, the file; of another, what stands in it."""
+    """`Plan.credentials` and `Plan.credential_paths` for each SETTING=FILE of --credential. Raises UsageError.
+
+    A setting that is itself a path gets the path of the loaded file. Any other gets the content of the file.
+    """
     loaded, paths = [], []
-    for each in given:
-        name, _, file = each.partition('=')
+    for option in given:
+        name, _, file = option.partition('=')
         if not file.startswith('/') or not Path(file).exists():
-            raise UsageError(f'--credential {each}: give SETTING=FILE with the absolute path of a file that is there')
+            raise UsageError(f'--credential {option}: give SETTING=FILE with the absolute path of an existing file')
         if re.fullmatch(r'[A-Z][A-Z0-9_]*', name):
             loaded.append((name, file))
             continue
@@ -295,13 +312,13 @@ def _refuse_changed(file: Path) -> None:
     """Refuses to replace or remove a unit that was changed by hand. Raises TownError."""
     if file.exists() and not systemd_units.is_ours(file.read_text()):
         raise TownError(
-            f'{file} was changed by hand; replace or remove it with  --force  (what is yours belongs into  '
-            f'systemctl edit {file.name}, which stays)'
+            f'{file} was changed by hand; replace or remove it with  --force  (put changes of your own into  '
+            f'systemctl edit {file.name}, which are kept)'
         )
 
 
 def _refuse_foreign(directory: Path, texts: dict[str, str]) -> None:
-    """Refuses to write over a unit that was changed by hand, or that is another town's. Raises TownError."""
+    """Refuses to overwrite a unit that was changed by hand, or that belongs to another town. Raises TownError."""
     for name, text in texts.items():
         file = directory / name
         _refuse_changed(file)
@@ -311,7 +328,7 @@ def _refuse_foreign(directory: Path, texts: dict[str, str]) -> None:
 
 
 def _refuse_unreachable(plan: Plan) -> None:
-    """Refuses what the town's user can't run there: a Python, or this program, below /root, say. Raises UsageError."""
+    """Refuses a plan that the town's user can't run, for example because Python is below /root. Raises UsageError."""
     if os.geteuid() or plan.user in ('', 'root'):
         return
     user = _owner(plan.root)
@@ -323,58 +340,59 @@ def _refuse_unreachable(plan: Plan) -> None:
             argv, user=user.pw_uid, group=user.pw_gid, extra_groups=groups, env={'PYTHONPATH': plan.python_path},
             cwd='/', stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        said = done.stderr.strip().rpartition('\n')[2] if done.returncode else ''
+        failure = done.stderr.strip().rpartition('\n')[2] if done.returncode else ''
     except OSError as e:
-        said = str(e)
-    if not said:
+        failure = str(e)
+    if not failure:
         return
     needed = [plan.root, Path(plan.python), Path(plan.python).resolve(), *map(Path, plan.python_path.split(os.pathsep))]
-    closed = next(filter(None, (_closed(each, user.pw_uid, groups) for each in needed)), None)
+    closed = next(filter(None, (_closed(path, user.pw_uid, groups) for path in needed)), None)
     raise UsageError(
-        f"{user.pw_name}, the town's owner, can't run it: {f'{closed} is closed to that user' if closed else said}; "
-        'Python, Townhall and the town must lie where it may read them; the one-file program is unpacked elsewhere by  '
-        'sudo XDG_CACHE_HOME=/opt townhall service install …'
+        f"{user.pw_name}, the town's owner, can't run it: {f'{closed} is closed to that user' if closed else failure}; "
+        'Python, Townhall and the town must be where that user may read them; to unpack the one-file program elsewhere:'
+        '  sudo XDG_CACHE_HOME=/opt townhall service install …'
     )
 
 
 def _closed(path: Path, uid: int, groups: list[int]) -> Path | None:
-    """The first directory on the way to a path that a user may not enter, as far as modes tell."""
-    for each in (*reversed(path.parents), path):
-        found = each.stat()
-        shift = 6 if found.st_uid == uid else 3 if found.st_gid in groups else 0
-        if not found.st_mode >> shift & 1:
-            return each
+    """The first directory on the way to `path`, or `path` itself, that a user may not enter, judged by mode bits."""
+    for part in (*reversed(path.parents), path):
+        status = part.stat()
+        shift = 6 if status.st_uid == uid else 3 if status.st_gid in groups else 0
+        if not status.st_mode >> shift & 1:
+            return part
     return None
 
 
 def _place(text: str) -> str:
-    found = re.search(r'^WorkingDirectory=(.*)$', text, re.M)
-    return found[1] if found else ''
+    """The town's directory in the text of a service unit, '' in that of a socket."""
+    match = re.search(r'^WorkingDirectory=(.*)$', text, re.M)
+    return match[1] if match else ''
 
 
 def _warnings(arguments: argparse.Namespace, plan: Plan, config: Config) -> list[str]:
-    found = []
+    warnings = []
     if plan.user == 'root':
-        found.append(f'the town in {plan.root} belongs to root, so its agents run as root; chown -R it to a user')
+        warnings.append(f'the town in {plan.root} belongs to root, so its agents run as root; chown -R it to a user')
     cli = registry.known_clis(config).get(config.default_cli)
     if cli and not shutil.which(cli.argv[0], path=plan.path):
-        found.append(
-            f"'{cli.argv[0]}' (default_cli) is not on the PATH that the units have ({plan.path}); "
+        warnings.append(
+            f"'{cli.argv[0]}' (default_cli) is not on the PATH of the units ({plan.path}); "
             'give yours:  --path "$PATH"'
         )
     if arguments.user and (note := _linger_note()):
-        found.append(note)
-    return found
+        warnings.append(note)
+    return warnings
 
 
 def _linger_note() -> str:
-    """What is to be done so that a user's services run while that user is not logged in; '' if they do."""
+    """A warning that this user's services end at logout, and what to do; '' if they keep running (lingering)."""
     user = pwd.getpwuid(os.getuid()).pw_name
     try:
-        said = _output(['loginctl', 'show-user', user, '--property=Linger', '--value']).strip()
+        linger = _output(['loginctl', 'show-user', user, '--property=Linger', '--value']).strip()
     except (TownError, FileNotFoundError):
-        said = 'yes' if Path('/var/lib/systemd/linger', user).exists() else 'no'
-    if said == 'yes':
+        linger = 'yes' if Path('/var/lib/systemd/linger', user).exists() else 'no'
+    if linger == 'yes':
         return ''
     return f'the town ends when {user} logs out, and does not start at boot; mend that:  loginctl enable-linger {user}'
 
@@ -389,12 +407,12 @@ def _directory(arguments: argparse.Namespace) -> Path:
         home = os.environ.get('XDG_CONFIG_HOME') or Path('~/.config').expanduser()
         return Path(home) / 'systemd' / 'user'
     if os.geteuid() and arguments.run is not _status:
-        raise UsageError("this needs root; use  sudo, or --user for a service of your own service manager's")
+        raise UsageError('this needs root; use  sudo, or --user to use your own service manager')
     return _SYSTEM
 
 
 def _files(directory: Path, name: str) -> list[Path]:
-    return [directory / each for each in (f'tinytown-{name}.service', f'townhall-{name}.service',
+    return [directory / unit for unit in (f'tinytown-{name}.service', f'townhall-{name}.service',
                                           f'townhall-{name}.socket')]  # fmt: skip
 
 
@@ -403,18 +421,18 @@ def _systemctl(arguments: argparse.Namespace) -> str:
 
 
 def _run(arguments: argparse.Namespace, *words: str) -> None:
-    """Has systemctl do something. Raises TownError with what it said."""
+    """Runs systemctl. Raises TownError with its output if it fails."""
     try:
         _output([*_systemctl(arguments).split(), *words])
     except FileNotFoundError:
         raise TownError(
-            'there is no systemctl here, so systemd does not run this machine; --no-start only writes the units, and '
-            'tt start runs a town without it'
+            'there is no systemctl here, so systemd does not run this machine; use --no-start to only write the units, '
+            'or tt start to run the town without systemd'
         ) from None
 
 
 def _ask(arguments: argparse.Namespace, *words: str) -> str:
-    """What systemctl says, whatever its exit status."""
+    """The output of systemctl, whatever its exit status; '' if it can't be run."""
     try:
         argv = [*_systemctl(arguments).split(), *words]
         return subprocess.run(argv, capture_output=True, text=True, check=False, env=_environ()).stdout.strip()
@@ -423,13 +441,13 @@ def _ask(arguments: argparse.Namespace, *words: str) -> str:
 
 
 def _environ() -> dict[str, str]:
-    """Ours, with where a user's manager is reached: a `sudo -u` or `su` leaves that out."""
+    """Our environment with XDG_RUNTIME_DIR, where the user's manager listens: `sudo -u` and `su` leave it out."""
     return {'XDG_RUNTIME_DIR': f'/run/user/{os.getuid()}'} | os.environ
 
 
 def _output(argv: list[str]) -> str:
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=_environ())
     if done.returncode:
-        said = ' '.join((done.stderr or done.stdout).split())
-        raise TownError(f'{" ".join(argv)} failed: {said or f"status {done.returncode}"}')
+        reason = ' '.join((done.stderr or done.stdout).split())
+        raise TownError(f'{" ".join(argv)} failed: {reason or f"status {done.returncode}"}')
     return done.stdout

@@ -1,13 +1,13 @@
-"""The units by which systemd runs a town: their text, made from a plan of what is to be run.
+"""Renders the systemd units of a town from a `Plan`. `systemd` makes the plan, and writes the units.
 
-`tinytown-NAME.service` is the town: the keeper, below which its workers and its Redis live. `townhall-NAME.service` is
-the control plane, which comes and goes with the town and can be started again without it. `townhall-NAME.socket`, if it
-is wanted, holds the port meanwhile.
+- `tinytown-NAME.service` is the town. Its main process is the spawner, the parent of all workers and of Redis.
+- `townhall-NAME.service` is the control plane. It starts and stops with the town, and can be restarted alone.
+- `townhall-NAME.socket` is optional. It holds the port while townhall restarts.
 
-Two sandboxes. The townhall's is tight: it serves, and starts nothing itself. The town's leaves agents what they need:
-they edit and build, use the network and the user's files, and make sandboxes of their own. So there is no filter there
-that forbids namespaces, mounts, writable code (JIT compilers) or debuggers, and nothing is laid over /proc, under which
-a namespace could not mount its own.
+The two services have different sandboxes. That of townhall is tight, because townhall only serves and starts no
+programs. That of the town leaves agents what they need: they edit and build, use the network and the user's files, and
+create sandboxes of their own. So it does not filter namespaces, mounts, writable code (JIT compilers) or debuggers. It
+also mounts nothing over /proc, because a namespace could not mount its own /proc then.
 """
 
 from __future__ import annotations
@@ -19,41 +19,35 @@ from typing import Final
 
 from ..config import EXPECTED
 
-WATCHDOG_SECS: Final = 90  # fed at least every half of it: a Redis that is away for 30 s ends nothing
+WATCHDOG_SECS: Final = 90  # long enough that townhall survives a Redis failover of 30 s
 _MARK: Final = '# Written by  townhall service install  and replaced by it; change it by  systemctl edit. sha256:'
-_TOWN_STOP_SECS: Final = 120  # workers get 5 s each to end their programs, and Redis its time to write
+_TOWN_STOP_SECS: Final = 120  # each worker has a grace period of 5 s, and Redis needs time to write its data
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: the town `name` in `root`, by `python` with these paths, as `user` ('' for a user's manager).
+    """All that the units of a town depend on."""
 
-    `writable` are the places beside the town's that townhall writes to, `runtime` one that is made below /run for it,
-    `drain_secs` what a stop gives requests.
-    `credentials` are (name, file) for LoadCredential=, and `credential_paths` the variables that hold where one of them
-    is then (variable, name); `listen` is the address of a socket that systemd is to hold.
-    """
-
-    name: str
-    root: Path
-    python: str
-    python_path: str
-    path: str
-    drain_secs: int
-    user: str = ''
-    writable: tuple[str, ...] = ()
-    runtime: str = ''
-    credentials: tuple[tuple[str, str], ...] = ()
-    credential_paths: tuple[tuple[str, str], ...] = ()
-    listen: str = ''
-    has_private_tmp: bool = True
+    name: str  # NAME in the names of the units
+    root: Path  # directory of the town
+    python: str  # path of the interpreter
+    python_path: str  # PYTHONPATH
+    path: str  # PATH
+    drain_secs: int  # how long a stop waits for running requests
+    user: str = ''  # whom the services run as; '' for units of a user's service manager
+    writable: tuple[str, ...] = ()  # directories outside of `root` that townhall writes to
+    runtime: str = ''  # name of a directory below /run that systemd creates for townhall
+    credentials: tuple[tuple[str, str], ...] = ()  # (name, file) for LoadCredential=
+    credential_paths: tuple[tuple[str, str], ...] = ()  # (variable, name): the variable gets the credential's path
+    listen: str = ''  # ListenStream= of the socket unit; '' for none
+    has_private_tmp: bool = True  # False if townhall needs files below /tmp or /var/tmp
 
     @property
     def town_unit(self) -> str:
         return f'tinytown-{self.name}.service'
 
     @property
-    def hall_unit(self) -> str:
+    def townhall_unit(self) -> str:
         return f'townhall-{self.name}.service'
 
     @property
@@ -62,20 +56,20 @@ class Plan:
 
 
 def render_units(plan: Plan) -> dict[str, str]:
-    """The text of each unit, by its file name."""
-    texts = {plan.town_unit: _town(plan), plan.hall_unit: _hall(plan)}
+    """The signed text of each unit, by file name."""
+    texts = {plan.town_unit: _town(plan), plan.townhall_unit: _townhall(plan)}
     if plan.listen:
         texts[plan.socket_unit] = _socket(plan)
     return {name: sign(text) for name, text in texts.items()}
 
 
 def sign(text: str) -> str:
-    """A unit with a first line that tells whether it was changed since."""
+    """Prepends a line with a checksum, by which `is_ours` finds whether the unit was changed later."""
     return f'{_MARK}{sha256(text.encode()).hexdigest()}\n{text}'
 
 
 def is_ours(text: str) -> bool:
-    """Whether a unit is as it was written."""
+    """Whether `sign` wrote this unit and nobody changed it since."""
     first, _, rest = text.partition('\n')
     return first == f'{_MARK}{sha256(rest.encode()).hexdigest()}'
 
@@ -104,7 +98,7 @@ def _town(plan: Plan) -> str:
     return _ini(Unit=unit, Service=service, Install=[f'WantedBy={"multi-user" if plan.user else "default"}.target'])
 
 
-def _hall(plan: Plan) -> str:
+def _townhall(plan: Plan) -> str:
     unit = [
         f'Description=Townhall of {plan.name}, the control plane of its agents',
         f'BindsTo={plan.town_unit}',
@@ -127,8 +121,8 @@ def _hall(plan: Plan) -> str:
         'KillMode=mixed',
         f'TimeoutStopSec={plan.drain_secs + 10}',
         *_process(plan),
-        *_HALL_SANDBOX,
-        *(_hall_sandbox_of_system(plan) if plan.user else ()),
+        *_TOWNHALL_SANDBOX,
+        *(_townhall_sandbox_of_system(plan) if plan.user else ()),
     ]
     return _ini(Unit=unit, Service=service)
 
@@ -146,16 +140,16 @@ def _socket(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> list[str]:
-    return [plan.hall_unit, *([plan.socket_unit] if plan.listen else [])]
+    return [plan.townhall_unit, *([plan.socket_unit] if plan.listen else [])]
 
 
 def _network(plan: Plan) -> list[str]:
-    """What a user's manager does not have."""
+    """Ordering after network-online.target, which only the machine's service manager has."""
     return ['Wants=network-online.target', 'After=network-online.target'] if plan.user else []
 
 
 def _process(plan: Plan) -> list[str]:
-    """What the processes of both services see."""
+    """User, directory, environment and credentials, the same for both services."""
     names = ' '.join(name for name, _ in plan.credentials)
     return [
         *([f'User={plan.user}'] if plan.user else ()),
@@ -169,7 +163,7 @@ def _process(plan: Plan) -> list[str]:
     ]
 
 
-# No sudo and no setuid programs for an agent: what it starts has the rights of its user and no more.
+# NoNewPrivileges= disables sudo and setuid programs, so that all that an agent starts has only the rights of its user.
 _TOWN_SANDBOX: Final = (
     'NoNewPrivileges=yes',
     'RestrictRealtime=yes',
@@ -184,7 +178,7 @@ _TOWN_SANDBOX_OF_SYSTEM: Final = (
     'ProtectClock=yes',
     'ProtectHostname=yes',
 )
-_HALL_SANDBOX: Final = (
+_TOWNHALL_SANDBOX: Final = (
     'NoNewPrivileges=yes',
     'LockPersonality=yes',
     'MemoryDenyWriteExecute=yes',
@@ -201,15 +195,18 @@ _HALL_SANDBOX: Final = (
 )
 
 
-def _hall_sandbox_of_system(plan: Plan) -> list[str]:
-    """What only the system's manager can do. It needs to see /proc: who calls, and whether workers live."""
+def _townhall_sandbox_of_system(plan: Plan) -> list[str]:
+    """Settings that only the machine's service manager supports.
+
+    ProtectProc=invisible hides only other users' processes: townhall looks up callers and workers in /proc.
+    """
     return [
         'CapabilityBoundingSet=',
         'AmbientCapabilities=',
         'ProtectSystem=strict',
         'ProtectHome=read-only',
         f'ReadWritePaths={_word(str(plan.root), dollars=False)}',
-        *(f'ReadWritePaths={_word(f"-{each}", dollars=False)}' for each in plan.writable),
+        *(f'ReadWritePaths={_word(f"-{path}", dollars=False)}' for path in plan.writable),
         *([f'RuntimeDirectory={plan.runtime}', 'RuntimeDirectoryPreserve=yes'] if plan.runtime else []),
         *(['PrivateTmp=yes'] if plan.has_private_tmp else []),
         'PrivateDevices=yes',
@@ -228,12 +225,12 @@ def _hall_sandbox_of_system(plan: Plan) -> list[str]:
 
 
 def _command(plan: Plan, module: str) -> str:
-    """A command line that runs a module of ours, as `processes.python` does."""
+    """The command line that runs a module of tinytown, like `host.processes.python`."""
     return f'{_word(plan.python)} -P -m tinytown.{module}'
 
 
 def _word(text: str, dollars: bool = True) -> str:
-    """A word as systemd reads it back in a list or, with `dollars`, in a command line (systemd.syntax(7))."""
+    """Quotes a word for a list or, with `dollars`, for a command line, as systemd.syntax(7) requires."""
     text = _escaped(text).replace('\\', '\\\\').replace('"', '\\"')
     text = text.replace('$', '$$') if dollars else text
     return f'"{text}"' if any(c in ' \t\'"\\;' for c in text) else text
