@@ -5,7 +5,7 @@
 # make chaos        kills and breaks parts of a town for SECONDS=60, and kills a worker at every command; SEED=N repeats a run
 # make dist         builds dist/townhall.pyz, dist/tt.pyz and the wheel; WHEELS=DIR adds files for other platforms from there
 # make bundle       builds a tarball that installs without a network; WHEELS=DIR takes wheels from there, without downloads
-# make docs         writes the parts of README.md and docs/ that are made from the code
+# make docs         writes the parts of ARCHITECTURE.md and docs/ that are made from the code
 # make bench        compares the speed with other servers (needs wrk, and node for one of them); BENCH='--short --only townhall'
 # make conformance  runs the official MCP conformance suite, for both protocol generations
 # make test-system  runs that suite, real MCP clients, tests with nginx, haproxy and promtool, Schemathesis on our OpenAPI

@@ -368,7 +368,7 @@ def test_with_json_every_line_of_a_townhall_is_json(place: Place, workers: str) 
     served.get('/nowhere', X_Request_ID='mine')
     (place.root / 'tinytown.toml').write_text('name = 7\n')
     served.process.send_signal(signal.SIGHUP)
-    served.said('not taken up')
+    served.said('was not reloaded')
     (place.root / 'tinytown.toml').write_text('name = "test"\n')
     served.process.terminate()
     served.process.wait(PATIENCE)
@@ -377,7 +377,7 @@ def test_with_json_every_line_of_a_townhall_is_json(place: Place, workers: str) 
     assert all(line.keys() >= {'time', 'level', 'part', 'message'} for line in lines)
     [refused] = [line for line in lines if line['part'] == 'access' and line['status'] == 404]
     assert (refused['request_id'], refused['message']) == ('mine', 'GET /nowhere 404')
-    [wrong] = [line for line in lines if 'not taken up' in line['message']]
+    [wrong] = [line for line in lines if 'was not reloaded' in line['message']]
     assert wrong['level'] == 'error'
 
 

@@ -327,7 +327,7 @@ def test_a_refused_command_says_why_in_one_line(tt: Tt, line: str, status: int, 
         ('name = "a"\nmax_agent = 1', 2, 'max_agent is not a setting; did you mean max_agents'),
         ('name = "a"\n[redis]\nurl = "unix:///nowhere/redis.sock"', 1, 'Redis is not there'),
         ('name = "a"\n[redis]\nurl = "http://x"', 2, 'redis.url'),
-        ('name = "a"', 2, 'TINYTOWN_REDIS_SERVER: /nowhere is not a program'),
+        ('name = "a"', 2, 'TINYTOWN_REDIS_SERVER: /nowhere is not an executable program'),
     ],
 )
 def test_a_town_that_can_not_be_opened_says_why(
