@@ -341,8 +341,8 @@ def test_config_never_shows_the_redis_password_and_makes_its_file_private(direct
 @pytest.mark.parametrize(
     ('words', 'status', 'says'),
     [
-        (('redis.url', 'redis ://:x@h'), 2, 'redis.url: it can not be read'),
-        (('redis.url', 'redis://:x@h:6379/0/1'), 2, 'redis.url: there is too much behind the host'),
+        (('redis.url', 'redis ://:x@h'), 2, "redis.url: it can't be read"),
+        (('redis.url', 'redis://:x@h:6379/0/1'), 2, 'redis.url: there is too much after the host'),
         (('max_agents', 'many'), 2, "tt config: max_agents = 'many': give a whole number"),
         (('max_agents', '0'), 2, 'give 1 to 100000'),
         (('max_agent', '1'), 2, 'did you mean max_agents?'),

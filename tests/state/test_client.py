@@ -1,4 +1,4 @@
-"""One connection to Redis with either parser of `redis`: what is sent, what is read, and how it ends."""
+"""The Redis client and the event loop's link, with either parser of `redis`: sending, receiving, and failures."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from ..support import PATIENCE, REPOSITORY, Place, environment, make_town, until
 
 
 class HiredisParser(VerbatimErrors, _HiredisParser):
-    """That of the extra `fast`."""
+    """The parser that the extra `fast` installs."""
 
 
 class PythonParser(VerbatimErrors, _RESP2Parser):
-    """That of an installation without it."""
+    """The parser of an installation without that extra."""
 
 
 @pytest.fixture(params=[HiredisParser, PythonParser])
 def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Connections read with it."""
+    """Each parser in turn; all connections of the test use it."""
     monkeypatch.setattr(endpoints, 'ReplyParser', request.param)
     return request.param
 
 
 class Peer:
-    """The other side of a connection, played by the test: with `papers` behind TLS."""
+    """A server that the test plays by hand. With `papers`, its certificate and key, it speaks TLS."""
 
     def __init__(self, papers: Pair | None = None) -> None:
         self._listener = socket.create_server(('127.0.0.1', 0))
@@ -62,12 +62,12 @@ class Peer:
         return int(self._listener.getsockname()[1])
 
     def meet(self, server: RedisServer | None = None) -> RedisConnection:
-        """A connection to it."""
+        """Opens a connection to itself and accepts it."""
         with ThreadPoolExecutor(1) as pool:
             accepted = pool.submit(self.accept)
-            opened = (server or self.server).open(PATIENCE)
+            connection = (server or self.server).open(PATIENCE)
             self.sock = accepted.result()
-        return opened
+        return connection
 
     def accept(self) -> socket.socket:
         sock, _ = self._listener.accept()
@@ -80,11 +80,11 @@ class Peer:
             assert b'PING' in sock.recv(1000)
             sock.sendall(b'+PONG\r\n')
         except ssl.SSLError:
-            pass  # it is not trusted, which the other side tells
+            pass  # the client does not trust us, and reports that
         return self._opened.enter_context(sock)
 
     def has_another(self) -> bool:
-        """Whether there was one more connection than were accepted."""
+        """Whether a connection waits that was not accepted."""
         return bool(select.select([self._listener], [], [], 0.1)[0])
 
     def close(self) -> None:
@@ -94,13 +94,13 @@ class Peer:
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.close()
+    peer = Peer()
+    yield peer
+    peer.close()
 
 
 def receive(connection: RedisConnection) -> Any:
-    """The next reply, waited for."""
+    """Waits for the next reply."""
     assert connection.sock
     while (reply := connection.receive()) is NOT_YET:
         assert select.select([connection.sock], [], [], PATIENCE)[0], 'no reply came'
@@ -126,7 +126,7 @@ REPLIES: list[tuple[bytes, Any]] = [
 
 @pytest.mark.usefixtures('parser')
 @pytest.mark.parametrize('size', [1, 2, 7, 5000, 1 << 20])
-def test_replies_are_read_however_they_are_cut(peer: Peer, size: int) -> None:
+def test_replies_are_read_in_pieces_of_any_size(peer: Peer, size: int) -> None:
     replies = [(raw, reply) for raw, reply in REPLIES if size > 1000 or len(raw) < 1000] * 2
     stream = b''.join(raw for raw, _ in replies)
     connection, found = peer.meet(), []
@@ -141,7 +141,7 @@ def test_replies_are_read_however_they_are_cut(peer: Peer, size: int) -> None:
 
 
 @pytest.mark.usefixtures('parser')
-def test_a_large_reply_in_many_pieces_is_read_whole_without_and_with_waiting(peer: Peer) -> None:
+def test_a_large_reply_in_many_pieces_is_read_whole_blocking_or_not(peer: Peer) -> None:
     reply = b'*2000\r\n' + b'*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nf\r\n$1000\r\n%b\r\n' % (b'x' * 1000) * 2000
     connection = peer.meet()
     reads: list[Callable[[], Any]] = [
@@ -156,20 +156,20 @@ def test_a_large_reply_in_many_pieces_is_read_whole_without_and_with_waiting(pee
 
 
 @pytest.mark.usefixtures('parser')
-def test_an_error_reply_tells_its_kind_alone_or_inside_an_array_and_is_read_once(peer: Peer) -> None:
+def test_an_error_reply_has_its_kind_alone_or_inside_an_array_and_is_read_once(peer: Peer) -> None:
     connection = peer.meet()
-    said = [
+    errors = [
         'NOSCRIPT No matching script.',
         'LOADING soon',
         'WRONGPASS no',
         'ERR max number of clients reached',
         '\ufffd x',
     ]
-    peer.sock.sendall(''.join(f'-{each}\r\n' for each in said).encode().replace('\ufffd'.encode(), b'\xff'))
+    peer.sock.sendall(''.join(f'-{each}\r\n' for each in errors).encode().replace('\ufffd'.encode(), b'\xff'))
     peer.sock.sendall(b'*2\r\n-OOM full\r\n:1\r\n+OK\r\n')
-    found = [receive(connection) for _ in said]
+    found = [receive(connection) for _ in errors]
     assert [(type(each), str(each), each.kind) for each in found] == [
-        (ErrorReply, each, each.split()[0]) for each in said
+        (ErrorReply, each, each.split()[0]) for each in errors
     ]
     (inside, number), after = receive(connection), receive(connection)
     assert (inside.kind, number, after) == ('OOM', 1, b'OK')
@@ -179,14 +179,14 @@ def test_an_error_reply_tells_its_kind_alone_or_inside_an_array_and_is_read_once
 @pytest.mark.parametrize(
     'raw', [b'HTTP/1.1 400 Bad Request\r\n', b'$abc\r\n', b'*\r\n', b'$99999999999999999999999\r\n', b'*1\r\n' * 5000]
 )
-def test_what_is_not_the_protocol_of_redis_is_unavailable(peer: Peer, raw: bytes) -> None:
+def test_a_peer_that_does_not_speak_the_protocol_of_redis_is_unavailable(peer: Peer, raw: bytes) -> None:
     connection = peer.meet()
     peer.sock.sendall(raw)
-    with pytest.raises(Unavailable, match='something else than its protocol'):
+    with pytest.raises(Unavailable, match='something other than its protocol'):
         receive(connection)
     connection = peer.meet()
     peer.sock.sendall(raw)
-    with pytest.raises(Unavailable, match=r'something else than its protocol.*; whether the change was made is not'):
+    with pytest.raises(Unavailable, match=r'something other than its protocol.*; whether the change was made is not'):
         connection.request(pack(['PING']))
     assert connection.is_stale()
 
@@ -194,7 +194,7 @@ def test_what_is_not_the_protocol_of_redis_is_unavailable(peer: Peer, raw: bytes
 @pytest.mark.parametrize(
     'serializer', [HiredisRespSerializer(), PythonRespSerializer(6000, Encoder('utf-8', 'strict', False).encode)]
 )
-def test_a_command_is_packed_by_bytes_and_not_by_characters(serializer: Any) -> None:
+def test_a_packed_command_counts_bytes_and_not_characters(serializer: Any) -> None:
     expected = b'*4\r\n$3\r\nSET\r\n$2\r\n\xc3\xa4\r\n$3\r\n\xff\r\n\r\n$2\r\n-5\r\n'
     assert b''.join(serializer.pack('SET', 'ä', b'\xff\r\n', -5)) == expected == pack(['SET', 'ä', b'\xff\r\n', -5])
     assert b''.join(serializer.pack('A', 'x' * 20_000)) == b'*2\r\n$1\r\nA\r\n$20000\r\n' + b'x' * 20_000 + b'\r\n'
@@ -203,7 +203,7 @@ def test_a_command_is_packed_by_bytes_and_not_by_characters(serializer: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ('said', 'status', 'phrase'),
+    ('error', 'status', 'phrase'),
     [
         ('LOADING Redis is loading the dataset in memory', 503, 'Nothing was changed'),
         ("OOM command not allowed when used memory > 'maxmemory'.", 503, 'out of memory'),
@@ -214,18 +214,18 @@ def test_a_command_is_packed_by_bytes_and_not_by_characters(serializer: Any) -> 
         ('WRONGTYPE Operation against a key', 500, 'WRONGTYPE'),
     ],
 )
-def test_an_error_of_redis_is_told_as_what_it_means_for_the_caller(said: str, status: int, phrase: str) -> None:
-    error = as_town_error(ErrorReply(said))
-    assert error.status == status
-    assert phrase in error.detail
-    assert (error.retry_after is not None) == (status == 503)
+def test_an_error_reply_becomes_the_error_that_a_caller_can_act_on(error: str, status: int, phrase: str) -> None:
+    raised = as_town_error(ErrorReply(error))
+    assert raised.status == status
+    assert phrase in raised.detail
+    assert (raised.retry_after is not None) == (status == 503)
 
 
-# ----------------------------------------------------------------------------------------------------------- its end
+# ----------------------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.usefixtures('parser')
-def test_a_connection_is_closed_after_a_timeout_so_that_a_late_reply_meets_no_other_command(ground: Place) -> None:
+def test_a_timeout_closes_the_connection_so_that_a_late_reply_answers_no_other_command(ground: Place) -> None:
     connection = ground.store.endpoint.open()
     with pytest.raises(Unavailable, match=r'did not answer within 0\.05 s; whether the change was made is not known'):
         connection.request(pack(['BLPOP', 'nothing', 1]), 0.05)
@@ -233,7 +233,7 @@ def test_a_connection_is_closed_after_a_timeout_so_that_a_late_reply_meets_no_ot
 
 
 @pytest.mark.usefixtures('parser')
-def test_a_connection_that_has_ended_is_not_made_again_by_itself(peer: Peer) -> None:
+def test_a_connection_that_has_ended_does_not_reconnect_by_itself(peer: Peer) -> None:
     connection = peer.meet()
     peer.sock.close()
     for _ in range(2):
@@ -244,63 +244,63 @@ def test_a_connection_that_has_ended_is_not_made_again_by_itself(peer: Peer) -> 
 
 
 @pytest.mark.usefixtures('parser')
-def test_an_idle_connection_is_stale_when_its_server_closed_it_or_said_something(peer: Peer) -> None:
-    deeds: list[Callable[[], None]] = [lambda: peer.sock.close(), lambda: peer.sock.sendall(b'+OK\r\n')]
-    for deed in deeds:
+def test_an_idle_connection_is_stale_after_its_server_closed_it_or_sent_something(peer: Peer) -> None:
+    actions: list[Callable[[], None]] = [lambda: peer.sock.close(), lambda: peer.sock.sendall(b'+OK\r\n')]
+    for act in actions:
         connection = peer.meet()
         assert not connection.is_stale()
-        deed()
+        act()
         until(connection.is_stale)
 
 
-def test_a_connection_says_nothing_of_its_own_accord(peer: Peer) -> None:
+def test_a_connection_sends_nothing_by_itself(peer: Peer) -> None:
     with closing(peer.meet()):
         assert not select.select([peer.sock], [], [], 0.1)[0]
 
 
 @pytest.mark.usefixtures('parser')
 @pytest.mark.parametrize(
-    ('said', 'told'), [(b'', 'let us not in: Redis did not answer: '), (b'-LOADING x\r\n', 'is loading its data')]
+    ('reply', 'message'), [(b'', 'did not complete the handshake: '), (b'-LOADING x\r\n', 'is loading its data')]
 )
-def test_a_server_that_closes_or_refuses_at_the_greeting_is_told_without_the_password(
-    peer: Peer, said: bytes, told: str
+def test_the_error_for_a_handshake_that_fails_does_not_contain_the_password(
+    peer: Peer, reply: bytes, message: str
 ) -> None:
-    def greet() -> bytes:
+    def answer() -> bytes:
         with peer.accept() as sock:
-            heard = sock.recv(1000)
-            sock.sendall(said)
-        return heard
+            request = sock.recv(1000)
+            sock.sendall(reply)
+        return request
 
     with ThreadPoolExecutor(1) as pool:
-        heard = pool.submit(greet)
-        with pytest.raises(Unavailable, match=told) as caught:
+        request = pool.submit(answer)
+        with pytest.raises(Unavailable, match=message) as caught:
             replace(peer.server, login=Login('me', 'a-long-secret')).open()
-        assert b'a-long-secret' in heard.result()
+        assert b'a-long-secret' in request.result()
     assert 'secret' not in caught.value.detail
 
 
 @pytest.fixture
 def papers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
-    """A server's, of an authority that this machine trusts."""
+    """A server's certificate from an authority that this machine trusts."""
     authority = Authority(directory / 'machine')
     monkeypatch.setenv('SSL_CERT_FILE', str(authority.path))
     return authority.sign('redis')
 
 
-def test_an_authority_of_the_machine_is_not_trusted_beside_the_one_that_is_named(directory: Path, papers: Pair) -> None:
+def test_with_an_authority_of_its_own_a_town_does_not_trust_those_of_the_machine(directory: Path, papers: Pair) -> None:
     peer = Peer(papers)
     peer.meet().close()
-    named = Tls(Authority(directory / 'ours').path, None, None, True)
+    ours = Tls(Authority(directory / 'ours').path, None, None, True)
     with pytest.raises(Unavailable, match='shows a certificate that is not trusted'):
-        peer.meet(replace(peer.server, tls=named))
+        peer.meet(replace(peer.server, tls=ours))
     peer.close()
 
 
-# ---------------------------------------------------------------------------------------------------- an event loop's
+# ---------------------------------------------------------------------------------------------------- the link
 
 
 class Loop:
-    """A loop with nothing in it but a link to a peer."""
+    """An event loop that runs nothing but a link to a peer."""
 
     def __init__(self, peer: Peer) -> None:
         self.wants_write = False
@@ -314,7 +314,7 @@ class Loop:
         self.meet()
 
     def meet(self) -> None:
-        """Takes the connection that the link is making."""
+        """Accepts the connection that the link opens, and attaches it."""
         self.peer.sock = self.peer.accept()
         assert b'PING' in self.peer.sock.recv(1000)
         self.peer.sock.sendall(b'+PONG\r\n')
@@ -328,7 +328,7 @@ class Loop:
             self.link.submit(PendingCommand(data, None, self.answers.append))
 
     def turn(self) -> None:
-        """Waits for the socket as `epoll` does, and lets the link do its part."""
+        """One turn of the loop: waits until the socket is ready, and calls the link."""
         assert self.sock
         write = [self.sock] if self.wants_write else []
         readable, writable, _ = select.select([self.sock], write, [], PATIENCE)
@@ -341,9 +341,9 @@ class Loop:
 @pytest.fixture(params=['plain', 'TLS'])
 def loop(request: pytest.FixtureRequest, parser: Any) -> Iterator[Loop]:  # noqa: ARG001
     peer = Peer(request.getfixturevalue('papers') if request.param == 'TLS' else None)
-    made = Loop(peer)
-    yield made
-    made.link.close()
+    loop = Loop(peer)
+    yield loop
+    loop.link.close()
     for thread in threading.enumerate():
         if thread.name == 'redis-connect':  # SSLContext.wrap_socket leaks a socket that is reset before its handshake
             thread.join()
@@ -364,7 +364,7 @@ def test_commands_that_are_ready_together_share_one_write_and_are_answered_in_or
     assert loop.answers == list(range(100))
 
 
-def test_what_was_read_ahead_of_the_loop_is_not_forgotten(loop: Loop) -> None:
+def test_replies_that_were_read_ahead_are_delivered_without_another_event(loop: Loop) -> None:
     large = b'$100000\r\n%b\r\n' % (b'x' * 100_000)
     loop.submit(*[pack(['GET', 'x'])] * 20)
     loop.link.flush()
@@ -376,7 +376,7 @@ def test_what_was_read_ahead_of_the_loop_is_not_forgotten(loop: Loop) -> None:
     assert loop.answers == [b'x' * 100_000] * 20
 
 
-def test_a_server_that_does_not_read_never_holds_up_the_loop_and_gets_all_of_it_when_it_does(loop: Loop) -> None:
+def test_a_server_that_does_not_read_never_blocks_the_loop_and_gets_everything_once_it_reads(loop: Loop) -> None:
     commands = [pack(['SET', number, bytes([number]) * 100_000]) for number in range(100)]
     longest = 0.0
     for data in commands:
@@ -385,7 +385,7 @@ def test_a_server_that_does_not_read_never_holds_up_the_loop_and_gets_all_of_it_
         loop.link.flush()
         longest = max(longest, time.monotonic() - began)
     assert loop.wants_write
-    assert longest < 0.9, 'it waited until the socket took more'
+    assert longest < 0.9, 'flush blocked until the socket took more'
     expected = b''.join(commands)
 
     def read() -> bytes:
@@ -405,7 +405,7 @@ def test_a_server_that_does_not_read_never_holds_up_the_loop_and_gets_all_of_it_
     assert loop.answers == [b'OK'] * 100
 
 
-def test_what_was_sent_when_the_connection_ended_has_an_unknown_outcome_and_is_not_sent_again(loop: Loop) -> None:
+def test_a_command_whose_reply_was_lost_has_an_unknown_outcome_and_is_not_sent_again(loop: Loop) -> None:
     loop.submit(pack(['INCR', 'n']), pack(['INCR', 'n']))
     loop.link.flush()
     loop.peer.sock.recv(1000)
@@ -424,7 +424,7 @@ def test_what_was_sent_when_the_connection_ended_has_an_unknown_outcome_and_is_n
     assert loop.peer.sock.recv(1000) == pack(['ECHO', 'x'])
 
 
-def test_a_reply_that_nobody_waits_for_ends_the_connection_before_it_meets_another_command(loop: Loop) -> None:
+def test_a_reply_without_a_command_ends_the_connection_before_it_answers_another_command(loop: Loop) -> None:
     loop.peer.sock.sendall(b':1\r\n')
     while loop.sock:
         loop.turn()
@@ -441,8 +441,8 @@ def test_a_town_works_without_hiredis(directory: Path) -> None:
     path = os.pathsep.join([str(directory / 'without'), str(REPOSITORY)])
     code = 'from tinytown.state.client import ReplyParser; print(ReplyParser.__mro__[2].__name__)'
     env = environment(PYTHONPATH=path)
-    said = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
-    assert said == '_RESP2Parser\n'
+    output = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
+    assert output == '_RESP2Parser\n'
     place = make_town(directory / 'town')
     try:
         assert place.tt('backlog', 'add', 'x', PYTHONPATH=path).returncode == 0

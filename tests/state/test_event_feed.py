@@ -1,4 +1,4 @@
-"""The feed: every event once and in order, whoever joins when; gaps are told; it ends with its last subscriber."""
+"""The event feed: each subscriber gets every event once and in order, and a gap for missing ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..worker.test_worker import await_exit
 
 
 class Listener:
-    """A subscriber."""
+    """A subscriber that keeps its events in a queue."""
 
     def __init__(self, feed: EventFeed, position: str) -> None:
         self.heard: Queue[Event] = Queue()
@@ -41,14 +41,14 @@ class Listener:
 
 @pytest.fixture
 def source(ground: Place) -> Iterator[EventFeed]:
-    made = EventFeed(ground.store)
-    yield made
-    for subscriber in list(made._subscribers):
-        made._leave(subscriber)
+    feed = EventFeed(ground.store)
+    yield feed
+    for subscriber in list(feed._subscribers):
+        feed._leave(subscriber)
 
 
 def here(place: Place) -> str:
-    """Where the events are now."""
+    """The current position in the event stream."""
     return place.store.run(event_feed.page(place.store, '$'))[1]
 
 
@@ -56,7 +56,7 @@ def add(place: Place, *names: str) -> list[str]:
     return [place.do('backlog.add', description=name)['task_id'] for name in names]
 
 
-def test_a_page_holds_what_came_after_an_event_and_says_where_to_go_on(ground: Place) -> None:
+def test_a_page_has_the_events_after_a_position_and_the_position_to_continue_from(ground: Place) -> None:
     start = here(ground)
     tasks = add(ground, 'a', 'b', 'c')
     events, position = ground.store.run(event_feed.page(ground.store, start, 2))
@@ -69,13 +69,13 @@ def test_a_page_holds_what_came_after_an_event_and_says_where_to_go_on(ground: P
 
 
 @pytest.mark.parametrize('after', ['0-0', '1-1'])
-def test_a_page_from_before_the_beginning_holds_everything(ground: Place, after: str) -> None:
+def test_a_page_from_before_the_first_event_has_all_events(ground: Place, after: str) -> None:
     tasks = add(ground, 'a', 'b')
     events, _ = ground.store.run(event_feed.page(ground.store, after))
     assert [event.fields['task_id'] for event in events] == tasks
 
 
-def test_a_page_tells_that_events_are_gone(ground: Place) -> None:
+def test_a_page_begins_with_a_gap_if_events_were_trimmed_or_deleted(ground: Place) -> None:
     add(ground, 'a')
     old = here(ground)
     add(ground, 'b', 'c')
@@ -93,7 +93,7 @@ def test_a_page_tells_that_events_are_gone(ground: Place) -> None:
     assert ground.store.run(event_feed.page(ground.store, '$')) == ([], '0-0')
 
 
-def test_a_page_tells_that_the_stream_began_anew_with_lower_ids(ground: Place) -> None:
+def test_a_page_begins_with_a_gap_if_the_stream_began_anew_with_lower_ids(ground: Place) -> None:
     [task] = add(ground, 'a')
     later = f'{int(time.time() * 1000) + 100_000}-0'
     events, position = ground.store.run(event_feed.page(ground.store, later))
@@ -102,9 +102,7 @@ def test_a_page_tells_that_the_stream_began_anew_with_lower_ids(ground: Place) -
     assert position == here(ground)
 
 
-def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(
-    ground: Place, source: EventFeed
-) -> None:
+def test_each_subscriber_gets_all_events_after_its_position_once_and_in_order(ground: Place, source: EventFeed) -> None:
     first = Listener(source, here(ground))
     a = add(ground, *'abc')
     assert [first.next().fields['task_id'] for _ in a] == a
@@ -116,10 +114,10 @@ def test_each_subscriber_hears_everything_after_its_position_once_and_in_order(
     assert first.heard.empty()
 
 
-def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_of_a_gap(
+def test_a_position_older_than_the_kept_events_is_refused_and_joining_begins_with_a_gap(
     ground: Place, source: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_feed, 'MOST_KEPT', 3)
+    monkeypatch.setattr(event_feed, 'MAX_KEPT', 3)
     start = here(ground)
     first = Listener(source, start)
     add(ground, *'abcdef')
@@ -133,7 +131,7 @@ def test_a_position_that_is_behind_the_ring_is_refused_and_joining_there_tells_o
     stop()
 
 
-def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: EventFeed) -> None:
+def test_a_reset_of_the_town_is_a_gap_followed_by_the_reset_event(ground: Place, source: EventFeed) -> None:
     add(ground, 'a')
     listener = Listener(source, here(ground))
     add(ground, 'b')
@@ -147,7 +145,9 @@ def test_a_reset_is_a_gap_and_then_the_reset(ground: Place, source: EventFeed) -
     assert listener.types(1) == ['task.created']
 
 
-def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: Place, source: EventFeed) -> None:
+def test_the_reader_ends_with_the_last_subscriber_and_starts_again_with_the_next(
+    ground: Place, source: EventFeed
+) -> None:
     before = set(threading.enumerate())
     first, second = Listener(source, here(ground)), Listener(source, here(ground))
     [reader] = set(threading.enumerate()) - before
@@ -164,7 +164,7 @@ def test_it_ends_with_its_last_subscriber_and_begins_anew_with_the_next(ground: 
     assert first.heard.empty()
 
 
-def test_it_outlives_a_redis_that_is_killed(place: Place) -> None:
+def test_the_feed_continues_after_redis_was_killed(place: Place) -> None:
     source = EventFeed(place.store)
     listener = Listener(source, here(place))
     add(place, 'a')
@@ -178,7 +178,7 @@ def test_it_outlives_a_redis_that_is_killed(place: Place) -> None:
     listener.stop()
 
 
-def test_events_are_delivered_where_the_owner_wants_them(ground: Place) -> None:
+def test_events_are_delivered_through_call_soon(ground: Place) -> None:
     queue: Queue[object] = Queue()
     source = EventFeed(ground.store, queue.put)
     listener = Listener(source, here(ground))

@@ -1,4 +1,4 @@
-"""The scripts as a worker meets them, connections, and a fuzz that holds the state to its invariants."""
+"""The scripts as a worker uses them, connections, and a fuzz test that checks the invariants of the state."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ LUA = (REPOSITORY / 'tinytown' / 'state' / 'scripts.lua').read_text()
 # ---------------------------------------------------------------------------------------------------------- the text
 
 
-def test_every_refusal_of_a_script_has_its_words_and_every_word_its_script() -> None:
+def test_every_refusal_of_a_script_has_a_message_and_every_message_a_script() -> None:
     used = set(re.findall(r"refuse\('([a-z-]+)'", LUA + store._WRAP))
     assert used == set(REFUSALS)
 
 
-def test_a_refusal_is_given_as_many_details_as_its_words_name() -> None:
+def test_a_refusal_passes_as_many_details_as_its_message_uses() -> None:
     for code, details in re.findall(r"refuse\('([a-z-]+)'((?:, ?[^()]+(?:\([^()]*\))?)*)\)", LUA + store._WRAP):
         named = {int(number) for number in re.findall(r'\{(\d)\}', REFUSALS[code][1])}
         given = len(re.sub(r'\([^()]*\)', '', details).split(',')) - 1
@@ -54,13 +54,13 @@ def test_a_refusal_is_given_as_many_details_as_its_words_name() -> None:
 
 
 @pytest.mark.parametrize('word', ['KEYS', 'SCAN', 'HSCAN', 'SSCAN', 'ZSCAN', 'FLUSHALL', 'FLUSHDB'])
-def test_no_command_that_walks_or_empties_the_whole_redis_is_used(word: str) -> None:
+def test_no_command_scans_or_empties_the_whole_redis(word: str) -> None:
     for file in (REPOSITORY / 'tinytown').rglob('*'):
         if file.suffix in ('.lua', '.py'):
             assert not re.search(rf"""['"]{word}['"]""", file.read_text()), file.name
 
 
-def test_redis_takes_every_script_under_the_digest_that_we_compute(ground: Place) -> None:
+def test_redis_loads_every_script_under_the_digest_that_we_compute(ground: Place) -> None:
     for script in scripts().values():
         assert redis(ground, 'SCRIPT', 'LOAD', script.text) == script.digest, script.name
 
@@ -76,7 +76,7 @@ def test_no_script_writes_a_global() -> None:
         assert not re.search(r'^\s*function ', lines, re.M), script.name
 
 
-def test_a_script_has_what_it_uses_of_the_prelude_before_its_first_use_and_nothing_else() -> None:
+def test_a_script_contains_exactly_the_parts_of_the_prelude_that_it_uses_and_before_their_first_use() -> None:
     source = files('tinytown.state').joinpath('scripts.lua').read_text()
     prelude = source.partition('-- @prelude\n')[2].partition('-- @script')[0]
     names = set(re.findall(r'^local (?:function )?(\w+)', lua_sets() + prelude, re.M))
@@ -102,7 +102,7 @@ def test_every_verb_of_the_store_names_a_script_and_every_script_has_a_verb() ->
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 
-def test_taking_a_task_counts_its_attempt_and_finishing_it_frees_the_agent(ground: Place) -> None:
+def test_taking_a_task_counts_an_attempt_and_finishing_it_frees_the_agent(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='work')['task_id']
     assert agent.take() == (task, 1)
@@ -123,7 +123,7 @@ def test_taking_a_task_counts_its_attempt_and_finishing_it_frees_the_agent(groun
     check(ground)
 
 
-def test_a_pickup_whose_reply_was_lost_gives_the_same_attempt_again(ground: Place) -> None:
+def test_a_pickup_repeated_after_a_lost_reply_gives_the_same_attempt(ground: Place) -> None:
     agent = enlist(ground, 'a')
     for text_ in ('first', 'second'):
         ground.do('task.assign', agent='a', task=text_)
@@ -133,15 +133,15 @@ def test_a_pickup_whose_reply_was_lost_gives_the_same_attempt_again(ground: Plac
     check(ground)
 
 
-def test_a_round_carries_all_messages_urgent_ones_first_and_at_most_one_task(ground: Place) -> None:
+def test_a_round_has_all_messages_urgent_ones_first_and_at_most_one_task(ground: Place) -> None:
     agent = enlist(ground, 'a')
     for number in range(3):
         ground.do('message.send', to='a', message=f'n{number}', kind='info')
         ground.do('message.send', to='a', message=f'u{number}', kind='query', urgent=True)
         ground.do('task.assign', agent='a', task=f't{number}')
     _, task, messages, _ = agent.pickup()
-    said = [json.loads(message[3])['summary'] for message in messages]
-    assert said == ['u0', 'u1', 'u2', 'n0', 'n1', 'n2']
+    summaries = [json.loads(message[3])['summary'] for message in messages]
+    assert summaries == ['u0', 'u1', 'u2', 'n0', 'n1', 'n2']
     agent.finish(text(task[0]), task[1])
     agent.round_done(*(text(part) for message in messages for part in message[:2]))
     assert ground.do('agent.inbox', agent='a')['total'] == 2
@@ -150,7 +150,7 @@ def test_a_round_carries_all_messages_urgent_ones_first_and_at_most_one_task(gro
 
 
 @pytest.mark.parametrize('kind', ['info', 'ack'])
-def test_information_alone_starts_no_round_and_waits_for_the_next(ground: Place, kind: str) -> None:
+def test_messages_of_kind_info_or_ack_alone_start_no_round_and_wait_for_the_next(ground: Place, kind: str) -> None:
     agent = enlist(ground, 'a')
     ground.do('message.send', to='a', message='by the way', kind=kind)
     rest = agent.pickup()
@@ -163,7 +163,7 @@ def test_information_alone_starts_no_round_and_waits_for_the_next(ground: Place,
     assert [message[2] for message in found[2]] == [kind.encode(), b'query']
 
 
-def test_information_that_would_hide_a_query_starts_a_round(ground: Place) -> None:
+def test_info_messages_that_would_hide_a_query_start_a_round(ground: Place) -> None:
     agent = enlist(ground, 'a')
     for _ in range(3):
         ground.do('message.send', to='a', message='by the way', kind='info')
@@ -174,7 +174,7 @@ def test_information_that_would_hide_a_query_starts_a_round(ground: Place) -> No
     assert [message[2] for message in agent.pickup(most=3)[2]] == [b'query']
 
 
-def test_an_entry_that_stands_for_no_task_of_this_inbox_is_dropped(ground: Place) -> None:
+def test_an_inbox_entry_without_a_task_of_this_agent_is_dropped(ground: Place) -> None:
     a, b = enlist(ground, 'a'), enlist(ground, 'b')
     elsewhere = ground.do('task.assign', agent='b', task='for b')['task_id']
     box = ground.store.prefix + f'inbox:{a.id}:t'.encode()
@@ -188,7 +188,7 @@ def test_an_entry_that_stands_for_no_task_of_this_inbox_is_dropped(ground: Place
 
 
 @pytest.mark.parametrize('way', ['reclaim', 'remove'])
-def test_a_stray_entry_takes_no_task_from_another_agent(ground: Place, way: str) -> None:
+def test_a_stray_inbox_entry_takes_no_task_from_another_agent(ground: Place, way: str) -> None:
     a, b = enlist(ground, 'a'), enlist(ground, 'b')
     task = ground.do('task.assign', agent='b', task='for b')['task_id']
     redis(ground, 'XADD', ground.store.prefix + f'inbox:{a.id}:t'.encode(), '*', 't', task)
@@ -201,20 +201,20 @@ def test_a_stray_entry_takes_no_task_from_another_agent(ground: Place, way: str)
     check(ground)
 
 
-def test_the_backlog_of_a_round_is_told_in_brief(ground: Place) -> None:
+def test_a_round_gets_the_backlog_in_brief(ground: Place) -> None:
     agent = enlist(ground, 'a')
     waiting = ground.do('backlog.add', description='x' * 60_000, tags=['big', 'one'])['task_id']
     for _ in range(60):
         ground.do('backlog.add', description='y' * 60_000)
     ground.do('task.assign', agent='a', task='now')
-    told = json.loads(agent.pickup()[3])
-    assert len(told) == 50
-    assert told[0] | {'description': ''} == {'task_id': waiting, 'description': '', 'tags': ['big', 'one']}
-    assert all(len(each['description']) == 160 for each in told)
+    backlog = json.loads(agent.pickup()[3])
+    assert len(backlog) == 50
+    assert backlog[0] | {'description': ''} == {'task_id': waiting, 'description': '', 'tags': ['big', 'one']}
+    assert all(len(each['description']) == 160 for each in backlog)
 
 
 @pytest.mark.parametrize('verb', ['interrupt', 'close'])
-def test_a_paused_or_draining_agent_takes_nothing_new_but_keeps_what_it_has(ground: Place, verb: str) -> None:
+def test_a_paused_or_draining_agent_takes_no_new_task_but_keeps_its_current_one(ground: Place, verb: str) -> None:
     agent = enlist(ground, 'a')
     for text_ in ('first', 'second'):
         ground.do('task.assign', agent='a', task=text_)
@@ -232,10 +232,10 @@ def test_a_paused_or_draining_agent_takes_nothing_new_but_keeps_what_it_has(grou
 # -------------------------------------------------------------------------------------------------------- heartbeats
 
 
-def test_a_heartbeat_loses_what_was_cancelled_requeued_or_deleted(ground: Place) -> None:
+def test_a_heartbeat_reports_a_task_as_lost_that_was_cancelled_requeued_or_deleted(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
-    assert agent.beat(task, 0) == [task]  # assigned: not taken
+    assert agent.beat(task, 0) == [task]  # assigned, but not taken
     assert agent.take() == (task, 1)
     assert agent.beat(task, 1) == []
     assert agent.beat(task, 2, new_id(), 1) != []
@@ -247,7 +247,7 @@ def test_a_heartbeat_loses_what_was_cancelled_requeued_or_deleted(ground: Place)
     assert agent.beat(task, 1) == [task]
 
 
-def test_a_heartbeat_does_not_lose_what_was_finished_under_the_same_attempt(ground: Place) -> None:
+def test_a_heartbeat_does_not_report_a_task_as_lost_that_was_finished_under_the_same_attempt(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
     agent.take()
@@ -257,7 +257,7 @@ def test_a_heartbeat_does_not_lose_what_was_finished_under_the_same_attempt(grou
     check(ground)
 
 
-def test_a_heartbeat_counts_for_the_task_that_is_held(ground: Place) -> None:
+def test_a_heartbeat_counts_only_for_the_task_that_it_names(ground: Place) -> None:
     agent = enlist(ground, 'a')
     ground.do('task.assign', agent='a', task='x')
     task, attempt = agent.take()
@@ -294,7 +294,7 @@ def test_an_older_process_is_refused_and_changes_nothing(ground: Place, script: 
     assert snapshot(ground) == before
 
 
-def test_hello_queues_again_in_place_what_the_process_before_was_running(ground: Place) -> None:
+def test_hello_queues_the_task_of_the_previous_process_again_in_its_old_place(ground: Place) -> None:
     agent = enlist(ground, 'a')
     first = ground.do('task.assign', agent='a', task='first')['task_id']
     ground.do('task.assign', agent='a', task='second')
@@ -309,7 +309,7 @@ def test_hello_queues_again_in_place_what_the_process_before_was_running(ground:
 
 
 @pytest.mark.parametrize(('to', 'state', 'holder'), [('inbox', 'assigned', 'a'), ('backlog', 'pending', None)])
-def test_the_task_of_a_departed_process_goes_where_it_is_sent(
+def test_the_task_of_a_departed_process_goes_to_the_inbox_or_to_the_backlog(
     ground: Place, to: str, state: str, holder: str | None
 ) -> None:
     agent = enlist(ground, 'a')
@@ -341,7 +341,7 @@ def test_removing_an_agent_loses_neither_its_tasks_nor_its_messages(ground: Plac
     assert (box['urgent'], box['total']) == (1, 250)
     assert [each['summary'] for each in box['messages']] == ['soon', *map(str, range(250))]
     assert not [key for key in check(ground) if agent.id in key]
-    enlist(ground, 'a')  # its name is free again
+    enlist(ground, 'a')  # the name is free again
 
 
 def test_a_doorbell_rings_for_a_message_a_task_and_a_change_of_state(ground: Place) -> None:
@@ -363,7 +363,7 @@ def test_a_doorbell_rings_for_a_message_a_task_and_a_change_of_state(ground: Pla
         redis(ground, 'DEL', *(ground.store.prefix + f'inbox:{agent.id}:{lane}'.encode() for lane in lanes))
 
 
-def test_steering_an_agent_whose_worker_does_not_listen_grows_nothing(ground: Place) -> None:
+def test_steering_an_agent_whose_worker_does_not_listen_does_not_grow_its_control_lane(ground: Place) -> None:
     agent = enlist(ground, 'a')
     for _ in range(5):
         ground.do('agent.interrupt', agent='a')
@@ -375,7 +375,7 @@ def test_steering_an_agent_whose_worker_does_not_listen_grows_nothing(ground: Pl
 
 
 class Fuzz:
-    """Random operations and worker calls, right and wrong ones, from one seed."""
+    """Random operations and worker calls, valid and invalid ones, from one seed."""
 
     def __init__(self, place: Place, seed: int) -> None:
         self.place = place
@@ -418,7 +418,7 @@ class Fuzz:
     def puppet(self) -> Puppet:
         puppet = self.random.choice(self.puppets)
         if self.random.random() < 0.1:
-            return Puppet(self.place, puppet.id, puppet.name, new_id())  # a process of old
+            return Puppet(self.place, puppet.id, puppet.name, new_id())  # an older process of the agent
         return puppet
 
     def spawn(self) -> None:
@@ -439,7 +439,7 @@ class Fuzz:
         self.place.store.call(self.place.store.backlog_add(self.new(self.random.randint(1, 3))))
 
     def new(self, attempts: int) -> tuple[str | int, ...]:
-        """A task that is tried so often."""
+        """The arguments of new_task for a task with that limit of attempts."""
         self.ids.append(new_id())
         return (self.ids[-1], f'{{"task_id":"{self.ids[-1]}","description":"added"', '"added"', '[]', '', attempts)
 
@@ -502,9 +502,9 @@ class Fuzz:
         puppet.dies(self.random.choice([0, 1, 99]), pauses=self.random.choice([(), (0,), (1, 5, 25)]))
 
     def care(self) -> None:
-        """As a caretaker does: on what it saw, which may be true no longer."""
+        """Acts like a supervisor, on a view of the town that may be out of date."""
         store = self.place.store
-        _, leases, delayed, crashed = store.call(store.vitals())
+        _, leases, delayed, crashed = store.call(store.liveness())
         for task, attempt, beats, _ in leases:
             if self.random.random() < 0.2:
                 seen = self.random.choice([text(beats), text(beats), '99'])
@@ -537,7 +537,7 @@ class Fuzz:
             self.place.do('recovery.reclaim_tasks', **to)
 
 
-def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
+def test_no_sequence_of_calls_breaks_an_invariant(ground: Place) -> None:
     seed = int(os.environ.get('FUZZ_SEED') or random.randrange(1 << 32))
     fuzz, attempts = Fuzz(ground, seed), dict[str, int]()
     for _ in range(4):
@@ -567,7 +567,7 @@ def test_no_mixture_of_calls_breaks_an_invariant(ground: Place) -> None:
     assert counts == {state: ground.do('task.list', state=state, limit=1)['count'] for state in STATES}
 
 
-def test_the_checker_sees_what_is_broken(ground: Place) -> None:
+def test_the_checker_detects_every_kind_of_damage(ground: Place) -> None:
     agent = enlist(ground, 'a')
     task = ground.do('task.assign', agent='a', task='x')['task_id']
     agent.take()
@@ -596,7 +596,7 @@ def test_the_checker_sees_what_is_broken(ground: Place) -> None:
 # ------------------------------------------------------------------------------------------------------- connections
 
 
-def test_scripts_that_redis_forgot_are_sent_again_as_text(ground: Place) -> None:
+def test_a_script_that_redis_forgot_is_sent_again_as_text(ground: Place) -> None:
     task = ground.do('backlog.add', description='x')['task_id']
     redis(ground, 'SCRIPT', 'FLUSH')
     assert ground.do('task.get', task_id=task)['state'] == 'pending'
@@ -605,7 +605,7 @@ def test_scripts_that_redis_forgot_are_sent_again_as_text(ground: Place) -> None
     assert ground.do('backlog.list')['count'] == 2
 
 
-def test_a_townhall_goes_on_when_redis_forgot_the_scripts(place: Place, hall: Hall) -> None:
+def test_a_townhall_continues_after_redis_forgot_the_scripts(place: Place, hall: Hall) -> None:
     assert hall.post('/v1/backlog', {'description': 'x'}).status == 201
     redis(place, 'SCRIPT', 'FLUSH')
     with ThreadPoolExecutor(8) as pool:
@@ -616,7 +616,7 @@ def test_a_townhall_goes_on_when_redis_forgot_the_scripts(place: Place, hall: Ha
 
 @contextmanager
 def stopped(place: Place) -> Iterator[None]:
-    """Redis does not answer within."""
+    """Redis does not answer inside this context."""
     pid = redis_pid(place)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -625,9 +625,9 @@ def stopped(place: Place) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_redis_that_does_not_answer_is_unavailable_after_one_timeout_and_usable_afterwards(ground: Place) -> None:
+def test_a_redis_that_hangs_is_unavailable_after_one_timeout_and_usable_afterwards(ground: Place) -> None:
     with stopped(ground):
-        for _ in range(2):  # on a connection that is there, and on a new one
+        for _ in range(2):  # on the open connection, and on a new one
             began = time.monotonic()
             with pytest.raises(Unavailable) as caught:
                 ground.do('town.get_status')
@@ -637,7 +637,7 @@ def test_a_redis_that_does_not_answer_is_unavailable_after_one_timeout_and_usabl
     assert ground.do('town.get_status')['agent_count'] == 0
 
 
-def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used_without_a_fault(place: Place) -> None:
+def test_a_killed_redis_is_unavailable_at_once_and_a_restarted_one_is_used_without_an_error(place: Place) -> None:
     task = place.do('backlog.add', description='survives')['task_id']
     gone = os.pidfd_open(redis_pid(place))
     signal.pidfd_send_signal(gone, signal.SIGKILL)
@@ -657,7 +657,7 @@ def test_a_redis_that_is_gone_is_unavailable_at_once_and_a_restarted_one_is_used
 
 @contextmanager
 def cutter(place: Place) -> Iterator[tuple[Endpoint, list[bytes]]]:
-    """A way to the town's Redis that loses every reply: its endpoint, and the commands that it handed on."""
+    """A proxy to the town's Redis that loses every reply: its endpoint, and the commands that it has forwarded."""
     seen: list[bytes] = []
     with socket.create_server(('127.0.0.1', 0)) as server:
 
@@ -695,7 +695,7 @@ def test_a_write_whose_reply_was_lost_is_not_sent_again(ground: Place) -> None:
     assert ground.do('backlog.list')['count'] == 3
 
 
-def test_a_connection_works_with_more_descriptors_than_select_can_take(ground: Place) -> None:
+def test_a_connection_works_with_more_descriptors_than_select_supports(ground: Place) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     try:
@@ -710,7 +710,7 @@ def test_a_connection_works_with_more_descriptors_than_select_can_take(ground: P
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_threads_share_a_store_with_a_connection_each(ground: Place) -> None:
+def test_threads_share_a_store_and_each_has_its_own_connection(ground: Place) -> None:
     answers: list[int] = []
 
     def ask() -> None:
@@ -729,16 +729,16 @@ def test_threads_share_a_store_with_a_connection_each(ground: Place) -> None:
 # -------------------------------------------------------------------------------------------------------------- town
 
 
-def test_many_who_open_a_new_town_at_once_open_one_town(directory: Path) -> None:
+def test_opening_a_new_town_many_times_at_once_creates_one_town(directory: Path) -> None:
     place = make_town(directory)
-    gate, faults = threading.Barrier(8), []
+    barrier, errors = threading.Barrier(8), []
 
     def enter() -> None:
-        gate.wait()
+        barrier.wait()
         try:
             open_town(directory).store.close()
         except Exception as e:
-            faults.append(e)
+            errors.append(e)
 
     threads = [threading.Thread(target=enter) for _ in range(8)]
     try:
@@ -746,13 +746,13 @@ def test_many_who_open_a_new_town_at_once_open_one_town(directory: Path) -> None
             thread.start()
         for thread in threads:
             thread.join()
-        assert faults == []
+        assert errors == []
         assert not list((directory / '.tt').glob('town-id.*'))
     finally:
         place.close()
 
 
-def test_a_second_town_of_the_same_name_is_refused_by_a_redis(ground: Place) -> None:
+def test_a_second_town_with_the_same_name_is_refused(ground: Place) -> None:
     with pytest.raises(Conflict) as caught:
         ground.store.call(ground.store.open(new_id()))
     assert caught.value.code == 'town-name-taken'
@@ -771,14 +771,14 @@ def test_a_second_town_of_the_same_name_is_refused_by_a_redis(ground: Place) -> 
         ('unix://:s[cret@/run/redis@main.sock', 'unix://:***@/run/redis@main.sock'),
     ],
 )
-def test_a_password_is_not_shown_in_the_address_of_redis(tmp_path: Path, url: str, shown: str) -> None:
+def test_the_shown_url_of_redis_hides_its_password(tmp_path: Path, url: str, shown: str) -> None:
     make_town(tmp_path, redis={'url': url})
     loaded = config.load(tmp_path)
     town = Town(tmp_path, loaded, Store(endpoint_of(loaded.redis, 'key', tmp_path), loaded.name))
     assert town.redis_url == shown
 
 
-def test_a_text_that_reads_as_an_id_names_no_agent_in_any_case(ground: Place) -> None:
+def test_a_name_that_looks_like_an_id_is_refused_in_upper_case_too(ground: Place) -> None:
     agent = enlist(ground, 'a')
     with pytest.raises(TownError) as caught:
         enlist(ground, agent.id.upper())

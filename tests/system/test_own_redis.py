@@ -140,7 +140,7 @@ def test_a_town_lives_in_a_redis_behind_tls_that_wants_a_certificate(
 @pytest.mark.parametrize(
     ('host', 'changed', 'told'),
     [
-        ('localhost', {'tls_ca_path': 'other'}, r'not trusted: .*; name .* in redis\.tls_ca_path'),
+        ('localhost', {'tls_ca_path': 'other'}, r'not trusted: .*; set redis\.tls_ca_path'),
         (HOST, {}, r'IP address mismatch.*set redis\.tls_check_hostname = false'),
         ('localhost', {'tls_cert_path': '', 'tls_key_path': ''}, 'set redis.tls_cert_path'),
         (HOST, {'tls_check_hostname': False}, ''),
@@ -262,7 +262,7 @@ def test_sentinels_and_servers_behind_tls_and_passwords_are_found(
 
 def test_a_redis_without_tls_is_told_from_one_that_is_away(directory: Path, stack: ExitStack) -> None:
     node = stack.enter_context(Nodes(directory / 'redis')).add()
-    with pytest.raises(Unavailable, match='does not answer to TLS; without TLS write redis in the place of rediss'):
+    with pytest.raises(Unavailable, match='does not answer to TLS; if it speaks no TLS, write redis instead of rediss'):
         endpoint_of(RedisSettings(url=f'rediss://{node.place}'), 'tt:{test}:town', directory).open()
 
 

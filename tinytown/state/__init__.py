@@ -1,4 +1,4 @@
-"""The only room that speaks Redis: client, endpoints, the store with its scripts, and the feed of events.
+"""The only package that speaks Redis: the client, the endpoints, the store with its scripts, and the event feed.
 
-Start with `store`: it holds every command, and scripts.lua every change of state.
+Start with `store`, which has a method for every command. scripts.lua holds every change of state.
 """

@@ -1,7 +1,10 @@
-"""The client of Redis: one connection of the `redis` package, used synchronously or by an event loop.
+"""The Redis client: one connection of the `redis` package, for synchronous callers and for an event loop.
 
-`redis.connection.Connection` speaks the protocol. `redis.Redis` above it is not used: it costs 45 µs a call, and by
-default repeats writes whose reply was lost. Nothing here sends a command again, and what has ended stays ended.
+Start with `RedisConnection`. `endpoints` opens it; `store` uses it synchronously, and `link` from an event loop.
+
+`redis.connection.Connection` speaks the protocol. The class above it, `redis.Redis`, is not used: it costs 45 µs a
+call, and by default it repeats writes whose reply was lost. This module never sends a command twice, and never reopens
+a connection that has ended.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ from redis.connection import AbstractConnection, Connection, DefaultParser
 
 from ..errors import TownError, Unavailable
 
-TIMEOUT: Final = 1.0  # seconds for a connection, and for a reply
+TIMEOUT: Final = 1.0  # seconds to connect, and to wait for a reply
 _CLOSED: Final = 'connection closed'
-NOT_YET: Final = object()  # no whole reply is here
+NOT_YET: Final = object()  # no complete reply has arrived
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Part: TypeAlias = bytes | str | int
 
 
 class ErrorReply(redis.ResponseError):
-    """An error reply as the server wrote it. `kind` is its first word: NOSCRIPT, OOM, LOADING, WRONGTYPE, …"""
+    """An error reply, verbatim. `kind` is its first word: NOSCRIPT, OOM, LOADING, WRONGTYPE, …"""
 
     @property
     def kind(self) -> str:
@@ -34,10 +37,10 @@ class ErrorReply(redis.ResponseError):
 
 
 class VerbatimErrors:
-    """For a parser of `redis`: each error reply is an ErrorReply.
+    """A mixin for the parsers of `redis`: every error reply becomes an ErrorReply.
 
-    By itself `redis` leaves out the first word, and takes LOADING and WRONGPASS for the end of the connection; its
-    parser in Python then reads such a reply twice, and the second time as the answer to another command.
+    Without it, `redis` drops the first word and treats LOADING and WRONGPASS as the end of the connection. Its Python
+    parser then reads such a reply twice: the second time as the answer to the next command.
     """
 
     @classmethod
@@ -46,12 +49,12 @@ class VerbatimErrors:
 
 
 class ReplyParser(VerbatimErrors, DefaultParser):  # type: ignore[valid-type, misc]
-    """The parser of `hiredis` where that is installed, else the one in Python."""
+    """The `hiredis` parser if that package is installed, else the one in Python."""
 
 
 # ---------------------------------------------------------------------------------------------------- error replies
 
-# Error replies that say "not now" and not "wrong": nothing was done.
+# Error replies that mean "not now" rather than "wrong". Redis has not executed the command.
 _NOT_NOW: Final = {
     'LOADING': 'Redis is loading its data',
     'OOM': 'Redis is out of memory; raise maxmemory or free some',
@@ -67,107 +70,112 @@ _NOT_NOW: Final = {
     'NOREPLICAS': 'Redis has too few replicas',
 }
 
-# Those of them by which a server says that it does not, or no longer, take the town's writes.
+# The ones that mean "this server does not accept the town's writes": connect anew to find the server that does.
 NOT_PRIMARY: Final = frozenset({'MOVED', 'READONLY', 'UNBLOCKED', 'CLUSTERDOWN', 'MASTERDOWN'})
 
 _FORBIDDEN: Final = re.compile(r'NOPERM|ERR .*(?:user executing the script|ACL failure)')
 
 
 def as_town_error(
-    error: ErrorReply, about: str = '', keys: str = 'tt:{TOWN}:', login: str = 'redis.url and redis.password_file'
+    error: ErrorReply, peer: str = '', keys: str = 'tt:{TOWN}:', login: str = 'redis.url and redis.password_file'
 ) -> TownError:
-    """What a caller is told of an error reply.
+    """The error to raise for an error reply.
 
-    For one that refuses us, `about` is who we are and where (`user@host:port`), `keys` how the keys begin that we need,
-    and `login` the settings that name user and password.
+    If Redis has refused us, the message names `peer` (our user and the server, `user@host:port`), the prefix of the
+    `keys` we need, and the settings that hold the user and password (`login`).
     """
-    at = f' at {about}' if about else ''
+    at = f' at {peer}' if peer else ''
     if error.kind in _NOT_NOW:
         return Unavailable(f'Nothing was changed: {_NOT_NOW[error.kind]}', code='redis-unavailable', retry_after=1)
     mend = ''
     if error.kind in ('NOAUTH', 'WRONGPASS'):
         mend = f'set the right user and password in {login}'
     elif _FORBIDDEN.match(str(error)):
-        mend = f'our user needs the keys ~{keys}* and the commands that docs/redis.md lists'
+        mend = f'our user needs access to the keys ~{keys}* and to the commands that docs/redis.md lists'
     if mend:
-        told = f'Redis{at} refused us: {str(error).rstrip(".")}; {mend}'
-        return Unavailable(told, code='redis-unavailable', retry_after=5)
+        detail = f'Redis{at} refused us: {str(error).rstrip(".")}; {mend}'
+        return Unavailable(detail, code='redis-unavailable', retry_after=5)
     return TownError(f'Redis{at} answered: {error}', code='redis-error')
 
 
-def gone(what: str) -> Unavailable:
-    """The error for a connection that could not be made or used: the outcome of a command that was sent is unknown."""
-    return Unavailable(f'Redis {what}', code='redis-unavailable', retry_after=1)
+def unavailable(problem: str) -> Unavailable:
+    """The error for a connection that could not be opened, or that failed. `problem` continues the word "Redis"."""
+    return Unavailable(f'Redis {problem}', code='redis-unavailable', retry_after=1)
 
 
 def cause_of(error: BaseException) -> str:
-    """Why a connection ended, as the system says it where `redis` wraps what the system said."""
+    """Why a connection ended: the operating system's error if `redis` has wrapped one, else the text of `error`."""
     if isinstance(error, redis.RedisError) and isinstance(error.__context__, OSError):
         return str(error.__context__)
     return _CLOSED if str(error) == 'Connection closed by server.' else str(error).rstrip('.')
 
 
-def _ending(error: BaseException, what: str = 'went away') -> str:
-    """How a connection ended on which a reply was due: `what`, unless the other side is no Redis."""
+def _failure(error: BaseException, problem: str = 'went away') -> str:
+    """Describes a connection that failed while a reply was due: `problem`, unless the peer does not speak RESP."""
     if not isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
-        what = 'spoke something else than its protocol'
-    return f'{what}: {cause_of(error)}'
+        problem = 'spoke something other than its protocol'
+    return f'{problem}: {cause_of(error)}'
 
 
 # ------------------------------------------------------------------------------------------------------- connections
 
-_PACKER: Final = Connection()  # never connected: it packs
+_PACKER: Final = Connection()  # never connected; it only packs commands
 
 
 def pack(parts: Sequence[Part]) -> bytes:
-    """A command as bytes for Redis."""
+    """A command as the bytes that Redis reads."""
     return b''.join(_PACKER.pack_command(*parts))
 
 
 class RedisConnection:
-    """A connection that is open and may be used. Not for two threads at once."""
+    """An open connection that has passed its handshake. One thread at a time may use it; any thread may `cut` it."""
 
-    def __init__(self, connection: AbstractConnection, about: str = '') -> None:
+    def __init__(self, connection: AbstractConnection, peer: str = '') -> None:
         self.redis = connection
-        self.about = about  # who we are and where, for messages
+        self.peer = peer  # our user and the server, for messages
 
     @property
     def sock(self) -> socket.socket | None:
-        """Its socket, which the package keeps to itself; None when it is closed."""
-        found: socket.socket | None = self.redis._sock
-        return found
+        """The socket, which `redis` keeps in a private attribute; None once the connection is closed."""
+        sock: socket.socket | None = self.redis._sock
+        return sock
 
-    # Synchronously
+    # For synchronous callers
 
     def request(self, data: bytes, timeout: float = TIMEOUT) -> Any:
-        """Sends a packed command and gives its reply, an ErrorReply, too.
+        """Sends a packed command and returns the reply. An error reply is returned too, as an ErrorReply.
 
-        It may take `timeout` seconds until something of the reply comes. Raises Unavailable: the outcome is unknown.
+        Waits up to `timeout` seconds for each piece of the reply. Raises Unavailable if the reply does not arrive: the
+        outcome is then unknown.
         """
         try:
             return self._exchange(data, timeout)
         except redis.TimeoutError:
-            raise gone(f'did not answer within {timeout:g} s; whether the change was made is not known') from None
-        except Exception as e:  # the parser raises anything for bytes that it can't read
-            raise gone(f'{_ending(e)}; whether the change was made is not known') from None
+            problem = f'did not answer within {timeout:g} s'
+        except Exception as e:  # for bytes that are not RESP the parser may raise anything
+            problem = _failure(e)
+        raise unavailable(f'{problem}; whether the change was made is not known')
 
     def ask(self, *parts: Part, timeout: float = TIMEOUT) -> Any:
-        """The reply to a command that changes nothing. Raises Unavailable, and TownError for an error reply."""
+        """Sends a command that changes nothing and returns the reply.
+
+        Raises Unavailable; for an error reply it closes the connection and raises TownError.
+        """
         reply = self.answer(*parts, timeout=timeout)
         if isinstance(reply, ErrorReply):
             self.close()
-            raise as_town_error(reply, self.about)
+            raise as_town_error(reply, self.peer)
         return reply
 
     def answer(self, *parts: Part, timeout: float = TIMEOUT) -> Any:
-        """The reply to a command that changes nothing, an ErrorReply, too. Raises Unavailable."""
+        """As `ask`, but returns an error reply too, as an ErrorReply. Raises Unavailable."""
         try:
             return self._exchange(pack(parts), timeout)
-        except Exception as e:  # as above
-            raise gone(_ending(e, 'did not answer')) from None
+        except Exception as e:  # as in `request`
+            raise unavailable(_failure(e, 'did not answer')) from None
 
     def _exchange(self, data: bytes, timeout: float) -> Any:
-        if not self.redis.is_connected:  # else it would connect by itself, and to a server that was left
+        if not self.redis.is_connected:  # `redis` would reconnect, perhaps to a server that we have left
             raise ConnectionResetError(_CLOSED)
         self.redis.send_packed_command([data])
         try:
@@ -176,43 +184,43 @@ class RedisConnection:
             return reply
 
     def is_stale(self) -> bool:
-        """Whether the server has closed an idle connection (it was restarted, say)."""
+        """Whether this idle connection can't be used: the server has closed it, or has sent something unasked."""
         try:
             return not self.redis.is_connected or self.redis.can_read(0)
         except redis.RedisError:
             return True
 
-    # By an event loop, without waiting
+    # For an event loop: these never wait
 
     def send_some(self, data: bytes) -> int:
-        """Sends what can be sent now, and says how many bytes that were. Raises OSError.
+        """Sends as many bytes as the socket takes now, and returns how many. Raises OSError.
 
-        Behind TLS, data that was not sent must be given again, at the beginning: it may be half on its way.
+        The next call must begin with the bytes that were not sent: TLS may have encrypted them already.
         """
         assert self.sock
-        self.sock.settimeout(0)  # `redis` sets a timeout after each of its reads
+        self.sock.settimeout(0)  # `redis` restores its own timeout after each read
         try:
             return self.sock.send(data)
         except _WOULD_BLOCK:
             return 0
 
     def receive(self) -> Any:
-        """The next reply if all of it is here, an ErrorReply, too; else `NOT_YET`. Raises Unavailable."""
+        """The next reply (it may be an ErrorReply) if all of it has arrived, else `NOT_YET`. Raises Unavailable."""
         try:
             return self.redis.read_response(True, timeout=0, disconnect_on_error=False)
         except ErrorReply as reply:
             return reply
         except redis.TimeoutError:
             return NOT_YET
-        except Exception as e:  # as above
-            raise gone(_ending(e)) from None
+        except Exception as e:  # as in `request`
+            raise unavailable(_failure(e)) from None
 
-    # By another thread
+    # For other threads
 
     def cut(self) -> None:
-        """Ends it: whoever uses it finds it closed by the server, as it were. Any thread may call. Raises OSError."""
+        """Shuts the socket down. The thread that uses it sees a connection that the server closed. Raises OSError."""
         if sock := self.sock:
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # and not that of TLS, which is not for two threads
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket.shutdown is not safe from a second thread
 
     def close(self) -> None:
         self.redis.disconnect()

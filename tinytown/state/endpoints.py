@@ -1,9 +1,14 @@
-"""Where a town's Redis is: what `redis.url` says, and how the one server is found that may be written to.
+"""Endpoints: parses `redis.url`, finds the one server that accepts the town's writes, and opens connections to it.
 
-That is the server itself, or the master that sentinels name, or the node of a Cluster that holds the town: all its
-keys have one hash tag, so it lives in one slot, and one connection serves it. Each new connection begins with a new
-look, so after a failover it is enough to connect again. Passwords and certificates are read then, too: they may be
-replaced while a town is open.
+Start with `endpoint_of`. Its result is one of three endpoints, which `store` and `link` open:
+
+- `RedisServer`: the server that the URL names.
+- `Sentinels`: the master that sentinels name.
+- `Cluster`: the node of a Redis Cluster that holds the town. All keys of a town have one hash tag, so they are in one
+  slot, and one connection is enough.
+
+Every `open` looks for the server anew, so after a failover it is enough to reconnect. It also reads passwords and
+certificates anew, so they can be replaced while a town is open.
 """
 
 from __future__ import annotations
@@ -33,19 +38,19 @@ from redis.retry import Retry
 
 from ..errors import TownError, UsageError
 from ..settings import RedisSettings
-from .client import TIMEOUT, ErrorReply, RedisConnection, ReplyParser, as_town_error, cause_of, gone, pack
+from .client import TIMEOUT, ErrorReply, RedisConnection, ReplyParser, as_town_error, cause_of, pack, unavailable
 
 _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
 _SLOTS: Final = 16384
-_WATCH_SECS: Final = 0.25
-_MOVES: Final = 5  # redirections in a row that are followed
-_MOST_SECRET: Final = 65_536
+_WATCH_SECS: Final = 0.25  # between two questions to a sentinel which server is the master
+_MOVES: Final = 5  # redirections to follow in a row
+_MAX_SECRET: Final = 65_536  # characters of a password file
 _READ_SIZE: Final = 1 << 16
-_ASK_SECS: Final = 0.5  # for a sentinel: the next one may know more
+_ASK_SECS: Final = 0.5  # to connect to a sentinel, and for its reply; then the next sentinel is asked
 
 T = TypeVar('T')
-Place = tuple[str, int]
+Place = tuple[str, int]  # host and port
 
 FORMS: Final = (
     'redis://[user:password@]host[:port][/db], unix://[user:password@]/path[?db=1], '
@@ -65,9 +70,9 @@ _HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5})
 
 @dataclass(frozen=True)
 class Login(CredentialProvider):
-    """Who we are to a server. A `file` holds the password, and is read at each connection.
+    """The user and password for a server. A password in a `file` is read anew for each connection.
 
-    `settings` are those that say all this.
+    `settings` names the settings that these values come from, for messages.
     """
 
     user: str = ''
@@ -77,37 +82,43 @@ class Login(CredentialProvider):
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is a password to be told."""
+        """Whether we have a password to send."""
         return bool(self.password or self.file)
 
     def get_credentials(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What AUTH is given; nothing where there is no password. Raises Unavailable."""
+        """The arguments of AUTH; none without a password. Raises Unavailable if the file can't be read."""
         password = self.password
         if self.file:
             try:
                 password = read_secret(self.file)
             except (OSError, ValueError) as e:
-                raise gone(f"can't be asked: the password in {self.file} can't be read: {e}") from None
+                raise unavailable(f"can't be used: the password file {self.file} can't be read: {e}") from None
         if not password:
             return ()
         return (self.user, password) if self.user else (password,)
 
 
 def read_secret(file: Path) -> str:
-    """What a file of one line holds. Raises OSError, ValueError where it is none, or where others may change it."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for somebody to write
+    """The content of a password file, without the end of its line.
+
+    Raises OSError if it can't be read, and ValueError if it is not a regular file or if other users may change it.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a named pipe would block until somebody writes
     with open(descriptor, encoding='utf-8') as opened:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError('this is no regular file')
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError('it is not a regular file')
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise ValueError(f'other users may change it; run  chmod go-w {file}')
-        return opened.read(_MOST_SECRET).rstrip('\r\n')
+        return opened.read(_MAX_SECRET).rstrip('\r\n')
 
 
 @dataclass(frozen=True)
 class Tls:
-    """What a server is known by, and what we show it: files in PEM; without a `ca` the machine's authorities count."""
+    """The certificates for TLS, as PEM files: `ca` verifies the server, `cert` and `key` are ours.
+
+    Without `ca`, the authorities that this machine trusts verify the server.
+    """
 
     ca: Path | None
     cert: Path | None
@@ -115,7 +126,7 @@ class Tls:
     check_hostname: bool
 
     def context(self) -> ssl.SSLContext:
-        """TLS 1.2 or newer. Raises OSError (ssl.SSLError is one)."""
+        """A context for TLS 1.2 or newer. Raises OSError (ssl.SSLError is one) or ValueError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = self.check_hostname
@@ -124,12 +135,12 @@ class Tls:
         else:
             context.load_default_certs()
         if self.cert:
-            context.load_cert_chain(self.cert, self.key, password='')  # an encrypted key is an error, and no question
+            context.load_cert_chain(self.cert, self.key, password='')  # for an encrypted key: fail, don't prompt
         return context
 
 
 class _TlsConnection(SSLConnection):
-    """With a context of ours: that of `redis` trusts the machine's authorities beside the one that is named."""
+    """Uses our context. The one of `redis` trusts the machine's authorities in addition to the configured one."""
 
     def __init__(self, tls: Tls, **settings: Any) -> None:
         super().__init__(**settings)
@@ -140,22 +151,25 @@ class _TlsConnection(SSLConnection):
 
 
 class _UnixConnection(UnixDomainSocketConnection):
-    """With the host and the port that `redis` reads when it counts a fault, and forgets to give to it."""
+    """Adds host and port: `redis` reads both when it counts an error, but sets neither for a unix socket."""
 
     host = 'localhost'
     port = 0
 
 
 class Endpoint(Protocol):
-    """Where a Redis is that may be written to."""
+    """A way to the Redis server that accepts the town's writes."""
 
     def open(self, timeout: float = TIMEOUT) -> RedisConnection:
-        """A connection to it, looked for anew. Raises Unavailable, or TownError where it does not want us."""
+        """Finds the server and connects to it, with `timeout` in seconds.
+
+        Raises Unavailable, or TownError if the server answers the handshake with an unexpected error.
+        """
 
 
 @dataclass(frozen=True)
 class RedisServer:
-    """One server, at a path or at a host and port."""
+    """One server, at a host and port, or at the `path` of a unix socket."""
 
     path: str = ''
     host: str = ''
@@ -169,35 +183,35 @@ class RedisServer:
         return self.path or (f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}')
 
     @property
-    def about(self) -> str:
-        """Who we are and where, for messages."""
+    def peer(self) -> str:
+        """Our user and the server, for messages."""
         return f'{self.login.user}@{self.name}' if self.login.user else self.name
 
     def at(self, place: Place) -> RedisServer:
-        """A server elsewhere that is spoken to in the same way."""
+        """A server at another host and port, with the same login, database and TLS."""
         return replace(self, host=place[0], port=place[1])
 
     def open(self, timeout: float = TIMEOUT) -> RedisConnection:
-        """A connection that may be used. Raises Unavailable, TownError where the server does not want us."""
+        """As `Endpoint.open`: connects, does the TLS handshake, authenticates and selects the database."""
         connection = self._prepare(timeout)
         try:
             connection.connect()
         except redis.RedisError as e:
-            raise gone(self._why_not(e)) from None
+            raise unavailable(self._explain(e)) from None
         except BaseException:
             connection.disconnect()
             raise
-        return RedisConnection(connection, self.about)
+        return RedisConnection(connection, self.peer)
 
     def _prepare(self, timeout: float) -> AbstractConnection:
-        """A connection that is still to be made. It never repeats a command, and says nothing of its own accord."""
+        """An unconnected connection, which never repeats a command and sends nothing by itself."""
         settings: dict[str, Any] = {
             'db': self.db,
             'credential_provider': self.login,
             'socket_timeout': timeout,
             'socket_connect_timeout': timeout,
             'socket_read_size': _READ_SIZE,
-            'encoding_errors': 'replace',  # of error replies; nothing else is decoded
+            'encoding_errors': 'replace',  # for error replies; nothing else is decoded
             'parser_class': ReplyParser,
             'protocol': 2,
             'driver_info': None,
@@ -210,33 +224,34 @@ class RedisServer:
         return _TlsConnection(self.tls, **settings) if self.tls else Connection(**settings)
 
     def _greet(self, connection: AbstractConnection) -> None:
-        """Says who we are and which database we want. Raises TownError."""
+        """The handshake with Redis: authenticates and selects the database. Raises TownError."""
         try:
             connection.on_connect()
             if self.tls and not self.login.is_needed:
-                _ping(connection)  # a client certificate that is not wanted is refused at the first read
+                _ping(connection)  # with TLS 1.3 a server rejects our certificate only after the TLS handshake
         except ErrorReply as e:
-            raise as_town_error(e, self.about, login=self.login.settings) from None
+            raise as_town_error(e, self.peer, login=self.login.settings) from None
         except redis.RedisError as e:
-            raise gone(f'at {self.name} let us not in: Redis did not answer: {cause_of(e)}{self._hint}') from None
+            raise unavailable(f'at {self.name} did not complete the handshake: {cause_of(e)}{self._hint}') from None
 
-    def _why_not(self, error: redis.RedisError) -> str:
-        """Why there is no connection, and the mend."""
+    def _explain(self, error: redis.RedisError) -> str:
+        """Why the connection could not be opened, and the mend."""
         e = error.__context__
         if untrusted := getattr(e, 'verify_message', ''):
-            mend = 'name a file with the certificate of its authority in redis.tls_ca_path'
+            mend = 'set redis.tls_ca_path to a file with the certificate of its authority'
             if 'mismatch' in untrusted:
-                mend = 'write a host that its certificate names, or set redis.tls_check_hostname = false'
+                mend = 'use a host name that its certificate contains, or set redis.tls_check_hostname = false'
             return f'at {self.name} shows a certificate that is not trusted: {untrusted.rstrip(".")}; {mend}'
         if isinstance(e, TimeoutError) and 'handshake' in str(e):
-            return f'at {self.name} does not answer to TLS; without TLS write redis in the place of rediss in redis.url'
-        if handshake := getattr(e, 'reason', ''):  # of an ssl.SSLError
-            return f'at {self.name} broke off the handshake of TLS: {handshake}{self._hint}'
+            mend = 'if it speaks no TLS, write redis instead of rediss in redis.url'
+            return f'at {self.name} does not answer to TLS; {mend}'
+        if reason := getattr(e, 'reason', ''):  # set by ssl.SSLError
+            return f'at {self.name} broke off the TLS handshake: {reason}{self._hint}'
         return f'is not there: {self.name}: {getattr(e, "strerror", None) or cause_of(error)}'
 
     @property
     def _hint(self) -> str:
-        return '; it may want a certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
+        return '; it may want a client certificate: set redis.tls_cert_path' if self.tls and not self.tls.cert else ''
 
 
 def _ping(connection: AbstractConnection) -> None:
@@ -250,21 +265,21 @@ def _ping(connection: AbstractConnection) -> None:
 
 @dataclass
 class Sentinels:
-    """The master that sentinels name. Who is asked first is who answered last.
+    """The master that sentinels name. The sentinel that answered last is asked first.
 
-    A master that was demoted, or cut off, may take writes for seconds before it learns of that, and they are lost. So
-    as long as there are connections a thread asks who is the master now, and ends those to any other.
+    A master that was demoted, or cut off from the network, may accept writes for some seconds before it notices. Those
+    writes are lost. Therefore a thread keeps asking for the current master, and cuts connections to any other server.
     """
 
-    places: list[Place]
-    sentinel: RedisServer  # how they are spoken to
-    master: str
-    server: RedisServer  # how the master is
+    places: list[Place]  # of the sentinels
+    sentinel: RedisServer  # how to connect to a sentinel; its host and port come from `places`
+    master: str  # the name by which the sentinels know it
+    server: RedisServer  # how to connect to the master; the sentinels name its host and port
     _opened: list[tuple[weakref.ref[RedisConnection], Place]] = field(default_factory=list)
-    _watched_by: int = 0  # the process that has the thread: a forked one has it not
+    _watched_by: int = 0  # the process id of the thread that watches: a forked process needs its own
 
     def open(self, timeout: float = TIMEOUT) -> RedisConnection:
-        """A connection to the master, which says itself that it is one. Raises Unavailable."""
+        """As `Endpoint.open`. The server must confirm with ROLE that it is a master."""
         connection, place = self._first(partial(self._open_master, timeout))
         self._opened.append((weakref.ref(connection), place))
         if self._watched_by != os.getpid():
@@ -273,56 +288,57 @@ class Sentinels:
         return connection
 
     def _first(self, ask: Callable[[RedisConnection], T]) -> T:
-        """What is asked of the first sentinel that knows an answer."""
+        """Calls `ask` with a connection to each sentinel until one succeeds. Raises Unavailable if none does."""
         faults = []
         for place in list(self.places):
             try:
                 sentinel = self.sentinel.at(place).open(_ASK_SECS)
-                found = ask(sentinel)
+                result = ask(sentinel)
             except TownError as e:
                 faults.append(f'sentinel {place[0]}:{place[1]}: {e.detail}')
                 continue
-            self.places = [place, *(each for each in self.places if each != place)]
-            return found
-        raise gone(f'has no master {self.master} that can be reached. {"; ".join(faults)}')
+            self.places = [place, *(other for other in self.places if other != place)]
+            return result
+        raise unavailable(f'has no master {self.master} that can be reached. {"; ".join(faults)}')
 
     def _open_master(self, timeout: float, sentinel: RedisConnection) -> tuple[RedisConnection, Place]:
         place = self._master_of(sentinel)
         sentinel.close()
-        where = self.server.at(place)
-        connection = where.open(timeout)
+        server = self.server.at(place)
+        connection = server.open(timeout)
         role = connection.ask('ROLE')[0]
         if role == b'master':
             return connection, place
         connection.close()
-        raise gone(f'at {where.name} is named as the master, and says that it is none ({role.decode()})')
+        raise unavailable(f'at {server.name} is named as the master, but says that it is not one ({role.decode()})')
 
     def _master_of(self, sentinel: RedisConnection) -> Place:
-        found = sentinel.answer('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
-        if isinstance(found, ErrorReply):
+        reply = sentinel.answer('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
+        if isinstance(reply, ErrorReply):
             sentinel.close()
-            raise as_town_error(found, sentinel.about, login=self.sentinel.login.settings)
-        if found is None:
+            raise as_town_error(reply, sentinel.peer, login=self.sentinel.login.settings)
+        if reply is None:
             sentinel.close()
-            raise gone(f'master {self.master} is not known there; see SENTINEL MASTERS')
-        return found[0].decode(), int(found[1])
+            raise unavailable(f'master {self.master} is not known there; see SENTINEL MASTERS')
+        return reply[0].decode(), int(reply[1])
 
     def _watch(self) -> None:
         sentinel = place = None
         while True:
             time.sleep(_WATCH_SECS)
             try:
-                if sentinel is None or place != self.places[0]:  # one that was cut off may name a dead master for ever
+                # `open` may have changed to another sentinel: one that is cut off may name a dead master for ever.
+                if sentinel is None or place != self.places[0]:
                     sentinel, place = self._first(lambda connection: connection), self.places[0]
-                self._leave_all_but(self._master_of(sentinel))
+                self._cut_all_but(self._master_of(sentinel))
             except TownError:
                 sentinel = None
 
-    def _leave_all_but(self, master: Place) -> None:
+    def _cut_all_but(self, master: Place) -> None:
         for entry in list(self._opened):
             connection = entry[0]()
             if connection is None or connection.sock is None:
-                with suppress(ValueError):  # two threads may have been started
+                with suppress(ValueError):  # two `open` at once may have started two threads
                     self._opened.remove(entry)
             elif entry[1] != master:
                 with suppress(OSError):
@@ -331,21 +347,21 @@ class Sentinels:
 
 @dataclass
 class Cluster:
-    """The node of a Cluster that holds the slot of a key. Who is asked first is who held it last."""
+    """The node of a Redis Cluster that holds the slot of a key. The node that held it last is asked first."""
 
-    places: list[Place]
-    server: RedisServer
+    places: list[Place]  # of the nodes that the URL names
+    server: RedisServer  # how to connect to a node
     key: str
     last: Place | None = None
 
     @property
     def slot(self) -> int:
-        """CRC16 (XMODEM) of what stands within the key's braces, as the Cluster specification has it."""
+        """The slot of the key: CRC16 (XMODEM) of its hash tag, as the Redis Cluster specification defines it."""
         tag = re.sub(r'.*?\{([^}]+)\}.*', r'\1', self.key)
         return binascii.crc_hqx(tag.encode(), 0) % _SLOTS
 
     def open(self, timeout: float = TIMEOUT) -> RedisConnection:
-        """A connection to the node that holds the slot. Raises Unavailable."""
+        """As `Endpoint.open`, to the node that holds the slot."""
         faults = []
         for place in [self.last, *self.places] if self.last else self.places:
             try:
@@ -354,45 +370,46 @@ class Cluster:
                 faults.append(e.detail.removeprefix('Redis '))
             else:
                 return connection
-        raise gone(f'has no node that can be reached and holds slot {self.slot}: {"; ".join(faults)}')
+        raise unavailable(f'has no node that can be reached and holds slot {self.slot}: {"; ".join(faults)}')
 
     def _follow(self, place: Place, timeout: float) -> tuple[RedisConnection, Place]:
-        """From a node to the one that holds the slot: any other one answers MOVED."""
+        """Connects to the node at `place`, and from there to the one that holds the slot: others answer MOVED."""
         for _ in range(_MOVES):
             connection = self.server.at(place).open(timeout)
             reply = connection.request(pack(['EXISTS', self.key]), timeout)
-            if not isinstance(reply, ErrorReply) or reply.kind in ('ASK', 'TRYAGAIN'):  # being moved, it still has it
+            if not isinstance(reply, ErrorReply) or reply.kind in ('ASK', 'TRYAGAIN'):  # still the slot's owner
                 return connection, place
             connection.close()
             if reply.kind != 'MOVED':
                 raise as_town_error(reply)
             host, _, port = str(reply).split(' ')[2].rpartition(':')
-            place = (host.strip('[]') or place[0], int(port))  # without a host it is the same one's other port
-        raise gone(f'sends us from node to node for slot {self.slot}; see CLUSTER NODES')
+            place = (host.strip('[]') or place[0], int(port))  # an empty host means: the same host, another port
+        raise unavailable(f'redirects us from node to node for slot {self.slot}; see CLUSTER NODES')
 
 
-# ------------------------------------------------------------------------------------------------ what the URL says
+# ------------------------------------------------------------------------------------------------ settings and URL
 
 
 def endpoint_of(settings: RedisSettings, key: str, root: Path) -> Endpoint:
-    """Where the settings say that Redis is. `key` is one of the town's, and paths are taken from `root`.
+    """The endpoint that the settings describe.
 
-    Raises UsageError that names the part that is wrong, and never shows a password.
+    `key` is any key of the town: in a Cluster it determines the slot. Relative paths start from `root`. Raises
+    UsageError, which names the part that is wrong and never shows a password.
     """
     url = read_url(settings.url)
     login = _login(url.user, url.password, settings, root)
     server = RedisServer(path=url.path, login=login, db=url.db, tls=_tls(url.is_tls, settings, root))
     if url.kind == 'sentinel':
         file = _secret_file('sentinel_password_file', settings, root)
-        ours = Login(settings.sentinel_user, '', file, 'redis.sentinel_user and redis.sentinel_password_file')
-        return Sentinels(url.places, RedisServer(login=ours, tls=server.tls), url.master, server)
+        sentinel_login = Login(settings.sentinel_user, '', file, 'redis.sentinel_user and redis.sentinel_password_file')
+        return Sentinels(url.places, RedisServer(login=sentinel_login, tls=server.tls), url.master, server)
     if url.kind == 'cluster':
         return Cluster(url.places, server, key)
     return server if url.path else server.at(url.places[0])
 
 
 class Url(NamedTuple):
-    """What a URL says. `kind` is sentinel, cluster or nothing; a unix socket has a path, and else there are places."""
+    """A parsed `redis.url`. `kind` is 'sentinel', 'cluster' or ''. It has a `path` for a unix socket, else `places`."""
 
     kind: str
     is_tls: bool
@@ -405,81 +422,81 @@ class Url(NamedTuple):
 
 
 def read_url(url: str) -> Url:
-    """What a `redis.url` says by itself. Raises UsageError that names the part that is wrong."""
-    found = _split(url)
-    query, path = _query(found['query']), unquote(found['path'])
-    scheme, _, kind = found['scheme'].partition('+')
-    user, _, password = found['login'].partition(':')
+    """Parses a `redis.url`, without the other settings. Raises UsageError, which names the part that is wrong."""
+    parts = _split(url)
+    query, path = _query(parts['query']), unquote(parts['path'])
+    scheme, _, kind = parts['scheme'].partition('+')
+    user, _, password = parts['login'].partition(':')
     user, password = unquote(user) or query.get('username', ''), unquote(password) or query.get('password', '')
     db = _number(query.get('db', ''))
     if scheme == 'unix':
-        if found['hosts'] or len(path) < 2:
+        if parts['hosts'] or len(path) < 2:
             raise _wrong('the path of the socket is missing; write unix:///run/redis.sock')
         return Url('', False, user, password, [], path, '', db)
-    places = list(_places(found['hosts'], _SENTINEL_PORT if kind == 'sentinel' else _PORT))
+    places = list(_places(parts['hosts'], _SENTINEL_PORT if kind == 'sentinel' else _PORT))
     if not kind and len(places) > 1:
         raise _wrong('it names several hosts; write redis+sentinel:// or redis+cluster://')
-    master, db = _behind_hosts(path, kind, db)
+    master, db = _master_and_db(path, kind, db)
     return Url(kind, scheme == 'rediss', user, password, places, '', master, db)
 
 
-def _behind_hosts(path: str, kind: str, db: int) -> tuple[str, int]:
-    """The master and the database that a path names, which else is `db`."""
+def _master_and_db(path: str, kind: str, db: int) -> tuple[str, int]:
+    """The name of the master and the number of the database in a path. `db` is the default for the latter."""
     words = path.strip('/').split('/')
     master = words.pop(0) if kind == 'sentinel' else ''
     if kind == 'sentinel' and not master:
-        raise _wrong('the name of the master is missing; write it behind the sentinels: …:26379/mymaster')
+        raise _wrong('the name of the master is missing; write it after the sentinels: …:26379/mymaster')
     db = (_number(words.pop(0)) if words else 0) or db
     if words:
-        raise _wrong(f'there is too much behind the host{"s and the master" if master else ""}')
+        raise _wrong(f'there is too much after the host{"s and the master" if master else ""}')
     if kind == 'cluster' and db:
-        raise _wrong('a Cluster has no other database than 0; leave the number out')
+        raise _wrong('a Cluster has only database 0; leave the number out')
     return master, db
 
 
 _ENCODED: Final = '; in a user or password write %40 for @, %2F for /, %3F for ?, %23 for # and %25 for %'
 
 
-def _wrong(what: str) -> UsageError:
-    return UsageError(f'redis.url: {what}. It is one of {FORMS}')
+def _wrong(problem: str) -> UsageError:
+    return UsageError(f'redis.url: {problem}. Write one of {FORMS}')
 
 
 def _split(url: str) -> dict[str, str]:
-    """The parts of a URL: scheme, login, hosts, path, query; '' for what is not there."""
-    found = _URL.fullmatch(url)
-    if not found:
-        raise _wrong('it can not be read' + (_ENCODED if '@' in url else ''))
-    parts = found.groupdict(default='')
+    """The parts of a URL: scheme, login, hosts, path, query; '' for a missing one."""
+    match = _URL.fullmatch(url)
+    if not match:
+        raise _wrong("it can't be read" + (_ENCODED if '@' in url else ''))
+    parts = match.groupdict(default='')
     if parts['scheme'] != 'unix' and '@' in parts['path'] + parts['query']:
-        raise _wrong('there is an @ behind the host' + _ENCODED)
+        raise _wrong('there is an @ after the host' + _ENCODED)
     return parts
 
 
 def _query(text: str) -> dict[str, str]:
-    found = dict(parse_qsl(text, keep_blank_values=True))
-    unknown = sorted(found.keys() - {'db', 'username', 'password'})
+    query = dict(parse_qsl(text, keep_blank_values=True))
+    unknown = sorted(query.keys() - {'db', 'username', 'password'})
     if unknown:
-        raise _wrong(f'?{unknown[0]}= is not known; TLS is set by redis.tls_ca_path and those beside it')
-    return found
+        raise _wrong(f'?{unknown[0]}= is not known; for TLS use redis.tls_ca_path and the other redis.tls_ settings')
+    return query
 
 
 def _login(user: str, password: str, settings: RedisSettings, root: Path) -> Login:
     if user and not password and not settings.password_file:
-        raise _wrong('there is a user and no password; add :password, or set redis.password_file')
+        raise _wrong('there is a user but no password; add :password, or set redis.password_file')
     if password and settings.password_file:
-        raise UsageError('redis.password_file is set, and redis.url holds a password; remove one of them')
+        raise UsageError('redis.password_file is set, but redis.url holds a password, too; remove one of them')
     return Login(user, password, _secret_file('password_file', settings, root))
 
 
 def _file(name: str, settings: RedisSettings, root: Path) -> Path | None:
-    """The file that a setting names, which must be one that can be read."""
-    given = getattr(settings, name)
-    if not given:
+    """The file that a setting names, or None. Raises UsageError if it can't be read."""
+    value = getattr(settings, name)
+    if not value:
         return None
-    file = root / Path(given).expanduser()
+    file = root / Path(value).expanduser()
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # to open a named pipe would wait for somebody to write
-            raise UsageError(f'redis.{name}: {file} is no regular file')
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a named pipe would block until somebody writes
+            raise UsageError(f'redis.{name}: {file} is not a regular file')
         with open(file, 'rb'):
             return file
     except OSError as e:
@@ -487,7 +504,7 @@ def _file(name: str, settings: RedisSettings, root: Path) -> Path | None:
 
 
 def _secret_file(name: str, settings: RedisSettings, root: Path) -> Path | None:
-    """The same for one that holds a password, which nobody else may change."""
+    """As `_file`, for a password. Raises UsageError also if other users may change the file."""
     file = _file(name, settings, root)
     if file:
         try:
@@ -501,31 +518,32 @@ def _tls(is_wanted: bool, settings: RedisSettings, root: Path) -> Tls | None:
     ca, cert, key = files = [_file(name, settings, root) for name in ('tls_ca_path', 'tls_cert_path', 'tls_key_path')]
     if not is_wanted:
         if any(files):
-            raise UsageError('redis.tls_… is set, and redis.url is not one of TLS; write rediss in the place of redis')
+            raise UsageError('redis.tls_… is set, but redis.url is without TLS; write rediss instead of redis')
         return None
     if key and not cert:
-        raise UsageError('redis.tls_key_path is set without redis.tls_cert_path; set both, or none')
+        raise UsageError('redis.tls_key_path is set without redis.tls_cert_path; set both, or neither')
     tls = Tls(ca, cert, key, settings.tls_check_hostname)
     try:
         tls.context()
     except (OSError, ValueError) as e:
-        names = ', '.join(str(each) for each in files if each)
+        names = ', '.join(str(file) for file in files if file)
         raise UsageError(
-            f'redis.tls_…: {names}: these are no certificates in PEM, or the key is not theirs: {e}'
+            f'redis.tls_…: {names}: not certificates in PEM, or the key does not belong to the certificate: {e}'
         ) from e
     return tls
 
 
 def _number(text: str) -> int:
-    """The number of a database; 0 for none."""
+    """The number of a database; 0 if there is none."""
     if not re.fullmatch(r'[0-9]{0,5}', text):
         raise _wrong('the database is not a number')
     return int(text or 0)
 
 
 def _places(text: str, port: int) -> Iterator[Place]:
-    for number, each in enumerate(text.split(','), 1):
-        found = _HOST.fullmatch(each)
-        if not found or not 0 < int(found[2] or port) < 65536:
+    """The hosts and ports in a comma-separated list; `port` is the default."""
+    for number, host in enumerate(text.split(','), 1):
+        match = _HOST.fullmatch(host)
+        if not match or not 0 < int(match[2] or port) < 65536:
             raise _wrong(f'host {number} is missing, or not a name with a port from 1 to 65535')
-        yield found[1].strip('[]'), int(found[2] or port)
+        yield match[1].strip('[]'), int(match[2] or port)

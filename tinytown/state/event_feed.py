@@ -1,8 +1,11 @@
-"""The feed: one reader of the town's event stream a process, for all who want to be told what happens.
+"""The event feed: one thread per process reads the town's event stream for all subscribers.
 
-It starts with the first subscriber and ends with the last. To miss nothing, page first and then join where the pages
-ended: `page(store, after)` until a page is not full, then `subscribe(position, deliver)`. Where events are gone
-(the stream was trimmed, reset, or began anew) a page says so, and a subscriber is handed an event that is a gap.
+REST (`rest.sse_events`) and MCP (`mcp.catalog`) subscribe. The reader thread starts with the first subscriber and ends
+after the last one.
+
+To miss no event, call `page(store, after)` until a page is not full, and then `subscribe(position, deliver)` with the
+position that the last page returned. If events are missing (the stream was trimmed, reset, or began anew), the page
+or the subscriber gets a gap: an `Event` without data.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from typing import Any, Final
 from ..errors import TownError
 from .store import Step, Store, text
 
-MOST_KEPT: Final = 1000  # events that a subscriber may be behind when it joins
-PAGE: Final = 500
+MAX_KEPT: Final = 1000  # events that a new subscriber may be behind
+PAGE: Final = 500  # events
 _BLOCK_MS: Final = 1000  # also how long the reader may outlive its last subscriber
-_PAUSE_SECS: Final = 0.5
+_PAUSE_SECS: Final = 0.5  # after an error of Redis
 
 Deliver = Callable[[list['Event']], None]
 Unsubscribe = Callable[[], None]
@@ -28,7 +31,7 @@ Unsubscribe = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change of the town. `data` is its JSON object, as REST shows it; a gap has none: events are missing there."""
+    """A change of the town. `data` is its JSON object, as REST shows it. A gap has none: events are missing here."""
 
     id: str
     data: bytes = b''
@@ -39,33 +42,32 @@ class Event:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """id, type, at, and what it concerns: agent_id, agent_name, task_id, …"""
-        found: dict[str, Any] = json.loads(self.data) if self.data else {'id': self.id, 'type': 'gap'}
-        return found
+        """The parsed JSON object: id, type, at, and the subject: agent_id, agent_name, task_id, …"""
+        fields: dict[str, Any] = json.loads(self.data) if self.data else {'id': self.id, 'type': 'gap'}
+        return fields
 
 
 def order(id: str) -> tuple[int, int]:
-    """A stream id as something that can be compared. Raises ValueError."""
+    """A key that sorts stream ids. Raises ValueError if `id` is not one."""
     ms, _, seq = id.partition('-')
     return int(ms), int(seq or 0)
 
 
-def page(store: Store, after: str, most: int = PAGE) -> Step[tuple[list[Event], str]]:
-    """The events after an id ('$': none, from now on), and the id to go on after.
+def page(store: Store, after: str, limit: int = PAGE) -> Step[tuple[list[Event], str]]:
+    """Up to `limit` events after an id, and the position to continue from. After '$' there are none: it means now.
 
-    A gap comes first where some are missing. The page is the last one if it holds fewer than `most` events.
+    If events are missing after that id, the first event is a gap. A page of fewer than `limit` events is the last one.
     """
-    gap, newest, _, *rows = yield store.events_after(after, most)
-    found = events_of(rows)
-    position = found[-1].id if found else text(newest)
-    return ([Event(after)] if gap else []) + found, position
+    gap, newest, _, *rows = yield store.events_after(after, limit)
+    events = events_of(rows)
+    position = events[-1].id if events else text(newest)
+    return ([Event(after)] if gap else []) + events, position
 
 
 def events_of(rows: list[bytes]) -> list[Event]:
-    """The events in a reply of Redis: id, fields, id, fields, …"""
-    return [
-        Event(text(each), b'{"id":"%b",%b}' % (each, data)) for each, data in zip(rows[::2], rows[1::2], strict=True)
-    ]
+    """The events in a script's reply: id, fields, id, fields, …"""
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return [Event(text(id_), b'{"id":"%b",%b}' % (id_, data)) for id_, data in pairs]
 
 
 @dataclass(eq=False, slots=True)
@@ -80,26 +82,26 @@ class _Subscriber:
 
 
 class EventFeed:
-    """The reader and those who listen to it.
+    """The reader thread and its subscribers.
 
-    `call_soon(f)` runs f where subscribers are to be told, on an event loop's thread, say; without it they are told
-    on the reader's own.
+    `call_soon(f)` runs f on the thread that delivers events, such as the one of an event loop. Without it, the reader
+    thread delivers them.
     """
 
-    def __init__(self, store: Store, call_soon: Callable[[Callable[[], None]], None] = lambda what: what()) -> None:
+    def __init__(self, store: Store, call_soon: Callable[[Callable[[], None]], None] = lambda f: f()) -> None:
         self.call_soon = call_soon
         self._store = store
         self._lock = threading.RLock()
         self._subscribers: list[_Subscriber] = []
         self._kept: deque[Event] = deque()
-        self._floor = (0, 0)  # the ring holds everything after this id
-        self._current: object = None  # stands for the reader that is wanted
+        self._floor = (0, 0)  # `_kept` holds every event after this id
+        self._current: object = None  # identifies the reader that should run; any other one ends
 
     def subscribe(self, position: str, deliver: Deliver) -> Unsubscribe | None:
-        """Has events after a position, as `page` gave it, delivered in order, until the returned function is called.
+        """Delivers the events after `position`, in order, until the returned function is called.
 
-        Those that have arrived already are delivered before this returns. None if that many events have come since
-        that the position is not in reach any more: page on, and try again.
+        Use the position that `page` returned. Events that have already arrived are delivered before this returns.
+        Returns None if the position is too old for the events kept here: read more pages, and try again.
         """
         after = order(position)
         with self._lock:
@@ -113,7 +115,7 @@ class EventFeed:
         return lambda: self._leave(subscriber)
 
     def join(self, deliver: Deliver) -> Unsubscribe:
-        """As `subscribe`, from now on, whatever was missed: a gap comes first."""
+        """As `subscribe`, but from now on, and never None. A gap comes first, for the events that were missed."""
         with self._lock:
             position = self._kept[-1].id if self._kept else '0-0'
             deliver([Event(position)])
@@ -135,7 +137,7 @@ class EventFeed:
         threading.Thread(target=self._read, args=(reader, position), name='feed', daemon=True).start()
 
     def _read(self, reader: object, position: str) -> None:
-        """The reader's thread: whatever happens to Redis, it goes on from where it was."""
+        """The reader thread. After an error of Redis it continues from its last position."""
         pause = threading.Event()
         while reader is self._current:
             try:
@@ -156,9 +158,9 @@ class EventFeed:
                 self._kept.clear()
                 self._floor = (0, 0)
             self._kept.extend(events)
-            while len(self._kept) > MOST_KEPT:
+            while len(self._kept) > MAX_KEPT:
                 self._floor = order(self._kept.popleft().id)
             for subscriber in list(self._subscribers):
                 if events[0].is_gap:
-                    subscriber.after = (0, 0)  # the stream may have begun anew, with lower ids
+                    subscriber.after = (0, 0)  # a stream that began anew may have lower ids
                 subscriber.offer(events)

@@ -1,7 +1,8 @@
-"""The connection of an event loop to Redis: it never waits, and many requests share one write.
+"""An event loop's connection to Redis. It never blocks the loop, and it reconnects by itself.
 
-It pipelines the commands of all requests that are ready together, so that they share one write and, on the server, one
-fsync. It never sends a command again that may have been executed; one that was answered with MOVED was not.
+`http.server` submits the commands of its requests here. The commands that are ready together share one write and, on
+the server, one fsync. A command that may have been executed is never sent again. Only NOSCRIPT and MOVED, which mean
+that Redis did not execute the command, lead to a second send.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from functools import partial
 from typing import Any
 
 from ..errors import TownError, Unavailable
-from .client import NOT_PRIMARY, NOT_YET, TIMEOUT, ErrorReply, RedisConnection, gone
+from .client import NOT_PRIMARY, NOT_YET, TIMEOUT, ErrorReply, RedisConnection, unavailable
 from .endpoints import Endpoint
 
 logger = logging.getLogger('tinytown.state')
 
 
 class PendingCommand:
-    """A packed command on its way, and who waits for its reply. `fallback` is what to send after NOSCRIPT."""
+    """A packed command and the callback `done` for its reply. `fallback` packs what to send after NOSCRIPT."""
 
     __slots__ = ('data', 'done', 'fallback', 'sent_at')
 
@@ -35,14 +36,17 @@ class PendingCommand:
 
 
 class Link:
-    """A connection that an event loop owns. Every method but `close` is called on the loop's thread.
+    """A Redis connection that an event loop owns. Call every method except `close` on the loop's thread.
 
-    After one timeout everything is answered at once with Unavailable until `reconnect`, on a thread of its own, has
-    made a connection that answers PING. A server that says that it takes no writes is left once it has answered what it
-    was sent; what comes meanwhile, or was MOVED, is held for the right one, and refused after TIMEOUT.
+    When the connection fails or a reply is overdue, all pending commands fail with Unavailable. So does every new
+    command, at once, until a reconnect thread has opened a connection that answers PING.
 
-    `call_soon(f)` runs f on the loop's thread; `watch(sock or None, want_write)` tells the loop what to poll; `prepare`
-    may start a server that has died.
+    When the server replies that it does not accept writes (NOT_PRIMARY), the link leaves it as soon as the commands
+    already sent are answered. Meanwhile it holds new commands, and those answered with MOVED. It sends them to the
+    next server, or refuses them after TIMEOUT.
+
+    `call_soon(f)` runs f on the loop's thread. `watch(sock or None, want_write)` sets what the loop polls for this
+    link. `prepare` runs on the reconnect thread before each attempt, and may start a Redis that has died.
     """
 
     def __init__(
@@ -57,13 +61,13 @@ class Link:
         self._watch = watch
         self._prepare = prepare
         self._connection: RedisConnection | None = None
-        self._pending: deque[PendingCommand] = deque()
-        self._held: deque[PendingCommand] = deque()
-        self._leaves = False
-        self._unsent: list[bytes] = []
-        self._blocked = b''
+        self._pending: deque[PendingCommand] = deque()  # in the order of their replies; the last ones may be unsent
+        self._held: deque[PendingCommand] = deque()  # for the next server, while `_is_leaving`
+        self._is_leaving = False
+        self._unsent: list[bytes] = []  # for the next `flush`
+        self._blocked = b''  # what the socket did not take at the last `flush`
         self._closed = threading.Event()
-        self._said = ''
+        self._last_warning = ''
 
     @property
     def is_up(self) -> bool:
@@ -71,28 +75,28 @@ class Link:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a reply is due."""
+        """Whether a reply is outstanding."""
         return bool(self._pending)
 
     @property
     def unsent(self) -> int:
-        """How many commands wait for `flush`."""
+        """How many commands the next `flush` will send."""
         return len(self._unsent)
 
     def submit(self, command: PendingCommand) -> None:
-        """Queues a command; `flush` sends. The reply, an ErrorReply or an Unavailable goes to its `done`."""
+        """Queues a command for `flush`. Its `done` gets the reply, an ErrorReply or an Unavailable."""
         command.sent_at = time.monotonic()
-        if self._leaves:
+        if self._is_leaving:
             self._held.append(command)
             return
         if self._connection is None:
-            command.done(gone('is away; nothing was changed'))
+            command.done(unavailable('is away; nothing was changed'))
             return
         self._pending.append(command)
         self._unsent.append(command.data)
 
     def refuse_unsent(self, error: TownError) -> None:
-        """Takes back what was queued since the last `flush`, and gives the error to those who wait for it."""
+        """Discards the commands queued since the last `flush`, and passes the error to their callbacks."""
         count = len(self._unsent)
         self._unsent.clear()
         refused = [self._pending.pop() for _ in range(count)]
@@ -100,7 +104,7 @@ class Link:
             command.done(error)
 
     def flush(self) -> None:
-        """Sends what was queued, in one write. What the socket does not take is sent when it takes more."""
+        """Sends all queued commands in one write. Keeps what the socket does not take until it is writable again."""
         if self._connection is None or not (self._unsent or self._blocked):
             return
         data = self._blocked + b''.join(self._unsent)
@@ -116,23 +120,26 @@ class Link:
             self._watch(self._connection.sock, bool(self._blocked))
 
     def on_readable(self) -> None:
-        """Hands replies to those who wait, until no more is here: the loop is not told again of what was read ahead."""
+        """Passes every complete reply to its callback.
+
+        It reads until nothing is left: bytes that the parser has read ahead would not make the socket readable again.
+        """
         connection = self._connection
         if connection is None:
             return
         try:
-            reply = connection.receive()  # where nothing is due it tells that the server has closed
+            reply = connection.receive()  # even if none is due: this is how we notice that the server closed
             while reply is not NOT_YET:
                 self._answer(self._next_pending(), reply)
                 reply = connection.receive() if self._pending else NOT_YET
         except Unavailable as e:
             self.drop(e.detail.removeprefix('Redis '))
-        if self._leaves and not self._pending:
-            self.drop('is not the one to ask')
+        if self._is_leaving and not self._pending:
+            self.drop('does not accept writes for this town; looking for the server that does')
 
     def _next_pending(self) -> PendingCommand:
         if not self._pending:
-            raise gone('went away: it said something that nobody had asked for')
+            raise unavailable('went away: it sent a reply that no command was waiting for')
         return self._pending.popleft()
 
     def _answer(self, command: PendingCommand, reply: Any) -> None:
@@ -142,28 +149,28 @@ class Link:
                 self.submit(command)
                 return
             if reply.kind in NOT_PRIMARY:
-                self._leaves = True
+                self._is_leaving = True
             if reply.kind == 'MOVED':
-                self.submit(command)  # it was not executed
+                self.submit(command)  # Redis did not execute it
                 return
         command.done(reply)
 
     def expire(self, now: float) -> None:
-        """Gives up when the oldest command has waited for TIMEOUT."""
+        """Drops the connection if the oldest pending command is overdue. Refuses commands that were held too long."""
         if self._pending and now - self._pending[0].sent_at > TIMEOUT:
             self.drop(f'did not answer within {TIMEOUT:g} s')
         if self._held and now - self._held[0].sent_at > TIMEOUT:
             self._resubmit()
 
     def _resubmit(self) -> None:
-        """Sends what was held, or refuses it where there is still no connection."""
-        self._leaves = False
+        """Submits the held commands again; without a connection, this refuses them."""
+        self._is_leaving = False
         held, self._held = self._held, deque()
         for command in held:
             self.submit(command)
 
     def drop(self, why: str) -> None:
-        """Ends the connection, tells all who wait that their outcome is unknown, and begins to reconnect."""
+        """Closes the connection, fails all pending commands (their outcome is unknown), and starts to reconnect."""
         if self._connection is None:
             return
         self._watch(None, False)
@@ -171,14 +178,14 @@ class Link:
         self._connection = None
         self._blocked = b''
         self._unsent.clear()
-        waiting, self._pending = self._pending, deque()
-        for command in waiting:
-            command.done(gone(f'{why}; whether the change was made is not known'))
-        self._say(why)
+        pending, self._pending = self._pending, deque()
+        for command in pending:
+            command.done(unavailable(f'{why}; whether the change was made is not known'))
+        self._warn(why)
         self.reconnect()
 
     def reconnect(self) -> None:
-        """Tries, on a thread of its own, until there is a connection."""
+        """Starts a thread that tries until it has a connection, or until `close`."""
         threading.Thread(target=self._connect, name='redis-connect', daemon=True).start()
 
     def _connect(self) -> None:
@@ -189,22 +196,22 @@ class Link:
                 connection.ask('PING')
                 self._call_soon(partial(self._attach, connection))
                 return
-            except Exception as e:  # whatever it is, the link must come back
-                self._say(str(e))
+            except Exception as e:  # whatever went wrong, the thread must keep trying
+                self._warn(str(e))
             self._closed.wait(0.2)
 
-    def _say(self, what: str) -> None:
-        """Notes why there is no connection, when that changes."""
-        if what != self._said:
-            self._said = what
-            logger.warning(what)
+    def _warn(self, why: str) -> None:
+        """Logs why there is no connection, unless the last warning was the same."""
+        if why != self._last_warning:
+            self._last_warning = why
+            logger.warning(why)
 
     def _attach(self, connection: RedisConnection) -> None:
         if self._closed.is_set():
             connection.close()
             return
-        logger.log(logging.INFO if self._said else logging.DEBUG, 'connected')
-        self._said = ''
+        logger.log(logging.INFO if self._last_warning else logging.DEBUG, 'connected')
+        self._last_warning = ''
         self._connection = connection
         self._watch(connection.sock, False)
         self._resubmit()

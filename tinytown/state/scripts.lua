@@ -1,11 +1,13 @@
--- The state changes of a town. Every section below becomes one Redis script: what it uses of the prelude, then the body.
--- A body takes its arguments from A, returns {1, ...} when it has done its work, or refuse(code, ...) when it
--- has changed nothing. Whatever it writes (record, indexes, event, history, idempotency record) is one step.
--- KEYS[1] is the town's prefix; every other key is built from it, which a Cluster accepts thanks to the hash tag. There
--- is no key of that very name, so while the slot moves a Cluster answers ASK to every script, and none sees half a town.
--- A section's first line names it: "@script NAME [oom]"; "oom" lets it run when Redis is out of memory.
--- LIVE and ACCEPTING (sets of agent states), CONDUCTOR and BOUNDS (of the histograms, in ms) are inserted above the
--- prelude from model.py.
+-- The state changes of a town. Every section below becomes one Redis script: the parts of the prelude that it uses,
+-- followed by its body. store.py composes the scripts, and explains the keys.
+-- A body takes its arguments from A. It returns {1, ...} on success, or refuse(code, ...) if it has changed nothing.
+-- All its writes (record, indexes, event, history, idempotency record) are atomic.
+-- KEYS[1] is the town's prefix. All other keys begin with it, and a Redis Cluster accepts that because of the hash tag.
+-- No key is named exactly like the prefix. So while the slot moves, a Cluster answers every script with ASK, and none
+-- sees half a town.
+-- The first line of a section is "@script NAME [oom]". With "oom", the script also runs when Redis is out of memory.
+-- Inserted above the prelude, from model.py: LIVE and ACCEPTING (sets of agent states), CONDUCTOR (an agent id), and
+-- BOUNDS (of the histograms, in ms).
 
 -- @prelude
 local P = KEYS[1]
@@ -14,7 +16,7 @@ local A = {unpack(ARGV, 5)}
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local NOW = string.format('%.0f', now)
-local BIRTH = string.format('%.0f', clock[1] * 1000000 + clock[2]) -- in microseconds: of two births one is first
+local BIRTH = string.format('%.0f', clock[1] * 1000000 + clock[2]) -- in microseconds, so that births have an order
 
 local function refuse(code, ...) return {0, code, ...} end
 
@@ -45,9 +47,9 @@ end
 local function json_time(ms) return (ms and ms ~= '') and '"' .. iso(tonumber(ms)) .. '"' or 'null' end
 local function json_string(s) return (s and s ~= '') and cjson.encode(s) or 'null' end
 
--- One event, counted among the totals, and where it concerns a task a line of that task's history.
--- fields: ordered name, value, name, value …
--- Who asks is named by the door; a worker, who does not come through it, speaks for its agent.
+-- Records an event: in the event stream, in the totals, and in the history of the task if there is one.
+-- fields: name, value, name, value …, in the order in which they are written.
+-- `by` is the principal that dispatch names. A worker does not use dispatch: its events are by its agent.
 local function event(kind, task, ...)
   local parts = {'"type":"' .. kind .. '","at":"' .. iso_now() .. '"'}
   if task then parts[#parts + 1] = '"task_id":"' .. task .. '"' end
@@ -69,7 +71,7 @@ local function event(kind, task, ...)
   end
 end
 
--- Adds the time since a moment (in ms; none is passed over) to a histogram among the totals.
+-- Adds the time since a moment (in ms) to a histogram in the totals. Without a moment it does nothing.
 local function observe(name, since)
   if not since or since == '' then return end
   local ms, i = math.max(now - tonumber(since), 0), 1
@@ -78,7 +80,8 @@ local function observe(name, since)
   redis.call('HINCRBY', P .. 'totals', name .. ':ms', ms)
 end
 
--- Id, name and state of the agent that ref (name in any case, id, or unique id prefix) means; nil and a refusal else.
+-- Returns id, name and state of an agent, or nil and a refusal. ref: its name in any case, its id, or a unique prefix
+-- of its id.
 local function resolve(ref)
   local id = redis.call('HGET', P .. 'names', string.lower(ref))
   if not id and #ref >= 4 then
@@ -90,7 +93,7 @@ local function resolve(ref)
   return id, unpack(redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state'))
 end
 
--- As resolve, for an agent that is to be given work now.
+-- As resolve, but refuses an agent that does not accept tasks now.
 local function resolve_accepting(ref)
   local id, name, state = resolve(ref)
   if not id then return nil, name end
@@ -98,14 +101,15 @@ local function resolve_accepting(ref)
   return id, name
 end
 
--- As resolve, for whatever has a mailbox: the conductor too.
+-- As resolve, but finds the conductor too, which also has a mailbox.
 local function resolve_mailbox(ref)
   local known = string.lower(ref)
   if known == 'conductor' or known == 'supervisor' or known == CONDUCTOR then return CONDUCTOR, 'conductor' end
   return resolve(ref)
 end
 
--- The id of whatever has a mailbox, by which its events are told from others; '' if there is none, or none is sought.
+-- The id by which a caller recognises the events of one agent (or the conductor); '' if ref is '' or there is no such
+-- agent.
 local function sought(ref)
   if ref == '' then return '' end
   local id, why = resolve_mailbox(ref)
@@ -113,7 +117,7 @@ local function sought(ref)
   return id or ''
 end
 
--- Rewrites the rendered tail of an agent's record.
+-- Renders the changeable part of an agent's JSON anew.
 local function render_agent(id)
   local key = P .. 'agent:' .. id
   local v = redis.call('HMGET', key, 'state', 'rounds', 'done', 'task', 'host', 'pid', 'beat', 'restarts')
@@ -125,7 +129,7 @@ local function render_agent(id)
     ',"last_heartbeat":', json_time(v[7]), ',"restarts":', v[8]}))
 end
 
--- Sets fields of an agent and keeps the set of live agents and the rendered tail in step with them.
+-- Sets fields of an agent, and updates the set of live agents and the rendered JSON.
 local function set_agent(id, ...)
   redis.call('HSET', P .. 'agent:' .. id, ...)
   local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'born')
@@ -141,7 +145,7 @@ local function agent_json(id)
     .. ',"urgent_len":' .. redis.call('XLEN', inbox .. ':u') .. '}'
 end
 
--- The rendered tail of a task's record. v: state, agent, name, attempt, result, error, dead, started, ended.
+-- The changeable part of a task's JSON. v: state, agent, name, attempt, result, error, dead, started, ended.
 local function task_tail(v, created)
   return table.concat({
     ',"state":"', v[1], '","agent_id":', json_string(v[2]), ',"agent_name":', json_string(v[3]),
@@ -149,7 +153,7 @@ local function task_tail(v, created)
     ',"created_at":"', created, '","started_at":', json_time(v[8]), ',"ended_at":', json_time(v[9]), '}'})
 end
 
--- Rewrites the rendered tail of a task's record. Returns its state, its agent, and when it ended ('': not yet).
+-- Renders the changeable part of a task's JSON anew. Returns the task's state, its agent, and its end ('': not yet).
 local function render_task(id)
   local key = P .. 'task:' .. id
   local v = redis.call('HMGET', key, 'state', 'agent', 'name', 'attempt', 'result', 'error', 'dead', 'started', 'ended', 'born')
@@ -162,8 +166,7 @@ local function task_json(id)
   return v[1] .. ',"tags":' .. v[2] .. v[3]
 end
 
--- Sets fields of a task, and keeps every index (all, by state, by agent, by agent and state) and the rendered tail
--- in step with them.
+-- Sets fields of a task, and updates every index (all, by state, by agent, by agent and state) and the rendered JSON.
 local function set_task(id, ...)
   local key = P .. 'task:' .. id
   local was = redis.call('HMGET', key, 'state', 'agent', 'born', 'ended')
@@ -185,8 +188,8 @@ local function set_task(id, ...)
   if ended ~= '' then redis.call('ZADD', P .. 'ended', ended, id) else redis.call('ZREM', P .. 'ended', id) end
 end
 
--- A new task: in the inbox of an agent, or, without one, in the backlog. head: JSON object of task_id and description,
--- its brace left open; brief: the start of the description as a JSON string; from: the creator's id.
+-- Creates a task: in the inbox of an agent, or without an agent in the backlog. head: JSON object of task_id and
+-- description, without its closing brace; brief: the start of the description as a JSON string; from: the creator's id.
 local function new_task(id, head, brief, tags, from, max, agent, name)
   local state, entry, queued, tasks = 'pending', '', '', P .. 'tasks'
   if agent then
@@ -214,7 +217,8 @@ local function queue_task(id, agent, name)
   event('task.assigned', id, 'agent_id', agent, 'agent_name', name)
 end
 
--- Takes a task from whoever has it: its inbox entry, lease and place among the running ones go.
+-- Takes a task away from its agent: removes its inbox entry, its lease, its pause, and its place among the running
+-- tasks. Returns the agent's id.
 local function detach_task(id)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'entry')
   if v[2] ~= '' then redis.call('XDEL', P .. 'inbox:' .. v[1] .. ':t', v[2]) end
@@ -234,7 +238,7 @@ local function task_to_backlog(id, why)
   event('task.requeued', id, 'agent_id', agent, 'agent_name', v[1], 'attempt', tonumber(v[2]), 'why', why)
 end
 
--- A message that was delivered as often as it may be becomes a dead letter.
+-- Turns a message whose deliveries are used up into a dead letter.
 local function bury_message(agent, name, lane, entry, tries)
   local record = entry[2][2]
   local id = string.match(record, '^{"id":"([^"]*)"')
@@ -248,10 +252,11 @@ local function bury_message(agent, name, lane, entry, tries)
   event('message.dead_lettered', nil, 'agent_id', agent, 'agent_name', name, 'message_id', id)
 end
 
--- An attempt that its holder failed (it died, or was not heard of): the task is queued again, for the same agent (inbox)
--- after a pause, or for any (backlog); after its last attempt it is given up and becomes a dead letter. But what is being
--- stopped gives its task back: that someone stopped an agent says nothing of the task.
--- pauses: seconds, comma-separated, by attempt; the last one counts for the rest.
+-- Ends an attempt whose holder died or fell silent. The task is queued again: for the same agent after a pause
+-- (to = 'inbox'), or in the backlog. After its last attempt it becomes a dead letter.
+-- If the agent is Draining, the task always returns to the backlog: that somebody stopped an agent says nothing about
+-- the task.
+-- pauses: seconds, comma-separated, by attempt; the last one holds for all further attempts.
 local function fail_attempt(id, why, to, pauses)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'attempt', 'max', 'agent', 'name')
   local attempt = tonumber(v[1])
@@ -276,7 +281,7 @@ local function fail_attempt(id, why, to, pauses)
   event('task.requeued', id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', attempt, 'why', why, 'pause', tonumber(pause))
 end
 
--- A failed or cancelled task gets a full set of attempts again. Its attempt number goes on rising, so that a report of
+-- Gives a failed or cancelled task its full number of attempts again. The attempt number keeps rising, so a report of
 -- an old attempt stays stale.
 local function retry_task(id)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'attempt', 'tries')
@@ -286,7 +291,7 @@ local function retry_task(id)
   event('task.retried', id, 'attempt', tonumber(v[1]))
 end
 
--- Queues again, in place, what an agent's process was running.
+-- Queues the running tasks of an agent again, in their old places in its inbox.
 local function keep_running(agent, name, why)
   local tasks = redis.call('SMEMBERS', P .. 'agent:' .. agent .. ':running')
   for _, id in ipairs(tasks) do
@@ -309,7 +314,7 @@ local function delete_task(id)
   redis.call('DEL', P .. 'task:' .. id, P .. 'task:' .. id .. ':log')
 end
 
--- The tasks that wait in an agent's inbox, oldest first. An entry that stands for no such task is dropped.
+-- The tasks that wait in an agent's inbox, oldest first. Drops entries that match no such task.
 local function queued_tasks(agent, limit)
   local stream, tasks = P .. 'inbox:' .. agent .. ':t', {}
   for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+', 'COUNT', limit)) do
@@ -320,7 +325,7 @@ local function queued_tasks(agent, limit)
   return tasks
 end
 
--- Moves the messages that wait longest in one lane of an inbox to another mailbox. Returns how many.
+-- Moves the oldest messages of one lane of an inbox to another mailbox. Returns how many.
 local function move_messages(from, to, lane, limit)
   local moved = redis.call('XRANGE', P .. 'inbox:' .. from .. ':' .. lane, '-', '+', 'COUNT', limit)
   for _, entry in ipairs(moved) do
@@ -330,8 +335,8 @@ local function move_messages(from, to, lane, limit)
   return #moved
 end
 
--- A page of a sorted set, from a cursor "<score>_<member>" (exclusive) on. render(member) gives JSON.
--- At most limit items or about a mebibyte. Returns {1, count, next, joined}.
+-- A page of a sorted set, after the cursor "<score>_<member>". render(member) returns JSON. The page has at most limit
+-- items or about a mebibyte. Returns {1, members in the set, next cursor or '', items joined by commas}.
 local function page(key, cursor, limit, backwards, render)
   limit = tonumber(limit)
   local count = redis.call('ZCARD', key)
@@ -368,7 +373,7 @@ local function page(key, cursor, limit, backwards, render)
   return {1, count, following, table.concat(out, ',')}
 end
 
--- Refuses an order for a host that no townhall serves. ms: after how long one that is not heard of counts as silent.
+-- Refuses an order for a host that no townhall serves. ms: time without a heartbeat after which a townhall is silent.
 local function refuse_host(host, ms)
   local heard = redis.call('ZSCORE', P .. 'hosts', host)
   if not heard then
@@ -381,7 +386,7 @@ local function refuse_host(host, ms)
   end
 end
 
--- Refuses the name of a host that a townhall in another place goes by. A townhall that is silent, for ms, is forgotten.
+-- Refuses a host name that a townhall in another place uses. Forgets townhalls that were silent for ms.
 local function refuse_name(host, place, ms)
   local key = P .. 'host:' .. host
   local halls = redis.call('HGETALL', key)
@@ -392,16 +397,16 @@ local function refuse_name(host, place, ms)
   end
 end
 
--- Gives the townhalls of a host an order: what to do (spawn, restart, stop, forget) with which instance of an agent, and
--- further fields by name. Returns its id.
+-- Adds an order for the townhalls of a host: the verb (spawn, restart, stop, forget), the instance of an agent, and
+-- further fields by name. Returns the order's id.
 local function order(host, verb, agent, instance, ...)
   return redis.call('XADD', P .. 'host:' .. host .. ':orders', 'MAXLEN', '~', 10000, '*',
     'verb', verb, 'agent', agent, 'instance', instance, 'by', BY, ...)
 end
 
 -- @script open oom
--- Binds the name of a town to one town. A: town id, or '' for whichever has it. Refuses town-name-taken with the id that
--- has it, and no-such-town where '' finds none. Returns {1, town id}.
+-- Binds a town's name to one town. A: town id, or '' for the town that owns the name. Refuses town-name-taken, with the
+-- owner's id, and no-such-town if '' finds none. Returns {1, town id}.
 local owner = redis.call('HGET', P .. 'town', 'id')
 local name = string.match(P, '{(.*)}')
 if A[1] == '' then return owner and {1, owner} or refuse('no-such-town', name) end
@@ -413,10 +418,10 @@ if owner ~= A[1] then return refuse('town-name-taken', owner) end
 return {1, owner}
 
 -- @script register
--- A new agent, state Starting. A: id, name, json head, most live agents, most rounds, instance that will run it,
--- the process that starts it, its host; and if a townhall there is to start it: ms within which, and after which it is
--- silent. Returns {1, id, that order or ''}.
--- Atomic so that one name is never two agents and the limit on live ones holds under concurrent spawns.
+-- Creates an agent in state Starting. A: id, name, JSON head, limit of live agents, limit of rounds, the instance that
+-- will run it, the process that starts it, its host. If a townhall on that host must start it, two more: the ms within
+-- which, and the ms after which a townhall is silent. Returns {1, id, id of the order or ''}.
+-- Atomic, so that two agents never share a name, and concurrent spawns never exceed the limit of live agents.
 local id, name, head, max, rounds, instance, starter, host, within, silence = unpack(A)
 local why = within and refuse_host(host, silence)
 if why then return why end
@@ -432,8 +437,8 @@ event('agent.registered', nil, 'agent_id', id, 'agent_name', name)
 return {1, id, within and order(host, 'spawn', id, instance, 'within', within) or ''}
 
 -- @script restarting
--- A stopped agent is to run again. A: agent, most live agents, instance that will run it, the process that starts it, and
--- what register takes for its host. Refuses what is still live. Returns {1, id, name, that order or ''}.
+-- Puts a stopped agent into state Starting. A: agent, limit of live agents, the instance that will run it, the process
+-- that starts it, then the host as in register. Refuses a live agent. Returns {1, id, name, id of the order or ''}.
 local id, name, state = resolve(A[1])
 if not id then return name end
 if LIVE[state] then return refuse('agent-live', name, state) end
@@ -447,8 +452,8 @@ event('agent.restarting', nil, 'agent_id', id, 'agent_name', name)
 return {1, id, name, A[6] and order(A[5], 'restart', id, A[3], 'within', A[6]) or ''}
 
 -- @script hello oom
--- The worker process for which an agent was registered or restarted takes it over; any other instance is fenced.
--- A task that an earlier one was running is queued again in the same inbox, its attempt counted.
+-- The worker process of the registered instance takes an agent over; any other instance is fenced off.
+-- A task that an earlier process was running is queued again in the same inbox, and its attempt stays counted.
 -- A: agent id, instance, host, boot id, pid, process start. Returns {1, max rounds}.
 local id, instance, host, boot, pid, start = unpack(A)
 local key = P .. 'agent:' .. id
@@ -463,14 +468,16 @@ event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
 return {1, v[2]}
 
 -- @script pickup oom
--- What an agent does next. A: agent id, instance, most messages, most deliveries of one, where its log ends ('': not said).
--- A message that was delivered so often and never acknowledged becomes a dead letter.
--- Taking a task counts its attempt and starts its lease; asking again while this instance holds one gives the same
--- attempt (the reply may have been lost). Every entry that is looked at is started or dropped, so the caller always
--- makes progress. Information and confirmations alone start no round: they wait for the next one, unless there are so
--- many that they would hide what comes after them.
--- Returns {1, 'rest', state, last urgent and normal entry seen}, or {1, 'work', task or false, messages, backlog}:
--- task {id, attempt, head, tags}, message {lane, entry, kind, json}, backlog JSON array of the 50 oldest, in brief.
+-- Picks an agent's next work. A: agent id, instance, limit of messages, limit of deliveries of one message, the end of
+-- its log ('': unknown).
+-- A message that reached its limit of deliveries without an acknowledgement becomes a dead letter.
+-- Taking a task counts an attempt and starts a lease. If this instance already holds a task, it gets the same attempt
+-- again: the reply may have been lost. Every inbox entry that the script looks at is started or dropped, so the caller
+-- always makes progress. Messages of the kinds info and ack alone start no round. They wait for the next one, unless
+-- there are so many that they would hide the messages behind them.
+-- Returns {1, 'rest', state, last urgent entry seen, last normal entry seen}, or {1, 'work', task or false, messages,
+-- backlog}. A task is {id, attempt, head, tags}; a message is {lane, entry, kind, JSON}; the backlog is a JSON array of
+-- its 50 oldest tasks, in brief.
 local id, instance, most, tries, log = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
@@ -531,9 +538,9 @@ end
 return {1, 'work', task, messages, '[' .. table.concat(backlog, ',') .. ']'}
 
 -- @script beat oom
--- A worker is alive and holds these tasks. A: agent id, instance, then task, attempt, …
--- Counts a beat for the agent, and for each task that it still holds. Returns {1, state, the tasks that are no longer its own}: one that was
--- finished under the same attempt is not lost, one that was cancelled or taken over is.
+-- A worker's heartbeat. A: agent id, instance, then task, attempt, … for the tasks that it holds.
+-- Counts a heartbeat for the agent, and for each task that it still holds. Returns {1, state, lost tasks}. A task is
+-- lost if it was cancelled or taken away, but not if it was finished under the same attempt.
 local id, instance = A[1], A[2]
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'state', 'name')
@@ -552,9 +559,9 @@ end
 return {1, v[2], lost}
 
 -- @script finish oom
--- The end of a task. A: task, attempt ('' for an operator's override), completed or failed, result JSON, error JSON,
--- the agent that must hold it ('' for any).
--- The attempt decides: another one is refused (stale-attempt), the same outcome of the same attempt again is 'already'.
+-- Ends a task. A: task, attempt ('' for an operator's override), 'completed' or 'failed', result JSON, error JSON, the
+-- agent that must hold it ('' for any).
+-- A report of another attempt is refused (stale-attempt). The same attempt and outcome again is 'already'.
 -- Returns {1, 'done' or 'already', state}.
 local id, attempt, outcome, result, err, holder = unpack(A)
 local key = P .. 'task:' .. id
@@ -583,8 +590,8 @@ event('task.' .. outcome, id, 'agent_id', v[3], 'agent_name', v[4], 'attempt', t
 return {1, 'done', outcome}
 
 -- @script round_done oom
--- The end of a worker's round: its messages are acknowledged. A: agent id, instance; task, attempt and where the log of
--- that run ends ('' three times: it was of no task); then lane, entry, …
+-- Ends a worker's round and acknowledges its messages. A: agent id, instance; then task, attempt and the end of that
+-- run's log ('' three times for a round without a task); then lane, entry, …
 -- Returns {1, state, rounds completed}.
 local id, instance = A[1], A[2]
 local key = P .. 'agent:' .. id
@@ -604,8 +611,8 @@ set_agent(id, 'state', state, 'task', '', 'idle', NOW)
 return {1, state, rounds}
 
 -- @script depart oom
--- An agent's process is gone for good. A: agent id, instance ('' for any), state it ends in, why, where its unfinished
--- task goes: 'backlog', or 'inbox' to be queued again for the same agent. Its attempt stays counted.
+-- An agent's process has ended for good. A: agent id, instance ('' for any), the agent's new state, why, and where its
+-- unfinished task goes: 'backlog', or 'inbox' to queue it again for the same agent. The attempt stays counted.
 -- Returns {1, requeued task ids}.
 local id, instance, state, why, to = unpack(A)
 local key = P .. 'agent:' .. id
@@ -625,8 +632,8 @@ if v[3] ~= state then event('agent.' .. string.lower(state), nil, 'agent_id', id
 return {1, tasks}
 
 -- @script steer
--- A person pauses, resumes or closes an agent; its worker is rung. A: agent, verb, target state, then the states from
--- which that is legal. Resuming an agent that holds a task makes it Working. Returns {1, name, state}.
+-- Pauses, resumes or closes an agent, and wakes its worker. A: agent, verb, target state, then the states from which
+-- this is legal. Resuming an agent that holds a task makes it Working. Returns {1, name, state}.
 local id, name, state = resolve(A[1])
 if not id then return name end
 local key, target, legal = P .. 'agent:' .. id, A[3], false
@@ -641,9 +648,9 @@ event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
 return {1, name, target}
 
 -- @script remove
--- Forgets an agent that has no process. A: agent id, the host that asks ('': none). What waits in its inbox is not lost:
--- tasks return to the backlog, messages go to the conductor's mailbox. Another host on which it ran is to forget it too.
--- Returns {1, name}.
+-- Deletes an agent that has no process. A: agent id, the caller's host ('': none). Nothing in its inbox is lost: tasks
+-- return to the backlog, messages go to the conductor's mailbox. If the agent ran on another host, that host gets an
+-- order to forget it. Returns {1, name}.
 local id = A[1]
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'name', 'state', 'host')
@@ -669,7 +676,7 @@ end
 return {1, v[1]}
 
 -- @script assign
--- A new task, straight into an agent's inbox. A: agent, then what new_task takes first.
+-- Creates a task in an agent's inbox. A: agent, then the first six arguments of new_task.
 -- Returns {1, task id, agent id, agent name}.
 local agent, name = resolve_accepting(A[1])
 if not agent then return name end
@@ -677,13 +684,13 @@ new_task(A[2], A[3], A[4], A[5], A[6], A[7], agent, name)
 return {1, A[2], agent, name}
 
 -- @script backlog_add
--- A new task for whoever claims it. A: what new_task takes. Returns {1, task id}.
+-- Creates a task in the backlog. A: the first six arguments of new_task. Returns {1, task id}.
 new_task(unpack(A))
 return {1, A[1]}
 
 -- @script claim
--- Gives a task of the backlog to an agent. A: task, agent. Both are checked before anything moves, so a claim by an
--- unknown agent leaves the task where it is, and of many claimers exactly one wins. Returns {1, task, agent id, name}.
+-- Gives a task of the backlog to an agent. A: task, agent. Both are checked before the task moves: a claim by an
+-- unknown agent leaves it in the backlog, and exactly one of many claimers wins. Returns {1, task, agent id, name}.
 local agent, name = resolve_accepting(A[2])
 if not agent then return name end
 local state = redis.call('HGET', P .. 'task:' .. A[1], 'state')
@@ -693,7 +700,7 @@ queue_task(A[1], agent, name)
 return {1, A[1], agent, name}
 
 -- @script assign_all
--- Gives the oldest tasks of the backlog to one agent. A: agent, most tasks (bounded: a script blocks the server).
+-- Gives the oldest tasks of the backlog to one agent. A: agent, limit of tasks (because a script blocks the server).
 -- Returns {1, task ids}.
 local agent, name = resolve_accepting(A[1])
 if not agent then return name end
@@ -702,7 +709,7 @@ for _, task in ipairs(tasks) do queue_task(task, agent, name) end
 return {1, tasks}
 
 -- @script backlog_remove
--- Forgets a task that nobody has. A: task. Returns {1, task}.
+-- Deletes a task of the backlog. A: task. Returns {1, task}.
 local state = redis.call('HGET', P .. 'task:' .. A[1], 'state')
 if not state then return refuse('task-not-found', A[1]) end
 if state ~= 'pending' then return refuse('task-not-pending', A[1], state) end
@@ -711,7 +718,7 @@ event('backlog.removed', nil, 'task_id', A[1])
 return {1, A[1]}
 
 -- @script cancel oom
--- Ends a task that is not finished; a worker that runs it learns so from its next heartbeat. A: task. Returns {1, task}.
+-- Cancels an unfinished task. A worker that runs it learns this from its next heartbeat. A: task. Returns {1, task}.
 local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'agent', 'name', 'attempt')
 if not v[1] then return refuse('task-not-found', A[1]) end
 if v[1] == 'completed' or v[1] == 'failed' or v[1] == 'cancelled' then return refuse('task-finished', A[1], v[1]) end
@@ -729,7 +736,7 @@ retry_task(A[1])
 return {1, A[1]}
 
 -- @script send
--- A message. A: agent, sender ('' for the conductor), lane (u or n), message id, the rest of its JSON, kind.
+-- Sends a message. A: agent, sender ('' for the conductor), lane (u or n), message id, the rest of its JSON, kind.
 -- Returns {1, message id, agent name}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
@@ -743,8 +750,8 @@ event('message.sent', nil, 'agent_id', id, 'agent_name', name, 'message_id', A[4
 return {1, A[4], name}
 
 -- @script ack
--- Clears messages out of a mailbox. A: agent, then message ids; none: all messages (queued tasks stay).
--- Returns {1, agent name, removed}.
+-- Deletes messages from a mailbox. A: agent, then message ids; without ids all messages. Queued tasks stay.
+-- Returns {1, agent name, number of deleted messages}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
 local lanes = {P .. 'inbox:' .. id .. ':u', P .. 'inbox:' .. id .. ':n'}
@@ -772,8 +779,9 @@ end
 return {1, name, removed}
 
 -- @script inbox oom
--- What waits for an agent. A: agent, most items, cursor ("<lane>-<stream id>", exclusive, or '').
--- Urgent messages, then messages, then queued tasks. Returns {1, agent name, normal, urgent, next, joined}.
+-- A page of an agent's inbox: urgent messages, then normal ones, then queued tasks. A: agent, limit, cursor
+-- ("<lane>-<stream id>", exclusive, or ''). Returns {1, agent name, number of normal messages and tasks, number of
+-- urgent messages, next cursor or '', items joined by commas}.
 local id, name = resolve_mailbox(A[1])
 if not id then return name end
 local inbox = P .. 'inbox:' .. id .. ':'
@@ -813,22 +821,22 @@ end
 return {1, name, lengths.n + lengths.t, lengths.u, following, table.concat(out, ',')}
 
 -- @script agents oom
--- A page of agents, by birth. A: most, cursor.
+-- A page of agents, by birth. A: limit, cursor.
 return page(P .. 'agents', A[2], A[1], false, agent_json)
 
 -- @script agents_open oom
--- A page of the live agents, by birth. A: most, cursor.
+-- A page of the live agents, by birth. A: limit, cursor.
 return page(P .. 'live', A[2], A[1], false, agent_json)
 
 -- @script agent oom
--- One agent. A: agent. Returns {1, id, name, json, state, instance, host, boot id, pid, process start}.
+-- One agent. A: agent. Returns {1, id, name, JSON, state, instance, host, boot id, pid, process start}.
 local id, name = resolve(A[1])
 if not id then return name end
 local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'instance', 'host', 'boot', 'pid', 'start')
 return {1, id, name, agent_json(id), v[1], v[2], v[3], v[4], v[5], v[6]}
 
 -- @script agent_result oom
--- The last task that an agent finished. A: agent. Returns {1, name, json or ''}.
+-- The last task that an agent finished. A: agent. Returns {1, name, the task's JSON or ''}.
 local id, name = resolve(A[1])
 if not id then return name end
 local last = redis.call('HGET', P .. 'agent:' .. id, 'last')
@@ -836,10 +844,10 @@ if not last or redis.call('EXISTS', P .. 'task:' .. last) == 0 then return {1, n
 return {1, name, task_json(last)}
 
 -- @script stats oom
--- What a town holds and has done, for those who watch it. A: ms after which an idle agent is at rest, ms after which a
--- worker that was not heard of counts as silent.
--- Returns {1, time, {backlog, assigned, running, dead letters, urgent messages in agents' inboxes, live agents at rest,
--- live agents that are not silent}, {state, agents in it, …}, {total, count, …}}.
+-- The statistics of a town, for metrics and scaling. A: ms after which an idle agent is at rest, ms without a heartbeat
+-- after which a worker is silent.
+-- Returns {1, time, {tasks in the backlog, assigned tasks, running tasks, dead letters, urgent messages in agents'
+-- inboxes, live agents at rest, live agents that are not silent}, {state, agents in it, …}, {total, count, …}}.
 local states, urgent, resting, heard = {}, 0, 0, 0
 for _, id in ipairs(redis.call('ZRANGE', P .. 'agents', 0, -1)) do
   local v = redis.call('HMGET', P .. 'agent:' .. id, 'state', 'idle', 'beat')
@@ -863,8 +871,8 @@ return {1, iso(now), {counts[1], counts[2], counts[3], counts[4], urgent, restin
   redis.call('HGETALL', P .. 'totals')}
 
 -- @script evidence oom
--- What is known of the processes of the agents in some states. A: states.
--- Returns {1, agents in all, {{id, name, state, instance, host, boot id, pid, process start, heartbeat age in ms}, …}}.
+-- What is recorded about the processes of the agents in some states. A: states. Returns {1, number of all agents,
+-- {{id, name, state, instance, host, boot id, pid, process start, heartbeat age in ms}, …}}.
 local wanted, out = {}, {}
 for i = 1, #A do wanted[A[i]] = true end
 local all = redis.call('ZRANGE', P .. 'agents', 0, -1)
@@ -878,8 +886,8 @@ end
 return {1, #all, out}
 
 -- @script status oom
--- A page of agents with the counts of the town. A: most, cursor, most events. Returns what page does, then the counts
--- of tasks as a JSON object and the latest events, newest first, joined.
+-- A page of agents and a summary of the town. A: limit, cursor, limit of events. Returns the reply of page, then the
+-- number of tasks by state as a JSON object, and the latest events, newest first, joined by commas.
 local found = page(P .. 'agents', A[2], A[1], false, agent_json)
 local counts = {}
 for _, state in ipairs({'pending', 'assigned', 'running', 'completed', 'failed', 'cancelled'}) do
@@ -894,7 +902,7 @@ found[6] = table.concat(recent, ',')
 return found
 
 -- @script tasks oom
--- A page of tasks, newest first. A: most, cursor, state or '', agent or ''.
+-- A page of tasks, newest first. A: limit, cursor, state or '', agent or ''.
 local key = P .. 'tasks'
 if A[4] ~= '' then
   local id, name = resolve(A[4])
@@ -905,27 +913,28 @@ if A[3] ~= '' then key = key .. ':' .. A[3] end
 return page(key, A[2], A[1], true, task_json)
 
 -- @script task oom
--- One task. A: task. Returns {1, json}.
+-- One task. A: task. Returns {1, JSON}.
 if redis.call('EXISTS', P .. 'task:' .. A[1]) == 0 then return refuse('task-not-found', A[1]) end
 return {1, task_json(A[1])}
 
 -- @script pending oom
--- A page of the tasks that wait in inboxes, oldest first. A: most, cursor.
+-- A page of the tasks that wait in inboxes, oldest first. A: limit, cursor.
 return page(P .. 'tasks:assigned', A[2], A[1], false, function(id)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'j', 'agent', 'name')
   return v[1] .. ',"agent_id":"' .. v[2] .. '","agent_name":"' .. v[3] .. '"}'
 end)
 
 -- @script backlog oom
--- A page of the backlog, oldest first. A: most, cursor.
+-- A page of the backlog, oldest first. A: limit, cursor.
 return page(P .. 'tasks:pending', A[2], A[1], false, function(id)
   local v = redis.call('HMGET', P .. 'task:' .. id, 'j', 'tags')
   return v[1] .. ',"tags":' .. v[2] .. '}'
 end)
 
 -- @script reclaim
--- Moves what waits in the inbox of an agent that does not run. A: agent id, agent it goes to ('' for the backlog),
--- most tasks. Messages go along to an agent; they stay when the tasks go to the backlog. Returns {1, tasks, messages}.
+-- Moves the inbox of an agent that does not run. A: agent id, the agent that receives it ('' for the backlog), limit of
+-- tasks and of messages per lane. To an agent it moves tasks and messages, to the backlog only tasks.
+-- Returns {1, number of moved tasks, number of moved messages}.
 local v = redis.call('HMGET', P .. 'agent:' .. A[1], 'name', 'state')
 if not v[1] then return refuse('agent-not-found', A[1]) end
 if LIVE[v[2]] then return refuse('agent-live', v[1], v[2]) end
@@ -946,7 +955,7 @@ end
 return {1, #tasks, messages}
 
 -- @script orphans
--- Unfinished tasks whose agent is gone or does not run. A: action (list, to_backlog, cancel, delete), most.
+-- Unfinished tasks whose agent is deleted or does not run. A: action (list, to_backlog, cancel, delete), limit.
 -- Returns {1, {{task, agent id, state, reason}, …}}.
 local action, most, out, states = A[1], tonumber(A[2]), {}, {}
 for _, state in ipairs({'assigned', 'running'}) do
@@ -974,25 +983,27 @@ end
 return {1, out}
 
 -- @script purge_tasks oom
--- Deletes tasks, whatever their state. A: most. Returns {1, deleted, left}.
+-- Deletes tasks in any state. A: limit. Returns {1, number of deleted tasks, number of tasks left}.
 local ids = redis.call('ZRANGE', P .. 'tasks', 0, tonumber(A[1]) - 1)
 for _, id in ipairs(ids) do delete_task(id) end
 return {1, #ids, redis.call('ZCARD', P .. 'tasks')}
 
 -- @script purge_rest oom
--- Deletes what a town without agents and tasks still holds: the conductor's mailbox, events, totals. Returns {1}.
+-- Deletes what remains in a town without agents and tasks: the conductor's mailbox, dead letters, events,
+-- totals. Returns {1}.
 local inbox = P .. 'inbox:' .. CONDUCTOR
 for _, id in ipairs(redis.call('ZRANGE', P .. 'dead', 0, -1)) do redis.call('DEL', P .. 'dead:' .. id) end
 redis.call('DEL', inbox .. ':u', inbox .. ':n', P .. 'dead')
-redis.call('XTRIM', P .. 'events', 'MAXLEN', 0) -- not deleted: its ids must go on rising
+redis.call('XTRIM', P .. 'events', 'MAXLEN', 0) -- not deleted: its ids must keep rising
 event('town.reset', nil)
 redis.call('DEL', P .. 'totals')
 return {1}
 
 -- @script events oom
--- What happened after an event. A: its id ('$': from now on), most, an agent that the caller is interested in or ''.
--- Returns {1, gap, last id, id of that agent, id, event, id, event, …}. The agent may be one that is gone: '' then.
--- gap is 1 where events after it are gone (trimmed, or the stream began anew); the page then begins with the oldest.
+-- The events after an event. A: its id ('$': from now on), limit, an agent that the caller is interested in or ''.
+-- Returns {1, gap, last id, that agent's id ('' if it does not exist), id, event, id, event, …}.
+-- gap is 1 if events after that id are missing (trimmed, or the stream began anew). The page then begins with the
+-- oldest event.
 local key = P .. 'events'
 local agent, why = sought(A[3])
 if not agent then return why end
@@ -1016,7 +1027,8 @@ end
 return out
 
 -- @script latest_events oom
--- What happened last, newest first. A: most, an agent or ''. Returns {1, id of that agent, id, event, id, event, …}.
+-- The latest events, newest first. A: limit, an agent or ''.
+-- Returns {1, that agent's id or '', id, event, id, event, …}.
 local agent, why = sought(A[2])
 if not agent then return why end
 local out = {1, agent}
@@ -1027,8 +1039,9 @@ end
 return out
 
 -- @script begin oom
--- Reserves the idempotency key of an operation that is more than one step. A: key, fingerprint, seconds it may take.
--- Returns {1, 'new'} for the first, {1, 'done', answer JSON} for a repetition of one that has ended.
+-- Reserves the idempotency key of an operation that needs several commands. A: key, fingerprint, seconds it may take.
+-- Returns {1, 'new'} for the first request, and {1, 'done', answer JSON} for a repetition after the end of the first.
+-- Refuses in-progress before that.
 local key = P .. 'idem:' .. A[1]
 local seen = redis.call('HMGET', key, 'f', 'r')
 if not seen[1] then
@@ -1041,7 +1054,8 @@ if not seen[2] then return refuse('in-progress', string.match(A[1], '[^ ]*$')) e
 return {1, 'done', seen[2]}
 
 -- @script settle oom
--- The end of what `begin` reserved. A: key, answer JSON ('' if it failed: the key is free again), seconds to keep it.
+-- Ends an operation whose key `begin` reserved. A: key, answer JSON ('' if it failed, which frees the key), seconds to
+-- keep the answer. Returns {1}.
 local key = P .. 'idem:' .. A[1]
 if A[2] == '' then redis.call('DEL', key)
 else
@@ -1050,10 +1064,11 @@ else
 end
 return {1}
 
--- @script care oom
--- Which townhall is the caretaker of the town, or of a host. A: token, host ('' for the town); then token and count of
--- another one that has not moved for too long, or ''. Counts are compared and not times, so that no clock has a say.
--- Returns {1, token, count} of the caretaker, which the caller is if the token is its own.
+-- @script elect_supervisor oom
+-- Elects the townhall whose supervisor is active for the town or for a host, and counts its heartbeat. A: token, host
+-- ('' for the town); then token and count of a rival whose count has not moved for too long, or ''. Comparing counts
+-- instead of times makes the election independent of clocks.
+-- Returns {1, token, count} of the active supervisor: it is the caller if the token is the caller's.
 local key = P .. 'caretaker' .. (A[2] == '' and '' or ':' .. A[2])
 local v = redis.call('HMGET', key, 'token', 'count')
 if not v[1] or v[1] == A[1] or (v[1] == A[3] and v[2] == A[4]) then
@@ -1062,15 +1077,15 @@ if not v[1] or v[1] == A[1] or (v[1] == A[3] and v[2] == A[4]) then
 end
 return {1, v[1], v[2]}
 
--- @script care_no_more oom
--- A caretaker ends, and another may begin at once. A: token, host ('' for the town). Returns {1}.
+-- @script resign_supervisor oom
+-- A supervisor ends, so that another can become active at once. A: token, host ('' for the town). Returns {1}.
 local key = P .. 'caretaker' .. (A[2] == '' and '' or ':' .. A[2])
 if redis.call('HGET', key, 'token') == A[1] then redis.call('HDEL', key, 'token') end
 return {1}
 
 -- @script host_here oom
--- A townhall serves a host. A: host, token, the place that this is, its URL, ms after which a townhall is silent.
--- Refuses the name of a host that a townhall in another place goes by now. What was not heard of for a week is forgotten.
+-- The heartbeat of a townhall that serves a host. A: host, token, place, URL, ms after which a townhall is silent.
+-- Refuses a host name that a townhall in another place uses now. Forgets hosts without a heartbeat for a week.
 -- Returns {1}.
 local host, token, place, url, silence = unpack(A)
 local taken = refuse_name(host, place, silence)
@@ -1084,18 +1099,18 @@ end
 return {1}
 
 -- @script host_name oom
--- Whether a place may go by the name of a host. A: host, place, ms after which a townhall is silent. Refuses as host_here
--- does. Returns {1}.
+-- Checks whether a place may use a host name. A: host, place, ms after which a townhall is silent. Refuses like
+-- host_here. Returns {1}.
 return refuse_name(A[1], A[2], A[3]) or {1}
 
 -- @script host_gone oom
--- A townhall ends. A: host, token. Returns {1}.
+-- A townhall ends: removes it from its host. A: host, token. Returns {1}.
 redis.call('HDEL', P .. 'host:' .. A[1], A[2])
 return {1}
 
 -- @script hosts oom
--- The hosts that townhalls serve or that live agents run on, by name. A: ms after which a townhall is silent, a host or ''
--- for all. Returns {1, {{host, when it was heard of or '', live agents, URL of each townhall that is heard of, …}, …}}.
+-- The hosts with a townhall or with live agents, by name. A: ms after which a townhall is silent, a host or '' for all.
+-- Returns {1, {{host, time of its last heartbeat or '', live agents, URL of each townhall that is not silent, …}, …}}.
 local agents, names, out = {}, {}, {}
 for _, name in ipairs(redis.call('ZRANGE', P .. 'hosts', 0, -1)) do agents[name] = 0 end
 for _, id in ipairs(A[2] == '' and redis.call('ZRANGE', P .. 'live', 0, -1) or {}) do
@@ -1117,9 +1132,10 @@ end
 return {1, out}
 
 -- @script stop_there oom
--- A townhall of another host is to stop an agent, which takes nothing new from here on. A: agent id, instance, host, why,
--- seconds of grace, where its unfinished task goes, ms after which a townhall is silent. The order stays for one that
--- comes later. Returns {1, order, '' or since when the host is silent ('never': it was never heard of)}.
+-- Orders a townhall of another host to stop an agent, which takes no new work from now on. A: agent id, instance, host,
+-- why, grace period in seconds, where its unfinished task goes, ms after which a townhall is silent. The order stays
+-- for a townhall that comes later. Returns {1, order, since}: since is '', or the time of a silent host's
+-- last heartbeat ('never' for an unknown host).
 local id, instance, host, why, grace, to, silence = unpack(A)
 local v = redis.call('HMGET', P .. 'agent:' .. id, 'instance', 'name', 'state')
 if not v[2] then return refuse('agent-not-found', id) end
@@ -1134,9 +1150,9 @@ local since = not missing and '' or missing[2] == 'host-silent' and missing[4] o
 return {1, order(host, 'stop', id, instance, 'why', why, 'grace', grace, 'to', to), since}
 
 -- @script order_take oom
--- A townhall takes an order of its host; of several that ask, one gets it. A: host, its token, order, its process, which
--- from now on is the one that starts what is to be started. Returns {1, answer}: 'mine'; 'gone', someone else has it;
--- 'void', that instance is not wanted any more; 'late', who ordered the start has given it up.
+-- A townhall takes an order of its host; exactly one of several gets it. A: host, the townhall's token, order, and its
+-- process, which the agent's record then names as its starter. Returns {1, answer}: 'mine'; 'gone' (another townhall
+-- has it); 'void' (that instance is no longer wanted); 'late' (the caller no longer waits for the start).
 local host, token, id, starter = unpack(A)
 local stream = P .. 'host:' .. host .. ':orders'
 local found = redis.call('XRANGE', stream, id, id)[1]
@@ -1155,18 +1171,19 @@ end
 return {1, 'mine'}
 
 -- @script order_done oom
--- What came of an order, for the one who waits. A: host, order, code ('' if it was carried out), status, what is to be
--- told. Returns {1}.
+-- Reports the outcome of an order to the caller that waits for it. A: host, order, error code ('' on success), status,
+-- detail. Returns {1}.
 local key = P .. 'host:' .. A[1] .. ':answer:' .. A[2]
 redis.call('XADD', key, '*', 'code', A[3], 'status', A[4], 'detail', A[5])
 redis.call('EXPIRE', key, 60)
 return {1}
 
--- @script vitals oom
--- What a caretaker looks at. Returns {1, workers, leases, delayed, crashed}:
--- live agents {id, name, state, instance, host, boot id, pid, process start, beats, who starts it}; running tasks {task, attempt, beats
--- for it, agent}; tasks that pause between two attempts {task, seconds}; agents to be started again {id, name, crashes,
--- host}.
+-- @script liveness oom
+-- What the supervisor checks. Returns {1, workers, leases, delayed, crashed}:
+-- workers: live agents {id, name, state, instance, host, boot id, pid, process start, heartbeats, starter};
+-- leases: running tasks {task, attempt, heartbeats for it, agent};
+-- delayed: tasks in the pause between two attempts {task, seconds};
+-- crashed: agents to start again {id, name, crashes, host}.
 local workers, leases, delayed, crashed = {}, {}, {}, {}
 for i, id in ipairs(redis.call('ZRANGE', P .. 'live', 0, -1)) do
   local v = redis.call('HMGET', P .. 'agent:' .. id, 'name', 'state', 'instance', 'host', 'boot', 'pid', 'start', 'beats',
@@ -1188,10 +1205,10 @@ return {1, workers, leases, delayed, crashed}
 
 -- @script died oom
 -- An agent's process is proven dead. A: agent id, instance, why, pauses between attempts in seconds (comma-separated),
--- how often in a row it is started again (0: never; nor is one that was being stopped).
--- What it was running goes back to its inbox if it is started again, else to the backlog; or to the dead letters. If it is
--- not started again, what it had taken before and waits in its inbox for another attempt goes to the backlog too.
--- Returns {1, how many tasks}.
+-- limit of restarts in a row (0: none). A Draining agent is never restarted.
+-- A task that it was running becomes a dead letter after its last attempt. Otherwise it returns to the agent's inbox if
+-- the agent is restarted, else to the backlog. Without a restart, tasks in its inbox that have had an attempt go to the
+-- backlog, too. Returns {1, number of tasks that it was running}.
 local id, instance, why, pauses, cap = unpack(A)
 local key = P .. 'agent:' .. id
 local v = redis.call('HMGET', key, 'instance', 'name', 'state')
@@ -1211,16 +1228,17 @@ event('agent.' .. string.lower(state), nil, 'agent_id', id, 'agent_name', v[2], 
 return {1, #tasks}
 
 -- @script expire oom
--- Takes a task from a holder that has not been heard of for a lease. A: task, attempt, beats for it when it was last heard
--- of, where it goes (inbox, backlog), pauses. Nothing happens if it was heard of since. Returns {1, whether it moved}.
+-- Takes a task from a holder that sent no heartbeat during a whole lease. A: task, attempt, number of heartbeats when
+-- the caller last looked, where the task goes (inbox, backlog), pauses. Does nothing if there was a heartbeat since.
+-- Returns {1, 1 if the task moved, else 0}.
 if redis.call('ZSCORE', P .. 'leases', A[1]) ~= A[3] then return {1, 0} end
 if redis.call('HGET', P .. 'task:' .. A[1], 'attempt') ~= A[2] then return {1, 0} end
 fail_attempt(A[1], 'its holder was not heard of for a lease', A[4], A[5])
 return {1, 1}
 
 -- @script due oom
--- The pause between two attempts of a task is over: it is queued again, or returns to the backlog if its agent takes no
--- tasks and will not be started again. A: task. Returns {1}.
+-- The pause between two attempts of a task is over: queues it again, or returns it to the backlog if its agent accepts
+-- no tasks and will not be restarted. A: task. Returns {1}.
 local id = A[1]
 if redis.call('ZREM', P .. 'delayed', id) == 0 then return {1} end
 local v = redis.call('HMGET', P .. 'task:' .. id, 'agent', 'name')
@@ -1230,8 +1248,7 @@ else task_to_backlog(id, 'its agent does not run') end
 return {1}
 
 -- @script forget oom
--- Deletes tasks that ended long ago, and messages that were given up long ago. A: age in ms, most of each.
--- Returns {1, how many tasks}.
+-- Deletes old ended tasks and old dead letters of messages. A: age in ms, limit of each. Returns {1, number of tasks}.
 local before = string.format('%.0f', now - tonumber(A[1]))
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'dead', '-inf', before, 'LIMIT', 0, A[2])) do
   if redis.call('DEL', P .. 'dead:' .. id) == 1 then redis.call('ZREM', P .. 'dead', id) end
@@ -1241,8 +1258,8 @@ for _, id in ipairs(old) do delete_task(id) end
 return {1, #old}
 
 -- @script history oom
--- What happened to a task, oldest first. A: task. Returns {1, joined, attempt, where its log stands ("from-to" or
--- "from"), attempt, …}.
+-- The history of a task, oldest first. A: task. Returns {1, entries joined by commas, attempt, its range in the log
+-- ("from-to" or "from"), attempt, …}.
 local attempts = tonumber(redis.call('HGET', P .. 'task:' .. A[1], 'attempt'))
 if not attempts then return refuse('task-not-found', A[1]) end
 local out = {1, table.concat(redis.call('LRANGE', P .. 'task:' .. A[1] .. ':log', 0, -1), ',')}
@@ -1256,8 +1273,8 @@ end
 return out
 
 -- @script release
--- Gives a running task back to the backlog, its attempt counted. A: task, attempt ('' for an operator's override), the
--- agent that must hold it ('' for any). Returns {1, task}.
+-- Returns a running task to the backlog; the attempt stays counted. A: task, attempt ('' for an operator's override),
+-- the agent that must hold it ('' for any). Returns {1, task}.
 local v = redis.call('HMGET', P .. 'task:' .. A[1], 'state', 'attempt', 'agent')
 if not v[1] then return refuse('task-not-found', A[1]) end
 if A[3] ~= '' and A[3] ~= v[3] then return refuse('not-your-task', A[1]) end
@@ -1267,7 +1284,7 @@ task_to_backlog(A[1], A[2] == '' and 'released by an operator' or 'released')
 return {1, A[1]}
 
 -- @script deadletter oom
--- A page of the dead letters, oldest first. A: most, cursor.
+-- A page of the dead letters, oldest first. A: limit, cursor.
 return page(P .. 'dead', A[2], A[1], false, function(id)
   local letter = redis.call('HGET', P .. 'dead:' .. id, 'j')
   if letter then return letter end
@@ -1277,8 +1294,8 @@ return page(P .. 'dead', A[2], A[1], false, function(id)
 end)
 
 -- @script deadletter_retry
--- A dead letter gets another chance: a task in the backlog, a message in the inbox it came from (the conductor's, if that
--- agent is gone). A: id. Returns {1, kind}.
+-- Retries a dead letter: a task returns to the backlog, a message to the inbox it came from (or to the conductor's, if
+-- that agent is deleted). A: id. Returns {1, kind}.
 local id = A[1]
 if not redis.call('ZSCORE', P .. 'dead', id) then return refuse('no-dead-letter', id) end
 local v = redis.call('HMGET', P .. 'dead:' .. id, 'agent', 'lane', 'message', 'k')
@@ -1294,7 +1311,7 @@ retry_task(id)
 return {1, 'task'}
 
 -- @script deadletter_drop
--- A dead letter is given up: a task stays failed, a message is deleted. A: id. Returns {1, kind}.
+-- Drops a dead letter: a task stays failed, a message is deleted. A: id. Returns {1, kind}.
 local id = A[1]
 if redis.call('ZREM', P .. 'dead', id) == 0 then return refuse('no-dead-letter', id) end
 if redis.call('DEL', P .. 'dead:' .. id) == 1 then

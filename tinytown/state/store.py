@@ -1,44 +1,48 @@
-"""The thin Redis module: the keys of a town, its scripts, and one verb for each thing to ask or change.
+"""The town's state in Redis: its keys, its scripts, and a method of `Store` for every command.
 
-Keys, all under `tt:{<town>}:` (one hash tag, so that scripts run on a Cluster too):
+Start with `Store`. Each of its verbs (the methods from `ping` on) returns a `Command`. `Store.call` runs one at once;
+the event loop of `http.server` runs them in batches. The functions of `core` are `Step`s: generators that yield
+commands and receive the replies.
 
-    town                 hash    id, born: which town has this name
-    names                hash    lower-case name -> agent id; uniqueness is decided here
-    ids                  zset    agent ids, all of score 0, for look-up by the start of an id
+All keys begin with `tt:{<town>}:`. They share this hash tag so that scripts also run on a Redis Cluster.
+
+    town                 hash    id, born: the town that owns this name
+    names                hash    agent id by lower-case name; this makes names unique
+    ids                  zset    agent ids, all with score 0, to look an agent up by a prefix of its id
     agents               zset    agent ids by birth
-    live                 zset    those in a live state, by birth
+    live                 zset    ids of the agents in a live state, by birth
     agent:<id>           hash    j m name state instance starter host boot pid start beat beats idle task last
-                                 max_rounds rounds done restarts crashes born; j is immutable JSON with its brace left
-                                 open, m the rendered rest
-    agent:<id>:running   set     tasks that its process has taken
-    agent:<id>:tasks     zset    its tasks by birth, and agent:<id>:tasks:<state> those in one state
+                                 max_rounds rounds done restarts crashes born. j is the immutable part of the agent's
+                                 JSON, without the closing brace; m is the rest of it, rendered at each change
+    agent:<id>:running   set     tasks that the agent's process has taken
+    agent:<id>:tasks     zset    the agent's tasks by birth; agent:<id>:tasks:<state> has the ones in that state
     inbox:<id>:u n       stream  urgent and normal messages: j (JSON as listed), k (kind)
     inbox:<id>:t         stream  queued tasks: t (task id); the entry stays until the task is finished
-    inbox:<id>:tries     hash    how often a message was delivered, by lane and entry
-    inbox:<id>:c         stream  control: rings the worker after a change of its state
+    inbox:<id>:tries     hash    number of deliveries of a message, by lane and entry
+    inbox:<id>:c         stream  control lane: an entry wakes the worker after its state has changed
     task:<id>            hash    j brief tags m from state agent name entry queued attempt max tries result error dead
-                                 born started ended, log:<attempt>: where in its agent's log that attempt stands
-    task:<id>:log        list    its history, one JSON object a change
-    tasks                zset    all tasks by birth, and tasks:<state>; tasks:pending is the backlog
-    leases               zset    running tasks by how often their holder has beaten for them
-    delayed              zset    tasks that pause between two attempts, by seconds
-    ended                zset    tasks that ended, by when, ms
-    dead                 zset    dead letters by when they were given up, ms: tasks, and messages with a
+                                 born started ended; log:<attempt> is the attempt's range in its agent's log
+    task:<id>:log        list    the task's history, one JSON object per change
+    tasks                zset    all tasks by birth; tasks:<state> has the ones in that state, tasks:pending is the
+                                 backlog
+    leases               zset    running tasks; the score counts the heartbeats for the task
+    delayed              zset    tasks in the pause between two attempts; the score is the pause in seconds
+    ended                zset    ended tasks by the time of their end, ms
+    dead                 zset    dead letters by the time of their death, ms: tasks, and messages, which have a
     dead:<id>            hash    j (JSON as listed), agent, lane, message, k
-    revive               set     ids of crashed agents that are to be started again
-    caretaker            hash    token, count: which townhall looks after the town, and that it does; caretaker:<host>:
-                                 the same for the processes of a host
-    hosts                zset    hosts by when a townhall of theirs was last heard of, ms
-    host:<name>          hash    its townhalls by token: heard (ms), place, url
-    host:<name>:orders   stream  what its townhalls are to do: verb agent instance by, and within, or why grace to
-    host:<name>:answer:* stream  what came of an order
-    events               stream  j: one JSON object an event, its braces left off
-    totals               hash    how often each type of event happened; histograms of how long tasks waited (wait) and
-                                 ran (run:<outcome>): <name>:<place among model.TASK_BOUNDS>, and <name>:ms in all
+    revive               set     ids of crashed agents that the supervisor will start again
+    caretaker            hash    token, count: the townhall whose supervisor is active, and a count that it increments;
+                                 caretaker:<host> is the same for the processes of one host
+    hosts                zset    hosts by the time of the last heartbeat of one of their townhalls, ms
+    host:<name>          hash    the host's townhalls by token: heard (ms), place, url
+    host:<name>:orders   stream  orders to the host's townhalls: verb agent instance by; also within, or why grace to
+    host:<name>:answer:* stream  the outcome of an order
+    events               stream  j: one JSON object per event, without its braces
+    totals               hash    the number of events by type; also histograms of how long tasks waited (wait) and
+                                 ran (run:<outcome>): <name>:<index in model.TASK_BOUNDS>, and <name>:ms for the sum
     idem:<p> <op> <key>  hash    f r: fingerprint and reply of a principal's request with an idempotency key
 
-Times are Redis' own, in ms; births in µs. A verb gives a `Command`; who runs it (`Store.run` at once, the event loop
-in batches) is not its concern. A function of a concern is a `Step`: it yields commands and is sent their replies.
+Times come from the clock of Redis, in ms; births are in µs.
 """
 
 from __future__ import annotations
@@ -59,13 +63,13 @@ from .endpoints import Endpoint
 T = TypeVar('T')
 
 IDEMPOTENCY_SECS: Final = 86400
-# Where an agent starts: a host that is not told; else host, and for an order its two times in ms.
+# The host where an agent starts: unknown. Otherwise (host,), and for an order also its two times in ms.
 NOWHERE: Final[tuple[Part, ...]] = ('',)
-NO_RUN: Final[tuple[Part, ...]] = ('', '', '')  # of a task; else the task, its attempt, and where its log ends
+NO_RUN: Final[tuple[Part, ...]] = ('', '', '')  # a round without a task; else task, attempt, and the end of its log
 
 
 class Page(bytes, Generic[T]):
-    """JSON text of shape T, joined from stored pieces and not parsed on its way to the caller."""
+    """JSON text of shape T, joined from stored pieces. It goes to the client without being parsed."""
 
 
 # ----------------------------------------------------------------------------------------------------------- scripts
@@ -94,7 +98,7 @@ return reply
 
 
 class Script:
-    """One state change or look, as Lua text and the digest by which Redis knows it. `tt` makes only those it runs."""
+    """A Lua script and its SHA-1 digest, for EVALSHA. `make` composes the text at first use: `tt` runs only a few."""
 
     def __init__(self, name: str, make: Callable[[], str]) -> None:
         self.name = name
@@ -116,7 +120,7 @@ _LOCAL: Final = re.compile(r'^(local (?:function )?(\w+).*\n(?:(?!local ).*\n)*)
 
 @lru_cache(maxsize=1)
 def scripts() -> dict[str, Script]:
-    """The scripts of scripts.lua by name, each with what it uses of the prelude."""
+    """The scripts of scripts.lua by name, each with the parts of the prelude that it uses."""
     source = Path(__file__).with_name('scripts.lua').read_text('utf-8')
     sections = re.split(r'^-- @(?:script )?(\w+)( oom)?\n', source, flags=re.M)
     prelude = [
@@ -131,9 +135,10 @@ def scripts() -> dict[str, Script]:
 
 
 def _composed(flags: str, prelude: list[tuple[str, str, set[str]]], body: str) -> str:
-    """A script below the locals of the prelude that it uses: each takes time to make at every call.
+    """The text of a script: the locals of the prelude that it uses, then its body.
 
-    The prelude comes as name, text and the words in it. A local may use those before it, so it is read from its end.
+    Unused locals are left out, because Redis would create them anew at every call. `prelude` has a name, a text and
+    the words in that text for each local. A local may use earlier ones, so this starts from the end.
     """
     wrapped = _WRAP % (_COMMENT.sub('', body), IDEMPOTENCY_SECS)
     words, parts = set(_WORD.findall(wrapped)), [wrapped]
@@ -145,10 +150,10 @@ def _composed(flags: str, prelude: list[tuple[str, str, set[str]]], body: str) -
 
 
 class Command:
-    """One round trip: a script with its arguments, or a plain command.
+    """One round trip: a script with its arguments, or a plain Redis command.
 
-    `by` names who asks, for the records; `key` and `fingerprint` are the idempotency key and what it stands for;
-    `block` is how many seconds Redis may take beyond its usual ones.
+    `by` is the principal, for the records. `key` is the idempotency key, and `fingerprint` identifies the request that
+    it belongs to. `block` is the time in seconds that a blocking command may take in addition to TIMEOUT.
     """
 
     __slots__ = ('args', 'block', 'by', 'fingerprint', 'key', 'script')
@@ -170,7 +175,7 @@ class Command:
         self.fingerprint = fingerprint
 
     def pack(self, store: Store, whole: bool = False) -> bytes:
-        """The bytes for Redis; `whole` sends the text of the script and not its digest."""
+        """The bytes for Redis; with `whole`, they contain the script's text instead of its digest."""
         script = self.script
         if script is None:
             return pack(self.args)
@@ -178,7 +183,7 @@ class Command:
         return pack((*call, 1, store.prefix, self.key, self.fingerprint, self.by, store.events, *self.args))
 
     def result(self, reply: Any) -> Any:
-        """What a step is sent for a reply. Raises the TownError that a refusal or an error reply stands for."""
+        """Converts a reply to the value that the step receives. Raises TownError for a refusal or an error reply."""
         if isinstance(reply, ErrorReply):
             raise as_town_error(reply)
         if isinstance(reply, TownError):
@@ -202,7 +207,7 @@ def text(value: Any) -> str:
 
 
 class Store:
-    """A town's state in one Redis. Threads may share it; each gets a connection of its own."""
+    """The state of one town. Threads may share a store: each thread has its own connection."""
 
     def __init__(self, endpoint: Endpoint, town: str, events: int = 100_000) -> None:
         self.endpoint = endpoint
@@ -212,13 +217,13 @@ class Store:
         self._local = threading.local()
 
     def acting_as(self, by: str, key: str = '', fingerprint: str = '') -> Store:
-        """This store, connections and all, for one who asks: every command that it makes carries these."""
+        """A store on the same connections, whose commands carry this principal, idempotency key and fingerprint."""
         view = Store.__new__(Store)
         view.__dict__.update(self.__dict__, _by=by, _key=key, _fingerprint=fingerprint)
         return view
 
     def run(self, step: Step[T]) -> T:
-        """Runs a step to its end, one round trip after the other. Raises what the step raises, or Unavailable."""
+        """Runs a step to its end, one round trip at a time. Raises what the step raises, or Unavailable."""
         try:
             command = next(step)
             while True:
@@ -233,15 +238,15 @@ class Store:
             return result
 
     def call(self, command: Command) -> Any:
-        """One round trip on this thread's connection."""
+        """Runs a command on this thread's connection and returns its result. Raises TownError."""
         reply = self._exchange(command)
         if isinstance(reply, ErrorReply) and reply.kind in NOT_PRIMARY:
-            self.close()  # the next connection finds the server to ask
-            if reply.kind == 'MOVED':  # it was not executed
+            self.close()  # the next connection goes to the server that accepts writes
+            if reply.kind == 'MOVED':  # Redis did not execute it
                 reply = self._exchange(command)
         if isinstance(reply, ErrorReply):
             connection: RedisConnection | None = getattr(self._local, 'connection', None)
-            raise as_town_error(reply, connection.about if connection else '', self.prefix.decode())
+            raise as_town_error(reply, connection.peer if connection else '', self.prefix.decode())
         return command.result(reply)
 
     def _exchange(self, command: Command) -> Any:
@@ -268,7 +273,7 @@ class Store:
             self._local.connection = None
 
     # ----------------------------------------------------------------------------------------------------- verbs
-    # One line each; what a script takes and gives stands above it in scripts.lua.
+    # One line each. The comment above a script in scripts.lua explains its arguments and its reply.
 
     def _script(self, name: str, *args: Part) -> Command:
         return Command(scripts()[name], args, 0, self._by, self._key, self._fingerprint)
@@ -292,21 +297,21 @@ class Store:
         agent: str,
         name: str,
         head: str,
-        most: int,
+        max_live: int,
         rounds: int,
         instance: str,
         starter: str = '',
         where: tuple[Part, ...] = NOWHERE,
     ) -> Command:
-        return self._script('register', agent, name, head, most, rounds, instance, starter, *where)
+        return self._script('register', agent, name, head, max_live, rounds, instance, starter, *where)
 
     def restarting(
-        self, ref: str, most: int, instance: str, starter: str = '', where: tuple[Part, ...] = NOWHERE
+        self, ref: str, max_live: int, instance: str, starter: str = '', where: tuple[Part, ...] = NOWHERE
     ) -> Command:
-        return self._script('restarting', ref, most, instance, starter, *where)
+        return self._script('restarting', ref, max_live, instance, starter, *where)
 
     def revive_later(self, agent: str) -> Command:
-        """Notes an agent that does not run for the caretaker, who starts it again."""
+        """Asks the supervisor to start an agent that does not run."""
         return Command(None, ('SADD', self.prefix + b'revive', agent))
 
     def steer(self, ref: str, verb: str, to: str, legal: Iterable[str]) -> Command:
@@ -344,11 +349,11 @@ class Store:
     def hello(self, agent: str, instance: str, host: str, boot: str, pid: int, start: str) -> Command:
         return self._script('hello', agent, instance, host, boot, pid, start)
 
-    def pickup(self, agent: str, instance: str, most: int, deliveries: int, log: Part = '') -> Command:
-        return self._script('pickup', agent, instance, most, deliveries, log)
+    def pickup(self, agent: str, instance: str, max_messages: int, max_deliveries: int, log: Part = '') -> Command:
+        return self._script('pickup', agent, instance, max_messages, max_deliveries, log)
 
     def doorbell(self, agent: str, after: dict[str, str], block_ms: int) -> Command:
-        """Returns when a lane has an entry after the given id, or after `block_ms`; the reply says no more."""
+        """Blocks until one of the lanes has an entry after the given id, for `block_ms` at most."""
         keys = [self.prefix + f'inbox:{agent}:{lane}'.encode() for lane in after]
         parts: tuple[Part, ...] = ('XREAD', 'COUNT', 1, 'BLOCK', block_ms, 'STREAMS', *keys, *after.values())
         return Command(None, parts, block=block_ms / 1000)
@@ -402,8 +407,8 @@ class Store:
     def claim(self, task: str, ref: str) -> Command:
         return self._script('claim', task, ref)
 
-    def assign_all(self, ref: str, most: int) -> Command:
-        return self._script('assign_all', ref, most)
+    def assign_all(self, ref: str, limit: int) -> Command:
+        return self._script('assign_all', ref, limit)
 
     # messages
 
@@ -421,46 +426,46 @@ class Store:
     def last_event(self) -> Command:
         return Command(None, ('XREVRANGE', self.prefix + b'events', '+', '-', 'COUNT', 1))
 
-    def events_after(self, after: str, most: int, agent: str = '') -> Command:
-        return self._script('events', after, most, agent)
+    def events_after(self, after: str, limit: int, agent: str = '') -> Command:
+        return self._script('events', after, limit, agent)
 
-    def latest_events(self, most: int, agent: str) -> Command:
-        return self._script('latest_events', most, agent)
+    def latest_events(self, limit: int, agent: str) -> Command:
+        return self._script('latest_events', limit, agent)
 
     def next_event(self, after: str, block_ms: int) -> Command:
-        """Returns when there is an event after the given id, or after `block_ms`."""
+        """Blocks until there is an event after the given id, for `block_ms` at most."""
         return self.entries('events', after, block_ms)
 
-    def entries(self, stream: str, after: str, block_ms: int, most: int = 1) -> Command:
-        """The entries of a stream after an id, [[key, [[id, fields], …]]]; None if there is none within `block_ms`."""
+    def entries(self, stream: str, after: str, block_ms: int, limit: int = 1) -> Command:
+        """The entries of a stream after an id, [[key, [[id, fields], …]]]; None if none comes within `block_ms`."""
         key = self.prefix + stream.encode()
-        parts: tuple[Part, ...] = ('XREAD', 'COUNT', most, 'BLOCK', block_ms, 'STREAMS', key, after)
+        parts: tuple[Part, ...] = ('XREAD', 'COUNT', limit, 'BLOCK', block_ms, 'STREAMS', key, after)
         return Command(None, parts, block=block_ms / 1000)
 
     # recovery
 
-    def reclaim(self, agent: str, to: str, most: int) -> Command:
-        return self._script('reclaim', agent, to, most)
+    def reclaim(self, agent: str, to: str, limit: int) -> Command:
+        return self._script('reclaim', agent, to, limit)
 
-    def orphans(self, action: str, most: int) -> Command:
-        return self._script('orphans', action, most)
+    def orphans(self, action: str, limit: int) -> Command:
+        return self._script('orphans', action, limit)
 
-    def purge_tasks(self, most: int) -> Command:
-        return self._script('purge_tasks', most)
+    def purge_tasks(self, limit: int) -> Command:
+        return self._script('purge_tasks', limit)
 
     def purge_rest(self) -> Command:
         return self._script('purge_rest')
 
-    # the caretaker
+    # the supervisor
 
-    def care(self, token: str, host: str, rival: str, count: str) -> Command:
-        return self._script('care', token, host, rival, count)
+    def elect_supervisor(self, token: str, host: str, rival: str, count: str) -> Command:
+        return self._script('elect_supervisor', token, host, rival, count)
 
-    def care_no_more(self, token: str, host: str) -> Command:
-        return self._script('care_no_more', token, host)
+    def resign_supervisor(self, token: str, host: str) -> Command:
+        return self._script('resign_supervisor', token, host)
 
-    def vitals(self) -> Command:
-        return self._script('vitals')
+    def liveness(self) -> Command:
+        return self._script('liveness')
 
     def died(self, agent: str, instance: str, why: str, pauses: Iterable[int], again: int) -> Command:
         return self._script('died', agent, instance, why, _joined(pauses), again)
@@ -471,8 +476,8 @@ class Store:
     def due(self, task: str) -> Command:
         return self._script('due', task)
 
-    def forget(self, age_ms: int, most: int) -> Command:
-        return self._script('forget', age_ms, most)
+    def forget(self, age_ms: int, limit: int) -> Command:
+        return self._script('forget', age_ms, limit)
 
     # hosts
 
@@ -494,7 +499,7 @@ class Store:
         return self._script('stop_there', agent, instance, host, why, str(grace), to, silence_ms)
 
     def withdraw(self, host: str, order: str) -> Command:
-        """Takes an order back; the reply says whether it was still there."""
+        """Withdraws an order. The reply is 1 if nobody had taken it, else 0."""
         return Command(None, ('XDEL', self.prefix + f'host:{host}:orders'.encode(), order))
 
     def order_take(self, host: str, token: str, order: str, starter: str) -> Command:
@@ -514,7 +519,7 @@ class Store:
     def deadletter_drop(self, letter: str) -> Command:
         return self._script('deadletter_drop', letter)
 
-    # idempotency of operations that are more than one step
+    # idempotency of operations that need several commands
 
     def begin(self, key: str, fingerprint: str, seconds: int) -> Command:
         return self._script('begin', key, fingerprint, seconds)

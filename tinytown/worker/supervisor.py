@@ -114,7 +114,7 @@ class Supervisor(threading.Thread):
             self._guard(self._tick_now)
             reap()
         for host in ('', this_host()):  # so that another supervisor takes over without waiting for TAKE_OVER_SECS
-            self._guard(self._store.call, self._store.care_no_more(self._token, host))
+            self._guard(self._store.call, self._store.resign_supervisor(self._token, host))
         if self._presence:
             self._guard(self._store.call, self._presence.gone(self._store))
         self._store.close()
@@ -137,7 +137,7 @@ class Supervisor(threading.Thread):
         duties = self._is_in_charge('', now), self._is_in_charge(this_host(), now)
         if not any(duties):
             return
-        workers, leases, delayed, crashed = self._store.call(self._store.vitals())
+        workers, leases, delayed, crashed = self._store.call(self._store.liveness())
         if now - self._last_tick > GAP_SECS or duties != self._duties:
             self._forget_observations(now)
         self._last_tick, self._duties = now, duties
@@ -159,7 +159,7 @@ class Supervisor(threading.Thread):
         """
         last, since = self._leaders.get(host, (('', ''), 0.0))
         stale = last if now - since >= TAKE_OVER_SECS else ('', '')
-        token, count = map(text, self._store.call(self._store.care(self._token, host, *stale)))
+        token, count = map(text, self._store.call(self._store.elect_supervisor(self._token, host, *stale)))
         if token != last[0]:
             whose = "this townhall's" if token == self._token else "another townhall's"
             logger.debug(f'{whose} supervisor is in charge of {f"host {host}" if host else "the town"}')
