@@ -209,11 +209,16 @@ def test_a_client_that_connects_before_townhall_runs_waits_in_the_passed_socket(
 @pytest.mark.parametrize(
     ('flags', 'count', 'names', 'says'),
     [
-        (('--port', '9'), 1, 'rest', r'passed is http://127.0.0.1:\d+, but townhall.bind and the port say 127.0.0.1:9'),
+        (
+            ('--port', '9'),
+            1,
+            'rest',
+            r'passed socket is http://127.0.0.1:\d+, but townhall.bind and the port say 127.0.0.1:9',
+        ),
         (('--bind', '::1', '--port', '0'), 1, 'rest', r'say ::1:0; make them equal'),
         (('--bind', 'unix:/tmp/x.sock'), 1, 'rest', r'say unix:/tmp/x.sock'),
-        (('--port', '0'), 2, 'a:b', r'LISTEN_FDS=2: 0 of the sockets.*FileDescriptorName=rest'),
-        (('--port', '0'), 0, '', r'LISTEN_FDS=0: 0 of the sockets'),
+        (('--port', '0'), 2, 'a:b', r'LISTEN_FDS=2: 0 of the passed sockets.*FileDescriptorName=rest'),
+        (('--port', '0'), 0, '', r'LISTEN_FDS=0: 0 of the passed sockets'),
     ],
 )
 def test_a_passed_socket_that_does_not_match_the_settings_is_refused(
