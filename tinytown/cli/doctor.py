@@ -62,9 +62,8 @@ def _silent_hosts(call: Call) -> list[Finding]:
     findings = []
     for host in call.store.run(hosts.list_hosts(call))['hosts']:
         if host['silent'] and host['agents'] and not host['here']:
-            what = (
-                f"host '{host['host']}' has {host['agents']} live agents, but no sign of life since {host['heard_at']}"
-            )
+            heard = f'no sign of life since {host["heard_at"]}' if host['heard_at'] else 'never gave a sign of life'
+            what = f"host '{host['host']}' has {host['agents']} live agents, but {heard}"
             advice = (
                 'Start a townhall there; if the host does not come back, give up its agents:  tt kill AGENT --force'
             )
