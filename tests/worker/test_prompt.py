@@ -10,13 +10,16 @@ import pytest
 
 from tinytown.clis import registry
 from tinytown.settings import Config
-from tinytown.worker.prompt import Message, Work, compose, fits_role
+from tinytown.worker.prompt import InboxMessage, Work, compose, fits_role
 
 WORK = Work('t-1', 2, 'Mend the parser.\n\nIt drops the last line.', ['parser', 'bug'])
 
 
 def prompt(
-    work: Work | None = None, *letters: Message, role: str | None = None, backlog: list[dict[str, Any]] | None = None
+    work: Work | None = None,
+    *letters: InboxMessage,
+    role: str | None = None,
+    backlog: list[dict[str, Any]] | None = None,
 ) -> str:
     return compose('my-town', 'w', role, work, letters, backlog or [])
 
@@ -45,7 +48,7 @@ def test_a_prompt_leaves_out_missing_tags_and_the_text_of_an_unknown_role() -> N
 
 
 def test_a_round_without_a_task_says_nothing_about_reporting_one() -> None:
-    text = prompt(None, Message('query', 'ann', 'Why?', False))
+    text = prompt(None, InboxMessage('query', 'ann', 'Why?', False))
     assert '## Task' not in text
     assert 'tt task' not in text
 
@@ -53,12 +56,12 @@ def test_a_round_without_a_task_says_nothing_about_reporting_one() -> None:
 def test_requests_are_listed_information_is_shortened_acks_are_counted_and_urgent_messages_come_first() -> None:
     text = prompt(
         None,
-        Message('info', 'ann', 'lunch  is\nready', False),
-        Message('query', 'ann', 'Why?', False),
-        Message('ack', 'ann', 'fine', False),
-        Message('task', 'bob', 'Stop!', True),
-        Message('info', 'bob', 'x' * 400, True),
-        Message('ack', 'bob', 'good', True),
+        InboxMessage('info', 'ann', 'lunch  is\nready', False),
+        InboxMessage('query', 'ann', 'Why?', False),
+        InboxMessage('ack', 'ann', 'fine', False),
+        InboxMessage('task', 'bob', 'Stop!', True),
+        InboxMessage('info', 'bob', 'x' * 400, True),
+        InboxMessage('ack', 'bob', 'good', True),
     )
     assert section(text, 'Messages to act on') == ['- urgent: a request from bob: Stop!', '- a question from ann: Why?']
     assert section(text, 'For your information') == ['- from bob: ' + 'x' * 299 + '…', '- from ann: lunch is ready']
@@ -66,7 +69,9 @@ def test_requests_are_listed_information_is_shortened_acks_are_counted_and_urgen
 
 
 def test_information_beyond_the_limit_is_only_counted() -> None:
-    lines = section(prompt(None, *[Message('info', 'ann', str(i), False) for i in range(25)]), 'For your information')
+    lines = section(
+        prompt(None, *[InboxMessage('info', 'ann', str(i), False) for i in range(25)]), 'For your information'
+    )
     assert len(lines) == 21
     assert lines[-1] == '- and 5 more'
 
@@ -117,7 +122,7 @@ def test_the_demo_does_what_its_task_says() -> None:
 
 def test_the_demo_runs_without_a_task() -> None:
     demo = registry.find_cli(Config(name='t'), None if Config().default_cli == 'demo' else 'demo')
-    text = prompt(None, Message('query', 'ann', 'can you fail? sleep 99', False))
+    text = prompt(None, InboxMessage('query', 'ann', 'can you fail? sleep 99', False))
     done = subprocess.run(demo.argv, input=text, capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stdout) == (0, 'demo: done: the messages\n')
 

@@ -27,7 +27,7 @@ from ..host.townhalls import live_townhalls, reload_townhalls
 from ..model import ADMIN, READ
 from ..toml_edit import change
 from .lifecycle import report
-from .parser import Command, acts_here, argument, town_root
+from .parser import CommandSpec, acts_here, argument, town_root
 from .ping import ask
 
 if TYPE_CHECKING:
@@ -37,22 +37,22 @@ _MODE: Final = 'townhall.auth.mode'
 _UNITS: Final = {'m': 'minutes', 'h': 'hours', 'd': 'days', 'w': 'weeks'}
 
 
-def key_commands() -> Iterator[Command]:
+def key_commands() -> Iterator[CommandSpec]:
     """The commands that make and manage keys."""
     write = argument('--write', action='store_true', help='add the key to tinytown.toml, and turn authentication on')
     to = argument('--to', metavar='FILE', type=Path, help=_TO)
-    yield Command('access', 'generate-api-key', _GENERATE, _generate, (write, to))
-    yield Command('access', 'auth gen-key', 'The same as generate-api-key', _generate, (write, to))
+    yield CommandSpec('access', 'generate-api-key', _GENERATE, _generate, (write, to))
+    yield CommandSpec('access', 'auth gen-key', 'The same as generate-api-key', _generate, (write, to))
     entry = (
         argument('--scopes', metavar='LIST', default=READ, help='what it may do, like town.read,town.write'),
         argument('--expires', metavar='WHEN', help='when it expires: 90d, 12h, or a time like 2027-01-31T12:00:00Z'),
         argument('--note', metavar='TEXT', help='what it is for'),
     )
-    yield Command('access', 'key create', 'Make an API key; it is shown once', _create, (*entry, write, to))
-    yield Command('access', 'key list', 'List the keys of this town', _list)
+    yield CommandSpec('access', 'key create', 'Make an API key; it is shown once', _create, (*entry, write, to))
+    yield CommandSpec('access', 'key list', 'List the keys of this town', _list)
     key = argument('id', metavar='ID', help='id of the key (see tt key list)')
-    yield Command('access', 'key rotate', _ROTATE, _rotate, (key,))
-    yield Command('access', 'key revoke', 'Remove a key; it stops working at once', _revoke, (key,))
+    yield CommandSpec('access', 'key rotate', _ROTATE, _rotate, (key,))
+    yield CommandSpec('access', 'key revoke', 'Remove a key; it stops working at once', _revoke, (key,))
 
 
 _GENERATE: Final = 'Make an API key that may do everything; it is shown once'

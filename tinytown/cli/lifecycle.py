@@ -46,7 +46,7 @@ from ..state.endpoints import read_url
 from ..state.store import Step
 from ..toml_edit import change, to_toml
 from .format import as_json, counted
-from .parser import Command, acts_here, argument, open_meant, town_root
+from .parser import CommandSpec, acts_here, argument, open_meant, town_root
 
 TOWNHALL_START_SECS: Final = 10.0
 # Settings that have a flag of `tt init`, with the flag.
@@ -55,7 +55,7 @@ _INIT_FLAGS: Final = {'default_cli': 'cli', 'redis.url': 'redis_url', 'host': 'h
 _AGENTS_OWN: Final = frozenset({'TINYTOWN_AGENT_ID', 'TINYTOWN_AGENT_NAME', 'TINYTOWN_TASK_ID', 'TINYTOWN_ATTEMPT'})
 
 
-def town_commands() -> Iterator[Command]:
+def town_commands() -> Iterator[CommandSpec]:
     """The commands that make, start, stop, check and configure a town."""
     flags = (
         argument('--name', help='name of the town (default: that of the directory)'),
@@ -64,21 +64,21 @@ def town_commands() -> Iterator[Command]:
         argument('--host', metavar='NAME', help="host: name of this host (default: the system's host name)"),
         argument('--join', action='store_true', help='make this directory a further host of the town in that Redis'),
     )
-    yield Command('town', 'init', 'Make a town in this directory', _init, flags)
-    yield Command('town', 'start', 'Start Redis and townhall in the background', _start)
+    yield CommandSpec('town', 'init', 'Make a town in this directory', _init, flags)
+    yield CommandSpec('town', 'start', 'Start Redis and townhall in the background', _start)
     redis = argument('--redis', action='store_true', help='also stop the managed Redis')
-    yield Command('town', 'stop', 'Stop townhall and the workers', _stop, (redis,))
+    yield CommandSpec('town', 'stop', 'Stop townhall and the workers', _stop, (redis,))
     fix = argument('--fix', action='store_true', help='mend what is found')
-    yield Command('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor, (fix,))
+    yield CommandSpec('town', 'doctor', 'Find processes, records and tasks that do not fit together', _doctor, (fix,))
     key = argument('key', nargs='?', help='a setting, such as townhall.rest_port')
     value = argument('value', nargs='?', help='its new value')
-    yield Command('town', 'config', 'Show the configuration, or show or change one setting', _config, (key, value))
+    yield CommandSpec('town', 'config', 'Show the configuration, or show or change one setting', _config, (key, value))
 
 
-def worker_command() -> Command:
+def worker_command() -> CommandSpec:
     """The command `tt worker`."""
     name = argument('name', metavar='NAME', help='an agent that has no process')
-    return Command('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker, (name,))
+    return CommandSpec('agent', 'worker', 'Run the worker of an agent here, in the foreground', _worker, (name,))
 
 
 def wants_json(arguments: argparse.Namespace) -> bool:

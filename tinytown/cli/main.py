@@ -31,7 +31,7 @@ from ..schema import Parameter, validate
 from . import keys, lifecycle, ping
 from .backends import Backend, Local, Remote
 from .format import format_answer
-from .parser import Command, Parser, argument, note, open_meant
+from .parser import CommandSpec, Parser, argument, note, open_meant
 
 _WAIT_STEP: Final = 25  # seconds that one call of agent.wait takes at most
 
@@ -81,7 +81,7 @@ def _run(argv: list[str] | None) -> int:
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
-def _select(argv: list[str] | None) -> list[Command]:
+def _select(argv: list[str] | None) -> list[CommandSpec]:
     """The command that `argv` names, so that only its parser is built, because building all is slow.
 
     All commands if it names none, for the help and for error messages.
@@ -94,7 +94,7 @@ def _select(argv: list[str] | None) -> list[Command]:
     return [each for each in commands if words[: each.words.count(' ') + 1] == each.words.split()] or commands
 
 
-def build_parser(commands: Iterable[Command] | None = None) -> Parser:
+def build_parser(commands: Iterable[CommandSpec] | None = None) -> Parser:
     """The parser of these commands, by default of all. It takes the shared options before and after the command."""
     commands = list(_commands() if commands is None else commands)
     top = Parser(
@@ -138,17 +138,17 @@ def _shared() -> Parser:
     return shared
 
 
-def _commands() -> Iterator[Command]:
+def _commands() -> Iterator[CommandSpec]:
     """All commands."""
     yield from lifecycle.town_commands()
     extras = _extras()
     for op in OPERATIONS:
         run, *more = extras.get(op.cli, (None,))
         takes = (partial(_add_parameters, op=op), *more)
-        yield Command(op.name.partition('.')[0], op.cli, op.summary, run or partial(_operate, op=op), takes)
-    yield Command('events', 'top', 'Show the agents and what they do, as it happens', _top)
+        yield CommandSpec(op.name.partition('.')[0], op.cli, op.summary, run or partial(_operate, op=op), takes)
+    yield CommandSpec('events', 'top', 'Show the agents and what they do, as it happens', _top)
     agent = argument('agent', metavar='AGENT', nargs='?', help='the agent (default: the one in whose run tt is called)')
-    yield Command('task', 'task current', 'Show the task that an agent works on', _current_task, (agent,))
+    yield CommandSpec('task', 'task current', 'Show the task that an agent works on', _current_task, (agent,))
     yield lifecycle.worker_command()
     yield from keys.key_commands()
     yield ping.ping_command()
@@ -162,7 +162,7 @@ def _clipped(summary: str) -> str:
     return line if len(line) <= 58 else line[:57].rpartition(' ')[0] + ' …'
 
 
-def _overview(commands: list[Command]) -> str:
+def _overview(commands: list[CommandSpec]) -> str:
     """The description in `tt --help`: all commands with their summaries, by topic."""
     parts = ['Runs a town of AI coding agents.']
     for topic, title in _TOPICS.items():

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 Argument = Callable[[Parser], object]
 
 
-class Command(NamedTuple):
+class CommandSpec(NamedTuple):
     """A command of `tt`."""
 
     topic: str  # the heading that it is listed under in `tt --help`, a key of `main._TOPICS`

@@ -16,7 +16,7 @@ from ..errors import TownError
 from ..host.townhalls import running_townhalls
 from .backends import parse_url
 from .lifecycle import report
-from .parser import Command, argument, meant_root
+from .parser import CommandSpec, argument, meant_root
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection  # slow to import, so functions import it when they need it
@@ -25,10 +25,10 @@ SECS: Final = 5.0  # timeout of a request
 _UNIX: Final = 'unix:'
 
 
-def ping_command() -> Command:
+def ping_command() -> CommandSpec:
     """The command `tt ping`."""
     live = argument('--live', action='store_true', help='only ask whether it answers; Redis may be away')
-    return Command('town', 'ping', 'Ask whether townhall is ready: exit status 0 if it is, else 1', _ping, (live,))
+    return CommandSpec('town', 'ping', 'Ask whether townhall is ready: exit status 0 if it is, else 1', _ping, (live,))
 
 
 def _ping(arguments: argparse.Namespace) -> int:

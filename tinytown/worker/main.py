@@ -49,7 +49,7 @@ from ..host.town_dir import TownDir
 from ..model import rfc3339
 from ..state.store import NO_RUN, Command, Store, text
 from .cli_run import CliRun, RunLog
-from .prompt import Message, Work, compose
+from .prompt import InboxMessage, Work, compose
 
 MAX_BEAT_SECS: Final = 5.0  # between two heartbeats; less if three of them would not fit into a lease
 MAX_MESSAGES: Final = 100  # of one round
@@ -335,10 +335,10 @@ class Worker:
         self.log.line(f'{rfc3339(time.time())} tinytown: {message}')
 
 
-def _message(entry: list[bytes]) -> Message:
+def _message(entry: list[bytes]) -> InboxMessage:
     lane, _, kind, json_record = entry
     record = json.loads(json_record)
-    return Message(text(kind), record['from'], record['summary'], lane == b'u')
+    return InboxMessage(text(kind), record['from'], record['summary'], lane == b'u')
 
 
 def install_tt(root: Path) -> Path:

@@ -21,7 +21,7 @@ _ROLES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class InboxMessage:
     """One message of a round. `sender` is a name or id; `kind` is task, query, info or ack."""
 
     kind: str
@@ -45,7 +45,7 @@ def compose(
     name: str,
     role: str | None,
     work: Work | None,
-    messages: Sequence[Message],
+    messages: Sequence[InboxMessage],
     backlog: Sequence[dict[str, Any]],
 ) -> str:
     """Returns the prompt of one round: the task, the messages, fitting tasks of the backlog, and how to report.
@@ -63,7 +63,7 @@ def compose(
     return '\n\n'.join(parts) + '\n'
 
 
-def _messages(messages: Sequence[Message]) -> list[str]:
+def _messages(messages: Sequence[InboxMessage]) -> list[str]:
     ordered = sorted(messages, key=lambda message: not message.urgent)
     requests = [message for message in ordered if message.kind in ('task', 'query')]
     information = [message for message in ordered if message.kind == 'info']
@@ -82,7 +82,7 @@ def _messages(messages: Sequence[Message]) -> list[str]:
     return parts
 
 
-def _kind(message: Message) -> str:
+def _kind(message: InboxMessage) -> str:
     kind = 'a question' if message.kind == 'query' else 'a request'
     return f'urgent: {kind}' if message.urgent else kind
 
