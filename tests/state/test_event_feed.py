@@ -131,6 +131,29 @@ def test_a_position_older_than_the_kept_events_is_refused_and_joining_begins_wit
     stop()
 
 
+def test_joining_a_feed_that_has_no_event_yet_begins_with_a_gap(ground: Place, source: EventFeed) -> None:
+    add(ground, 'a')
+    first, late = Listener(source, here(ground)), Queue[Event]()
+    stop = source.join(lambda events: [late.put(event) for event in events])
+    assert late.get(timeout=PATIENCE).is_gap
+    [task] = add(ground, 'b')
+    assert [first.next().fields['task_id'], late.get(timeout=PATIENCE).fields['task_id']] == [task, task]
+    stop()
+
+
+def test_a_subscriber_that_joins_after_the_stream_began_anew_gets_its_lower_ids(ground: Place, source: EventFeed) -> None:
+    ground.store.call(Command(None, ('DEL', ground.store.prefix + b'events')))
+    first, late = Listener(source, f'{int(time.time() * 1000) + 100_000}-0'), Queue[Event]()
+    assert first.next().is_gap
+    stop = source.join(lambda events: [late.put(event) for event in events])
+    [task] = add(ground, 'a')
+    assert first.next().fields['task_id'] == task
+    while (event := late.get(timeout=PATIENCE)).is_gap:
+        pass
+    assert event.fields['task_id'] == task
+    stop()
+
+
 def test_a_reset_of_the_town_is_a_gap_followed_by_the_reset_event(ground: Place, source: EventFeed) -> None:
     add(ground, 'a')
     listener = Listener(source, here(ground))

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from ..errors import TownError
@@ -95,6 +96,7 @@ class EventFeed:
         self._subscribers: list[_Subscriber] = []
         self._kept: deque[Event] = deque()
         self._floor = (0, 0)  # `_kept` holds every event after this id
+        self._position = '0-0'  # every event up to this one has arrived
         self._current: object = None  # identifies the reader that should run; any other one ends
 
     def subscribe(self, position: str, deliver: Deliver) -> Unsubscribe | None:
@@ -103,25 +105,26 @@ class EventFeed:
         Use the position that `page` returned. Events that have already arrived are delivered before this returns.
         Returns None if the position is too old for the events kept here: read more pages, and try again.
         """
-        after = order(position)
         with self._lock:
             if self._current is None:
                 self._start(position)
-            elif after < self._floor:
+            elif order(position) < self._floor:
                 return None
-            subscriber = _Subscriber(after, deliver)
-            subscriber.offer(self._kept)
-            self._subscribers.append(subscriber)
-        return lambda: self._leave(subscriber)
+            return self._add(position, deliver)
 
     def join(self, deliver: Deliver) -> Unsubscribe:
         """As `subscribe`, but from now on, and never None. A gap comes first, for the events that were missed."""
         with self._lock:
-            position = self._kept[-1].id if self._kept else '0-0'
-            deliver([Event(position)])
-            stop = self.subscribe(position, deliver)
-        assert stop
-        return stop
+            if self._current is None:
+                self._start(self._position)
+            deliver([Event(self._position)])
+            return self._add(self._position, deliver)
+
+    def _add(self, position: str, deliver: Deliver) -> Unsubscribe:
+        subscriber = _Subscriber(order(position), deliver)
+        subscriber.offer(self._kept)
+        self._subscribers.append(subscriber)
+        return lambda: self._leave(subscriber)
 
     def _leave(self, subscriber: _Subscriber) -> None:
         with self._lock:
@@ -132,7 +135,7 @@ class EventFeed:
 
     def _start(self, position: str) -> None:
         self._kept.clear()
-        self._floor = order(position)
+        self._floor, self._position = order(position), position
         self._current = reader = object()
         threading.Thread(target=self._read, args=(reader, position), name='feed', daemon=True).start()
 
@@ -143,17 +146,18 @@ class EventFeed:
             try:
                 events, position = self._store.run(page(self._store, position))
                 if events:
-                    self.call_soon(lambda batch=events: self._arrive(reader, batch))  # type: ignore[misc]
+                    self.call_soon(partial(self._arrive, reader, events, position))
                 if len(events) < PAGE:
                     self._store.call(self._store.next_event(position, _BLOCK_MS))
             except TownError:
                 pause.wait(_PAUSE_SECS)
         self._store.close()
 
-    def _arrive(self, reader: object, events: list[Event]) -> None:
+    def _arrive(self, reader: object, events: list[Event], position: str) -> None:
         with self._lock:
             if reader is not self._current:
                 return
+            self._position = position
             if events[0].is_gap:
                 self._kept.clear()
                 self._floor = (0, 0)
