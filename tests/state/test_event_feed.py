@@ -201,6 +201,28 @@ def test_the_feed_continues_after_redis_was_killed(place: Place) -> None:
     listener.stop()
 
 
+def test_a_subscriber_that_fails_costs_no_other_its_events(ground: Place, source: EventFeed) -> None:
+    start = here(ground)
+    stop = source.subscribe(start, lambda events: 1 // len(events[1:]))
+    assert stop
+    listener = Listener(source, start)
+    for name in 'ab':
+        [task] = add(ground, name)
+        assert listener.next().fields['task_id'] == task
+    stop()
+
+
+def test_events_that_could_not_be_passed_on_are_passed_on_later(ground: Place, source: EventFeed) -> None:
+    def fail_once(_: object) -> None:
+        source.call_soon = call_soon
+        raise OSError('closed')
+
+    call_soon, source.call_soon = source.call_soon, fail_once
+    listener = Listener(source, here(ground))
+    tasks = add(ground, 'a', 'b')
+    assert [listener.next().fields['task_id'] for _ in tasks] == tasks
+
+
 def test_events_are_delivered_through_call_soon(ground: Place) -> None:
     queue: Queue[object] = Queue()
     source = EventFeed(ground.store, queue.put)

@@ -11,6 +11,7 @@ or the subscriber gets a gap: an `Event` without data.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -21,10 +22,12 @@ from typing import Any, Final
 from ..errors import TownError
 from .store import Step, Store, text
 
+logger = logging.getLogger('tinytown.state')
+
 MAX_KEPT: Final = 1000  # events that a new subscriber may be behind
 PAGE: Final = 500  # events
 _BLOCK_MS: Final = 1000  # also how long the reader may outlive its last subscriber
-_PAUSE_SECS: Final = 0.5  # after an error of Redis
+_PAUSE_SECS: Final = 0.5  # after an error
 
 Deliver = Callable[[list['Event']], None]
 Unsubscribe = Callable[[], None]
@@ -140,16 +143,20 @@ class EventFeed:
         threading.Thread(target=self._read, args=(reader, position), name='feed', daemon=True).start()
 
     def _read(self, reader: object, position: str) -> None:
-        """The reader thread. After an error of Redis it continues from its last position."""
-        pause = threading.Event()
+        """The reader thread. After an error it continues from its last position. It logs a bug of ours once."""
+        pause, last_bug = threading.Event(), ''
         while reader is self._current:
             try:
-                events, position = self._store.run(page(self._store, position))
+                events, next_position = self._store.run(page(self._store, position))
                 if events:
-                    self.call_soon(partial(self._arrive, reader, events, position))
+                    self.call_soon(partial(self._arrive, reader, events, next_position))
+                position = next_position
                 if len(events) < PAGE:
                     self._store.call(self._store.next_event(position, _BLOCK_MS))
-            except TownError:
+            except Exception as e:  # whatever went wrong, the thread must keep reading
+                if not isinstance(e, TownError) and repr(e) != last_bug:
+                    last_bug = repr(e)
+                    logger.error(f'internal error: {last_bug}', exc_info=e)
                 pause.wait(_PAUSE_SECS)
         self._store.close()
 
@@ -167,4 +174,7 @@ class EventFeed:
             for subscriber in list(self._subscribers):
                 if events[0].is_gap:
                     subscriber.after = (0, 0)  # a stream that began anew may have lower ids
-                subscriber.offer(events)
+                try:
+                    subscriber.offer(events)
+                except Exception as e:  # a bug in one subscriber must not cost the others their events
+                    logger.error(f'internal error: {e!r}', exc_info=e)
