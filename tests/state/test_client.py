@@ -432,6 +432,21 @@ def test_a_reply_without_a_command_ends_the_connection_before_it_answers_another
     assert loop.answers[0].detail == 'Redis is away; nothing was changed'
 
 
+def test_a_reply_without_a_command_in_the_packet_of_an_earlier_reply_answers_no_other_command(loop: Loop) -> None:
+    def proceed(reply: Any) -> None:
+        loop.answers.append(reply)
+        loop.submit(pack(['GET', 'y']))
+
+    loop.link.submit(PendingCommand(pack(['GET', 'x']), None, proceed))
+    loop.link.flush()
+    assert loop.peer.sock.recv(1000) == pack(['GET', 'x'])
+    loop.peer.sock.sendall(b':1\r\n:666\r\n')
+    while loop.sock:
+        loop.turn()
+    assert loop.answers[0] == 1
+    assert loop.answers[1].detail.startswith('Redis went away: it sent a reply that no command was waiting for')
+
+
 # ------------------------------------------------------------------------------------------------ without the extra
 
 

@@ -79,6 +79,11 @@ class Link:
         return bool(self._pending)
 
     @property
+    def _awaits_reply(self) -> bool:
+        """Whether a reply is due. The commands for the next `flush` are not waiting for one yet."""
+        return len(self._pending) > len(self._unsent)
+
+    @property
     def unsent(self) -> int:
         """How many commands the next `flush` will send."""
         return len(self._unsent)
@@ -123,22 +128,25 @@ class Link:
         """Passes every complete reply to its callback.
 
         It reads until nothing is left: bytes that the parser has read ahead would not make the socket readable again.
+        A reply that no command waits for ends the connection, before it can answer the next command.
         """
         connection = self._connection
         if connection is None:
             return
         try:
-            reply = connection.receive()  # even if none is due: this is how we notice that the server closed
-            while reply is not NOT_YET:
+            # `is_stale` costs a sixth of `receive`, and notices that the server closed.
+            while self._awaits_reply or connection.is_stale():
+                reply = connection.receive()
+                if reply is NOT_YET:
+                    break
                 self._answer(self._next_pending(), reply)
-                reply = connection.receive() if self._pending else NOT_YET
         except Unavailable as e:
             self.drop(e.detail.removeprefix('Redis '))
         if self._is_leaving and not self._pending:
             self.drop('does not accept writes for this town; looking for the server that does')
 
     def _next_pending(self) -> PendingCommand:
-        if not self._pending:
+        if not self._awaits_reply:
             raise unavailable('went away: it sent a reply that no command was waiting for')
         return self._pending.popleft()
 
