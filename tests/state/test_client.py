@@ -424,6 +424,43 @@ def test_a_command_whose_reply_was_lost_has_an_unknown_outcome_and_is_not_sent_a
     assert loop.peer.sock.recv(1000) == pack(['ECHO', 'x'])
 
 
+def test_a_command_that_was_not_sent_yet_when_the_connection_ended_has_changed_nothing(loop: Loop) -> None:
+    loop.submit(pack(['INCR', 'n']))
+    loop.link.flush()
+    loop.peer.sock.recv(1000)
+    loop.submit(pack(['INCR', 'n']), pack(['INCR', 'n']))
+    loop.peer.sock.close()
+    while loop.sock:
+        loop.link.on_readable()
+    outcomes = [answer.detail.rpartition('; ')[2] for answer in loop.answers]
+    assert outcomes == ['whether the change was made is not known', 'nothing was changed', 'nothing was changed']
+
+
+def test_a_callback_that_fails_neither_stops_the_link_nor_costs_other_commands_their_replies(loop: Loop) -> None:
+    def fail(reply: Any) -> None:
+        raise ValueError(reply)
+
+    failing, echo = PendingCommand(pack(['PING']), None, fail), pack(['ECHO', 'x'])
+    loop.link.submit(failing)
+    loop.submit(echo)
+    loop.link.flush()
+    loop.peer.sock.sendall(b'+PONG\r\n+x\r\n')
+    while not loop.answers:
+        loop.turn()
+    loop.link.submit(failing)
+    loop.submit(echo)
+    loop.link.flush()
+    loop.peer.sock.close()
+    while loop.sock:
+        loop.turn()
+    assert loop.answers[0] == b'x'
+    assert loop.answers[1].detail.endswith('; whether the change was made is not known')
+    loop.meet()
+    loop.submit(echo)
+    loop.link.flush()
+    assert loop.peer.sock.recv(1000) == echo
+
+
 def test_a_reply_without_a_command_ends_the_connection_before_it_answers_another_command(loop: Loop) -> None:
     loop.peer.sock.sendall(b':1\r\n')
     while loop.sock:

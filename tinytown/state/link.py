@@ -34,6 +34,13 @@ class PendingCommand:
         self.done = done
         self.sent_at = 0.0
 
+    def finish(self, reply: Any) -> None:
+        """Calls `done`. An exception in it is a bug of ours; it is logged, and the other commands get their replies."""
+        try:
+            self.done(reply)
+        except Exception as e:
+            logger.error(f'internal error: {e!r}', exc_info=e)
+
 
 class Link:
     """A Redis connection that an event loop owns. Call every method except `close` on the loop's thread.
@@ -95,7 +102,7 @@ class Link:
             self._held.append(command)
             return
         if self._connection is None:
-            command.done(unavailable('is away; nothing was changed'))
+            command.finish(unavailable('is away; nothing was changed'))
             return
         self._pending.append(command)
         self._unsent.append(command.data)
@@ -106,7 +113,7 @@ class Link:
         self._unsent.clear()
         refused = [self._pending.pop() for _ in range(count)]
         for command in reversed(refused):
-            command.done(error)
+            command.finish(error)
 
     def flush(self) -> None:
         """Sends all queued commands in one write. Keeps what the socket does not take until it is writable again."""
@@ -161,7 +168,7 @@ class Link:
             if reply.kind == 'MOVED':
                 self.submit(command)  # Redis did not execute it
                 return
-        command.done(reply)
+        command.finish(reply)
 
     def expire(self, now: float) -> None:
         """Drops the connection if the oldest pending command is overdue. Refuses commands that were held too long."""
@@ -178,17 +185,22 @@ class Link:
             self.submit(command)
 
     def drop(self, why: str) -> None:
-        """Closes the connection, fails all pending commands (their outcome is unknown), and starts to reconnect."""
+        """Closes the connection, fails all pending commands, and starts to reconnect.
+
+        The outcome of the commands that were sent is unknown. Those queued since the last `flush` have changed nothing.
+        """
         if self._connection is None:
             return
         self._watch(None, False)
         self._connection.close()
         self._connection = None
         self._blocked = b''
-        self._unsent.clear()
         pending, self._pending = self._pending, deque()
-        for command in pending:
-            command.done(unavailable(f'{why}; whether the change was made is not known'))
+        sent = len(pending) - len(self._unsent)
+        self._unsent.clear()
+        for number, command in enumerate(pending):
+            outcome = 'whether the change was made is not known' if number < sent else 'nothing was changed'
+            command.finish(unavailable(f'{why}; {outcome}'))
         self._warn(why)
         self.reconnect()
 
