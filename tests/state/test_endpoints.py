@@ -193,6 +193,15 @@ def test_the_error_for_a_redis_that_refuses_us_names_the_server_our_user_and_the
     place.tt('config', 'redis.url', f'redis://:root@{node.place}')
 
 
+@pytest.mark.parametrize('login', [Login('me', 'a-long-secret'), Login('', 'a-long-secret')])
+def test_the_error_for_a_redis_without_the_command_auth_does_not_contain_the_password(
+    nodes: Nodes, login: Login
+) -> None:
+    node = nodes.add('rename-command AUTH HIDDEN')
+    with pytest.raises(TownError, match=r"answered: ERR unknown command 'AUTH'$"):
+        replace(node.server, login=login).open(PATIENCE)
+
+
 def test_a_redis_without_an_append_only_file_is_reported_as_not_durable(
     directory: Path, nodes: Nodes, stack: ExitStack
 ) -> None:

@@ -73,6 +73,9 @@ _NOT_NOW: Final = {
 # The ones that mean "this server does not accept the town's writes": connect anew to find the server that does.
 NOT_PRIMARY: Final = frozenset({'MOVED', 'READONLY', 'UNBLOCKED', 'CLUSTERDOWN', 'MASTERDOWN'})
 
+# In the reply to an unknown command, the arguments follow these words: after AUTH, that is the password.
+_ARGUMENTS: Final = ', with args beginning with:'
+
 _FORBIDDEN: Final = re.compile(r'NOPERM|ERR .*(?:user executing the script|ACL failure)')
 
 
@@ -81,21 +84,23 @@ def as_town_error(
 ) -> TownError:
     """The error to raise for an error reply.
 
-    If Redis has refused us, the message names `peer` (our user and the server, `user@host:port`), the prefix of the
-    `keys` we need, and the settings that hold the user and password (`login`).
+    The message has the text of the reply, without the arguments of our command, which may be secret. If Redis has
+    refused us, it names `peer` (our user and the server, `user@host:port`), the prefix of the `keys` we need, and the
+    settings that hold the user and password (`login`).
     """
     at = f' at {peer}' if peer else ''
+    answer = str(error).partition(_ARGUMENTS)[0]
     if error.kind in _NOT_NOW:
         return Unavailable(f'Nothing was changed: {_NOT_NOW[error.kind]}', code='redis-unavailable', retry_after=1)
     mend = ''
     if error.kind in ('NOAUTH', 'WRONGPASS'):
         mend = f'set the right user and password in {login}'
-    elif _FORBIDDEN.match(str(error)):
+    elif _FORBIDDEN.match(answer):
         mend = f'our user needs access to the keys ~{keys}* and to the commands that docs/redis.md lists'
     if mend:
-        detail = f'Redis{at} refused us: {str(error).rstrip(".")}; {mend}'
+        detail = f'Redis{at} refused us: {answer.rstrip(".")}; {mend}'
         return Unavailable(detail, code='redis-unavailable', retry_after=5)
-    return TownError(f'Redis{at} answered: {error}', code='redis-error')
+    return TownError(f'Redis{at} answered: {answer}', code='redis-error')
 
 
 def unavailable(problem: str) -> Unavailable:
