@@ -279,6 +279,18 @@ def test_the_error_for_a_handshake_that_fails_does_not_contain_the_password(
     assert 'secret' not in caught.value.detail
 
 
+@pytest.mark.usefixtures('parser')
+@pytest.mark.parametrize('raw', [b'HTTP/1.1 400 Bad Request\r\n', b':x\r\n', b'$abc\r\n', b'*1\r\n' * 5000])
+def test_a_handshake_with_a_peer_that_does_not_speak_the_protocol_of_redis_is_unavailable(
+    peer: Peer, raw: bytes
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(lambda: peer.accept().sendall(raw))
+        with pytest.raises(Unavailable, match='did not complete the handshake: '):
+            replace(peer.server, db=1).open(PATIENCE)
+        accepted.result()
+
+
 @pytest.fixture
 def papers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """A server's certificate from an authority that this machine trusts."""

@@ -59,6 +59,8 @@ ANY_TLS = Tls(None, None, None, True)
         ('redis://db', RedisServer(host='db')),
         ('redis://me:se%40cret@db:7000/3', RedisServer(host='db', port=7000, db=3, login=Login('me', 'se@cret'))),
         ('redis://:secret@[::1]:7000?db=2', RedisServer(host='::1', port=7000, db=2, login=Login('', 'secret'))),
+        ('redis://[::ffff:127.0.0.1]', RedisServer(host='::ffff:127.0.0.1')),
+        (f'redis://a_b.{"c" * 63}.:7', RedisServer(host=f'a_b.{"c" * 63}.', port=7)),
         ('rediss://db', RedisServer(host='db', tls=ANY_TLS)),
         ('unix:///run/redis@main.sock', RedisServer('/run/redis@main.sock')),
         ('unix://me:secret@/run/a%20b?db=1', RedisServer('/run/a b', db=1, login=Login('me', 'secret'))),
@@ -90,6 +92,10 @@ def test_a_url_describes_a_server_sentinels_or_a_cluster(url: str, endpoint: Any
         ('redis+cluster://a,', 'host 2 is missing'),
         ('redis://me:secret', 'not a name with a port from 1 to 65535'),
         ('redis://db:65536', 'not a name with a port from 1 to 65535'),
+        ('redis://a..b', 'host 1 is missing, or not a name'),
+        ('redis://.', 'host 1 is missing, or not a name'),
+        (f'redis+cluster://a,{"b" * 64}.c', 'host 2 is missing, or not a name'),
+        ('redis://[a..b]', 'host 1 is missing, or not a name'),
         ('redis://db/secret', 'the database is not a number'),
         ('redis://db/1/2', 'too much after the host'),
         ('redis://a,b', 'several hosts'),
@@ -152,6 +158,12 @@ def test_the_slot_of_a_town_is_the_slot_of_its_name(key: str, slot: int) -> None
 
 
 # -------------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.mark.parametrize('place', [('a..b', 6379), (HOST, 65536)])
+def test_a_server_whose_host_or_port_can_not_be_one_is_unavailable(place: tuple[str, int]) -> None:
+    with pytest.raises(Unavailable, match=f'is not there: {place[0]}:{place[1]}: '):
+        RedisServer().at(place).open()
 
 
 def test_a_password_in_a_file_opens_a_town_and_is_shown_nowhere(

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote
 
-import redis
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.credentials import CredentialProvider
@@ -62,7 +61,9 @@ _URL: Final = re.compile(
     r'(?P<scheme>unix|rediss?(?:\+(?:sentinel|cluster))?)://(?:(?P<login>[^/?#]*)@)?(?P<hosts>[^/?#]*)'
     r'(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?'
 )
-_HOST: Final = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?')
+_LABEL: Final = '[A-Za-z0-9_-]{1,63}'  # of a host name (RFC 1035, 2.3.4); Python refuses to look up a longer one
+_ADDRESS: Final = r'\[[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}\]'  # IPv6; the part with dots is the end of ::ffff:1.2.3.4
+_HOST: Final = re.compile(rf'({_ADDRESS}|{_LABEL}(?:\.{_LABEL})*\.?)(?::([0-9]{{1,5}}))?')
 
 
 # ----------------------------------------------------------------------------------------------- one server
@@ -196,11 +197,11 @@ class RedisServer:
         connection = self._prepare(timeout)
         try:
             connection.connect()
-        except redis.RedisError as e:
-            raise unavailable(self._explain(e)) from None
-        except BaseException:
+        except BaseException as e:
             connection.disconnect()
-            raise
+            if isinstance(e, TownError) or not isinstance(e, Exception):
+                raise
+            raise unavailable(self._explain(e)) from None  # e is a UnicodeError if a sentinel names an impossible host
         return RedisConnection(connection, self.peer)
 
     def _prepare(self, timeout: float) -> AbstractConnection:
@@ -231,10 +232,12 @@ class RedisServer:
                 _ping(connection)  # with TLS 1.3 a server rejects our certificate only after the TLS handshake
         except ErrorReply as e:
             raise as_town_error(e, self.peer, login=self.login.settings) from None
-        except redis.RedisError as e:
+        except TownError:  # the password file can't be read
+            raise
+        except Exception as e:  # for bytes that are not RESP the parser may raise anything
             raise unavailable(f'at {self.name} did not complete the handshake: {cause_of(e)}{self._hint}') from None
 
-    def _explain(self, error: redis.RedisError) -> str:
+    def _explain(self, error: Exception) -> str:
         """Why the connection could not be opened, and the mend."""
         e = error.__context__
         if untrusted := getattr(e, 'verify_message', ''):
@@ -245,8 +248,8 @@ class RedisServer:
         if isinstance(e, TimeoutError) and 'handshake' in str(e):
             mend = 'if it speaks no TLS, write redis instead of rediss in redis.url'
             return f'at {self.name} does not answer to TLS; {mend}'
-        if reason := getattr(e, 'reason', ''):  # set by ssl.SSLError
-            return f'at {self.name} broke off the TLS handshake: {reason}{self._hint}'
+        if isinstance(e, ssl.SSLError) and e.reason:
+            return f'at {self.name} broke off the TLS handshake: {e.reason}{self._hint}'
         return f'is not there: {self.name}: {getattr(e, "strerror", None) or cause_of(error)}'
 
     @property
