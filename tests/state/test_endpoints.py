@@ -142,6 +142,12 @@ def test_a_password_file_that_is_not_regular_or_that_others_may_change_is_refuse
             Login(file=tmp_path / name).get_credentials()
 
 
+def test_a_directory_in_place_of_the_password_file_is_reported_and_does_not_stay_open(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="password file .* can't be read: .*Is a directory"):
+        Login(file=tmp_path).get_credentials()
+    assert tmp_path.resolve() not in {link.resolve() for link in Path('/proc/self/fd').iterdir()}
+
+
 def test_files_with_passwords_that_every_user_may_read_are_reported(tmp_path: Path) -> None:
     (tmp_path / 'secret').write_text('something')
     make_town(tmp_path, redis={'url': 'redis://:x@db', 'sentinel_password_file': 'secret'})

@@ -104,9 +104,9 @@ def read_secret(file: Path) -> str:
 
     Raises OSError if it can't be read, and ValueError if it is not a regular file or if other users may change it.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a named pipe would block until somebody writes
-    with open(descriptor, encoding='utf-8') as opened:
-        mode = os.fstat(descriptor).st_mode
+    # Without O_NONBLOCK, opening a named pipe would block until somebody writes.
+    with open(file, encoding='utf-8', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as opened:
+        mode = os.fstat(opened.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise ValueError('it is not a regular file')
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
