@@ -22,6 +22,7 @@ from tinytown.state import endpoints
 from tinytown.state.client import RedisConnection
 from tinytown.state.endpoints import Cluster, Login, RedisServer, Sentinels, Tls, endpoint_of
 
+from ..certificates import Authority
 from ..redises import HOST, Node, Nodes
 from ..support import PATIENCE, Place, make_town, until
 
@@ -143,7 +144,7 @@ def test_a_password_file_that_is_not_regular_or_that_others_may_change_is_refuse
 
 
 def test_a_directory_in_place_of_the_password_file_is_reported_and_does_not_stay_open(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="password file .* can't be read: .*Is a directory"):
+    with pytest.raises(Unavailable, match=r"password file .* can't be read: .*Is a directory"):
         Login(file=tmp_path).get_credentials()
     assert tmp_path.resolve() not in {link.resolve() for link in Path('/proc/self/fd').iterdir()}
 
@@ -274,6 +275,19 @@ def test_a_wait_for_events_ends_with_an_error_when_its_server_becomes_a_replica(
     waiter.join(PATIENCE)
     node.ask('REPLICAOF', 'NO', 'ONE')
     assert errors == ['Nothing was changed: Redis became a replica']
+
+
+@pytest.mark.parametrize('lost', ['ca', 'key'])
+def test_the_error_for_a_certificate_that_vanished_while_a_town_is_open_names_its_file(
+    directory: Path, lost: str
+) -> None:
+    authority = Authority(directory)
+    pair = authority.sign('redis')
+    files = {'ca': authority.path, 'cert': pair.cert, 'key': pair.key}
+    server = RedisServer(host=HOST, tls=Tls(**files, check_hostname=True))
+    files[lost].rename(directory / 'elsewhere')
+    with pytest.raises(Unavailable, match=f"can't be used: the certificates .*No such file.*{files[lost]}"):
+        server.open()
 
 
 # ------------------------------------------------------------------------------------------- sentinels and a Cluster

@@ -62,7 +62,7 @@ _URL: Final = re.compile(
     r'(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?'
 )
 _LABEL: Final = '[A-Za-z0-9_-]{1,63}'  # of a host name (RFC 1035, 2.3.4); Python refuses to look up a longer one
-_ADDRESS: Final = r'\[[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}\]'  # IPv6; the part with dots is the end of ::ffff:1.2.3.4
+_ADDRESS: Final = r'\[[0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3}\]'  # IPv6; the dots are those of ::ffff:1.2.3.4
 _HOST: Final = re.compile(rf'({_ADDRESS}|{_LABEL}(?:\.{_LABEL})*\.?)(?::([0-9]{{1,5}}))?')
 
 
@@ -126,8 +126,15 @@ class Tls:
     key: Path | None
     check_hostname: bool
 
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.ca, self.cert, self.key) if file]
+
     def context(self) -> ssl.SSLContext:
         """A context for TLS 1.2 or newer. Raises OSError (ssl.SSLError is one) or ValueError."""
+        for file in self.files:
+            with open(file, 'rb'):
+                pass  # raises an OSError that names the file; the one of `ssl` does not
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = self.check_hostname
@@ -143,12 +150,12 @@ class Tls:
 class _TlsConnection(SSLConnection):
     """Uses our context. The one of `redis` trusts the machine's authorities in addition to the configured one."""
 
-    def __init__(self, tls: Tls, **settings: Any) -> None:
+    def __init__(self, context: ssl.SSLContext, **settings: Any) -> None:
         super().__init__(**settings)
-        self._tls = tls
+        self._context = context
 
     def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-        return self._tls.context().wrap_socket(sock, server_hostname=self.host)
+        return self._context.wrap_socket(sock, server_hostname=self.host)
 
 
 class _UnixConnection(UnixDomainSocketConnection):
@@ -205,7 +212,10 @@ class RedisServer:
         return RedisConnection(connection, self.peer)
 
     def _prepare(self, timeout: float) -> AbstractConnection:
-        """An unconnected connection, which never repeats a command and sends nothing by itself."""
+        """An unconnected connection, which never repeats a command and sends nothing by itself.
+
+        Raises Unavailable if a file with certificates can't be used.
+        """
         settings: dict[str, Any] = {
             'db': self.db,
             'credential_provider': self.login,
@@ -222,7 +232,13 @@ class RedisServer:
         if self.path:
             return _UnixConnection(self.path, **settings)  # type: ignore[no-untyped-call]
         settings |= {'host': self.host, 'port': self.port}
-        return _TlsConnection(self.tls, **settings) if self.tls else Connection(**settings)
+        if not self.tls:
+            return Connection(**settings)
+        try:
+            return _TlsConnection(self.tls.context(), **settings)
+        except (OSError, ValueError) as e:
+            files = ', '.join(map(str, self.tls.files)) or 'of this machine'
+            raise unavailable(f"can't be used: the certificates {files} can't be read: {e}") from None
 
     def _greet(self, connection: AbstractConnection) -> None:
         """The handshake with Redis: authenticates and selects the database. Raises TownError."""
@@ -518,9 +534,9 @@ def _secret_file(name: str, settings: RedisSettings, root: Path) -> Path | None:
 
 
 def _tls(is_wanted: bool, settings: RedisSettings, root: Path) -> Tls | None:
-    ca, cert, key = files = [_file(name, settings, root) for name in ('tls_ca_path', 'tls_cert_path', 'tls_key_path')]
+    ca, cert, key = [_file(name, settings, root) for name in ('tls_ca_path', 'tls_cert_path', 'tls_key_path')]
     if not is_wanted:
-        if any(files):
+        if ca or cert or key:
             raise UsageError('redis.tls_… is set, but redis.url is without TLS; write rediss instead of redis')
         return None
     if key and not cert:
@@ -529,7 +545,7 @@ def _tls(is_wanted: bool, settings: RedisSettings, root: Path) -> Tls | None:
     try:
         tls.context()
     except (OSError, ValueError) as e:
-        names = ', '.join(str(file) for file in files if file)
+        names = ', '.join(map(str, tls.files))
         raise UsageError(
             f'redis.tls_…: {names}: not certificates in PEM, or the key does not belong to the certificate: {e}'
         ) from e
