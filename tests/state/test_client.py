@@ -25,7 +25,7 @@ from redis.connection import HiredisRespSerializer, PythonRespSerializer
 from tinytown.errors import Unavailable
 from tinytown.state import endpoints
 from tinytown.state.client import NOT_YET, ErrorReply, RedisConnection, VerbatimErrors, as_town_error, pack
-from tinytown.state.endpoints import Login, RedisServer, Tls
+from tinytown.state.endpoints import Cluster, Login, RedisServer, Tls
 from tinytown.state.link import Link, PendingCommand
 
 from ..certificates import Authority, Pair
@@ -289,6 +289,20 @@ def test_a_handshake_with_a_peer_that_does_not_speak_the_protocol_of_redis_is_un
         with pytest.raises(Unavailable, match='did not complete the handshake: '):
             replace(peer.server, db=1).open(PATIENCE)
         accepted.result()
+
+
+def test_a_node_of_a_cluster_that_ends_the_connection_during_the_search_for_the_slot_has_changed_nothing(
+    peer: Peer,
+) -> None:
+    def hang_up() -> None:
+        with peer.accept() as sock:
+            assert b'EXISTS' in sock.recv(1000)
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(hang_up)
+        with pytest.raises(Unavailable, match=r'holds slot 6918: did not answer: connection closed$'):
+            Cluster([('127.0.0.1', peer.port)], RedisServer(), 'tt:{test}:town').open(PATIENCE)
+        ended.result()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from redis.retry import Retry
 
 from ..errors import TownError, UsageError
 from ..settings import RedisSettings
-from .client import TIMEOUT, ErrorReply, RedisConnection, ReplyParser, as_town_error, cause_of, pack, unavailable
+from .client import TIMEOUT, ErrorReply, RedisConnection, ReplyParser, as_town_error, cause_of, unavailable
 
 _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
@@ -395,7 +395,7 @@ class Cluster:
         """Connects to the node at `place`, and from there to the one that holds the slot: others answer MOVED."""
         for _ in range(_MOVES):
             connection = self.server.at(place).open(timeout)
-            reply = connection.request(pack(['EXISTS', self.key]), timeout)
+            reply = connection.answer('EXISTS', self.key, timeout=timeout)
             if not isinstance(reply, ErrorReply) or reply.kind in ('ASK', 'TRYAGAIN'):  # still the slot's owner
                 return connection, place
             connection.close()
