@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import select
+import socketserver
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,95 @@ def test_a_server_that_sentinels_name_must_confirm_that_it_is_a_master(
     sentinel.ask('SENTINEL', 'MONITOR', 'main', HOST, master.port, 1)
     until(connection.is_stale)  # it is cut, although its server is alive
     assert port_of(endpoint.open(PATIENCE)) == master.port
+
+
+class HandSentinel(socketserver.ThreadingTCPServer):
+    """A sentinel that answers every command with the bytes in `reply`."""
+
+    daemon_threads = True
+
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__((HOST, 0), HandSentinelHandler)
+        self.reply, self.count = b'', 0
+        thread = threading.Thread(target=self.serve_forever, args=(0.05,))
+        thread.start()
+        stack.callback(thread.join)
+        stack.enter_context(self)
+        stack.callback(self.shutdown)
+        self.endpoint = Sentinels([(HOST, self.server_address[1])], RedisServer(), 'main', RedisServer())
+
+    def name(self, node: Node) -> None:
+        """Names this node as the master."""
+        self.reply = b'*2\r\n$9\r\n%b\r\n$5\r\n%d\r\n' % (HOST.encode(), node.port)
+
+
+class HandSentinelHandler(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, HandSentinel)
+        with suppress(ConnectionError):
+            while self.request.recv(1000):
+                self.request.sendall(self.server.reply)
+                self.server.count += 1
+
+
+def watchers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == 'sentinels'}
+
+
+@pytest.mark.usefixtures('_patient')
+def test_sentinels_are_asked_while_there_are_connections_and_no_longer(nodes: Nodes, stack: ExitStack) -> None:
+    former, master, sentinel = nodes.add(), nodes.add(), HandSentinel(stack)
+    before = watchers()
+    for _ in range(2):
+        sentinel.name(former)
+        first, second = sentinel.endpoint.open(PATIENCE), sentinel.endpoint.open(PATIENCE)
+        first.close()
+        sentinel.name(master)
+        until(second.is_stale)
+        second.close()
+        until(lambda: watchers() <= before)
+
+
+@pytest.mark.usefixtures('_patient')
+@pytest.mark.parametrize(
+    'reply', [b':1\r\n', b'*1\r\n$1\r\na\r\n', b'*2\r\n:1\r\n:2\r\n', b'*2\r\n$1\r\na\r\n$1\r\nb\r\n']
+)
+def test_a_sentinel_that_names_no_host_and_port_is_unavailable_and_is_asked_again(
+    nodes: Nodes, stack: ExitStack, reply: bytes
+) -> None:
+    former, master, sentinel = nodes.add(), nodes.add(), HandSentinel(stack)
+    sentinel.name(former)
+    connection = sentinel.endpoint.open(PATIENCE)
+    sentinel.reply, asked = reply, sentinel.count
+    until(lambda: sentinel.count > asked + 1)
+    with pytest.raises(Unavailable, match='master main has no host and port there'):
+        sentinel.endpoint.open(PATIENCE)
+    assert not connection.is_stale()
+    sentinel.name(master)
+    until(connection.is_stale)
+    connection.close()
+
+
+@pytest.mark.usefixtures('_patient')
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_bug_does_not_end_the_watch_of_the_sentinels(
+    nodes: Nodes, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former, master, sentinel = nodes.add(), nodes.add(), HandSentinel(stack)
+    sentinel.name(former)
+    connection = sentinel.endpoint.open(PATIENCE)
+    bugs, cut_all_but = [ValueError('bug')], Sentinels._cut_all_but
+
+    def fail_once(endpoint: Sentinels, place: tuple[str, int]) -> None:
+        if bugs:
+            raise bugs.pop()
+        cut_all_but(endpoint, place)
+
+    monkeypatch.setattr(Sentinels, '_cut_all_but', fail_once)
+    until(lambda: not bugs)
+    sentinel.name(master)
+    until(connection.is_stale)
+    connection.close()
 
 
 def test_a_town_is_found_on_the_node_that_holds_its_slot_also_after_the_slot_has_moved(

@@ -287,7 +287,8 @@ class Sentinels:
     """The master that sentinels name. The sentinel that answered last is asked first.
 
     A master that was demoted, or cut off from the network, may accept writes for some seconds before it notices. Those
-    writes are lost. Therefore a thread keeps asking for the current master, and cuts connections to any other server.
+    writes are lost. Therefore, while there are connections, a thread keeps asking for the current master, and cuts
+    connections to any other server.
     """
 
     places: list[Place]  # of the sentinels
@@ -301,9 +302,7 @@ class Sentinels:
         """As `Endpoint.open`. The server must confirm with ROLE that it is a master."""
         connection, place = self._first(partial(self._open_master, timeout))
         self._opened.append((weakref.ref(connection), place))
-        if self._watched_by != os.getpid():
-            self._watched_by = os.getpid()
-            threading.Thread(target=self._watch, name='sentinels', daemon=True).start()
+        self._start_watch()
         return connection
 
     def _first(self, ask: Callable[[RedisConnection], T]) -> T:
@@ -339,27 +338,50 @@ class Sentinels:
         if reply is None:
             sentinel.close()
             raise unavailable(f'master {self.master} is not known there; see SENTINEL MASTERS')
-        return reply[0].decode(), int(reply[1])
+        try:
+            host, port = reply
+            return host.decode(), int(port)
+        except (AttributeError, TypeError, ValueError):
+            sentinel.close()
+            raise unavailable(f'master {self.master} has no host and port there, but {reply!r}') from None
+
+    def _start_watch(self) -> None:
+        """Starts the thread that watches, if there are connections and this process has no such thread."""
+        if self._opened and self._watched_by != os.getpid():
+            self._watched_by = os.getpid()
+            threading.Thread(target=self._watch, name='sentinels', daemon=True).start()
 
     def _watch(self) -> None:
         sentinel = place = None
-        while True:
-            time.sleep(_WATCH_SECS)
-            try:
-                # `open` may have changed to another sentinel: one that is cut off may name a dead master for ever.
-                if sentinel is None or place != self.places[0]:
-                    sentinel, place = self._first(lambda connection: connection), self.places[0]
-                self._cut_all_but(self._master_of(sentinel))
-            except TownError:
-                sentinel = None
+        try:
+            while self._has_connections():
+                time.sleep(_WATCH_SECS)
+                try:
+                    # `open` may have changed to another sentinel: one that is cut off may name a dead master for ever.
+                    if sentinel is None or place != self.places[0]:
+                        sentinel, place = self._first(lambda connection: connection), self.places[0]
+                    self._cut_all_but(self._master_of(sentinel))
+                except TownError:
+                    sentinel = None
+        finally:
+            if sentinel:
+                sentinel.close()
+            self._watched_by = 0
+            self._start_watch()  # if `open` has just left a connection to this thread, or if a bug of ours ended it
 
-    def _cut_all_but(self, master: Place) -> None:
+    def _has_connections(self) -> bool:
+        """Whether a connection is open. Forgets those that are not."""
         for entry in list(self._opened):
             connection = entry[0]()
             if connection is None or connection.sock is None:
                 with suppress(ValueError):  # two `open` at once may have started two threads
                     self._opened.remove(entry)
-            elif entry[1] != master:
+        return bool(self._opened)
+
+    def _cut_all_but(self, master: Place) -> None:
+        for reference, place in list(self._opened):
+            connection = reference()
+            if connection and place != master:
                 with suppress(OSError):
                     connection.cut()
 
