@@ -437,7 +437,7 @@ class _Drive(Generic[T]):
     def _resume(self, reply: Any) -> None:
         try:
             value = self._command.result(reply)
-        except TownError as e:
+        except Exception as e:  # also a reply that no script gives: the step must end, and its request be answered
             self._go(self._step.throw, e)
         else:
             self._go(self._step.send, value)
