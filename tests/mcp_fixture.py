@@ -518,9 +518,10 @@ class FixtureMcp(McpServer):
 
 def main(root: str, port: str = '0') -> int:
     """Serves the catalog as `townhall mcp-http` serves a town. The exit status."""
-    from tinytown import config
+    from tinytown import config, log
     from tinytown.townhall.process import TownhallProcess
 
+    log.configure()
     flags = {'townhall.mcp_port': int(port)}
     hall = TownhallProcess(Path(root), config.load(Path(root), flags), flags, 'mcp-http')
     hall.mcp = FixtureMcp(Fixture())

@@ -102,7 +102,7 @@ def test_to_restart_an_agent_that_works_asks_for_a_confirmation_too(
         agent.take()
         expect(visit.agent('backend')).to_contain_text('Working')
         visit.press('Restart', '#detail')
-        expect(visit.page.locator('#ask-sure')).to_contain_text('begins again as another attempt')
+        expect(visit.page.locator('#ask-sure')).to_contain_text('starts again as another attempt')
         visit.press('Cancel', '#ask-sure')
         assert agent.show()['state'] == 'Working'
 
