@@ -405,7 +405,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Browser, scene: Place
         press('Escape')
         expect(page.locator('#help')).not_to_be_visible()  # while it is open keys are its own
         press('t')
-        page.wait_for_function("getComputedStyle(document.body).colorScheme === 'dark'")
+        expect(page.locator('body')).to_have_css('color-scheme', 'dark')
         page.reload()
         assert page.evaluate('getComputedStyle(document.body).colorScheme') == 'dark'
         visit.is_live()
