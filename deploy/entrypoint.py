@@ -35,6 +35,7 @@ from tinytown.host.processes import python
 from tinytown.host.town_dir import TownDir
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.townhall.main import townhall_parser
+from tinytown.trust import VARIABLE
 
 logger = logging.getLogger('tinytown.townhall')
 
@@ -45,6 +46,7 @@ def main(words: list[str]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 ignores by default
     root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
     os.environ['TINYTOWN_TOWN'] = str(root)
+    os.environ.setdefault(VARIABLE, str(root.absolute()))  # the operator chose the volume, whoever owns it outside
     command, *rest = words or ['townhall']
     try:
         if command == 'townhall':

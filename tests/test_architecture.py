@@ -106,6 +106,6 @@ def test_one_module_spells_the_paths_in_a_town_directory() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and re.fullmatch(r'\.tt(/\S*)?', str(node.value))
     }
-    assert spelled == {'town_dir', 'config', 'settings'}, (
-        'config: the file in the home directory; settings: the audit file'
+    assert spelled == {'trust', 'settings'}, (
+        'trust: the directory, and the file in the home directory; settings: the audit file'
     )

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
-from . import api_key_table
+from . import api_key_table, trust
 from .errors import UsageError
 from .model import Scope
 from .settings import CLI_NAME_PATTERN, Config, Section
@@ -27,8 +27,8 @@ from .toml_edit import to_toml
 
 SectionT = TypeVar('SectionT', bound=Section)
 
-FILE: Final = 'tinytown.toml'
-USER_FILE: Final = '.tt/config.toml'  # in the home directory: for all towns of a user
+FILE: Final = trust.FILE
+USER_FILE: Final = trust.USER_FILE
 ALIASES: Final = {
     'townhall.tls.cert_file': 'townhall.tls.cert_path',
     'townhall.tls.key_file': 'townhall.tls.key_path',
@@ -202,14 +202,27 @@ def take_credentials(environ: MutableMapping[str, str] = os.environ) -> None:
                 raise UsageError(f'credential {file}: {e}; it must be a text file that this user may read') from None
 
 
-def load(root: Path, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """The configuration of the town in `root`. `flags` maps paths of settings to values. Raises UsageError."""
+def load(
+    root: Path,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    uid: int | None = None,
+) -> Config:
+    """The configuration of the town in `root`. `flags` maps paths of settings to values.
+
+    Raises UsageError if it is invalid, or if user `uid` (default: the caller) must not believe it (see `trust`).
+    """
     environ = os.environ if environ is None else environ
+    uid = os.geteuid() if uid is None else uid
+    trust.check_town(root, uid, environ)
     values: dict[str, Any] = {}
     home = environ.get('HOME')
     for file in _files(root, Path(home) if home else None):
         if file.exists():
-            found = read_settings(file)
+            is_users = file != root / FILE
+            if is_users:
+                trust.check_user_file(file, uid)
+            found = read_settings(file, is_users)
             clis = {**values.get('agent_clis', {}), **found.get('agent_clis', {})}
             values |= found | ({'agent_clis': clis} if clis else {})
     for setting in settings().values():
@@ -250,20 +263,25 @@ def to_values(config: Config) -> dict[str, Any]:
     return {path: get(config, path) for path in settings().keys() - SECRETS}
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """The settings in a file, by path. Raises UsageError if it can't be read, or if every user may write to it."""
+def read_settings(file: Path, is_users: bool = False) -> dict[str, Any]:
+    """The settings in a file, by path. Raises UsageError if it can't be read, or if every user may write to it.
+
+    `is_users` means the `~/.tt/config.toml` of a user, in which `trusted_towns` is allowed.
+    """
     try:
         if file.stat().st_mode & stat.S_IWOTH:
             raise UsageError(f'{file} can be changed by every user of this machine; run  chmod o-w {file}')
-        return parse(file.read_bytes(), str(file))
+        return parse(file.read_bytes(), str(file), is_users)
     except OSError as e:
         raise UsageError(f'{file}: {e.strerror}') from None
 
 
-def parse(data: bytes, source: str) -> dict[str, Any]:
+def parse(data: bytes, source: str, is_users: bool = False) -> dict[str, Any]:
     """The settings in the text of a file, by path. Raises UsageError that names `source`, the value and the fix."""
     try:
-        return _flatten(tomllib.loads(data.decode('utf-8-sig')), source)
+        table = tomllib.loads(data.decode('utf-8-sig'))
+        _take_trusted_towns(table, source, is_users)
+        return _flatten(table, source)
     except UnicodeDecodeError as e:
         raise UsageError(f'{source}: it is not UTF-8 (byte {e.start}); save it as UTF-8') from None
     except tomllib.TOMLDecodeError as e:
@@ -272,6 +290,14 @@ def parse(data: bytes, source: str) -> dict[str, Any]:
         raise UsageError(f'{source}: it is not TOML that can be read: it is nested too deep') from None
     except ValueError as e:  # an integer with too many digits, say
         raise UsageError(f'{source}: it is not TOML that can be read: {e}') from None
+
+
+def _take_trusted_towns(table: dict[str, Any], source: str, is_users: bool) -> None:
+    """Removes `trusted_towns`, which `trust` reads. Raises UsageError unless it stands in a user's own file."""
+    if trust.SETTING in table:
+        if not is_users:
+            raise UsageError(f"{source}: a town can't vouch for itself; move {trust.SETTING} to ~/{USER_FILE}")
+        trust.trusted_towns(table.pop(trust.SETTING), f'{source}: {trust.SETTING}')
 
 
 def _flatten(table: Mapping[str, Any], source: str, prefix: str = '') -> dict[str, Any]:

@@ -36,7 +36,9 @@ from typing import Any, Final
 
 from ..core.dispatch import AuditSubject
 from ..errors import TownError, Unavailable, UsageError
+from ..files import open_own
 from ..model import Principal, rfc3339
+from ..trust import DIRECTORY
 
 # Arguments and results that identify the target of an operation. Texts of tasks and messages are not recorded.
 _TARGETS: Final = frozenset({'agent', 'name', 'to', 'from', 'task_id', 'id', 'agent_id', 'message_id'})
@@ -91,7 +93,15 @@ class _Journal:
         self._file = self._open()
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
+        """Opens the file. Follows a symbolic link of ours or root's only; below `.tt` only to a device or pipe."""
+        flags, file = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, Path(self.path)
+        is_link = file.is_symlink()
+        leads_to_device = is_link and file.exists() and not file.is_file()
+        if DIRECTORY in file.parts and not leads_to_device:
+            return open_own(file, flags)
+        if not is_link or file.lstat().st_uid not in (os.geteuid(), 0):
+            flags |= os.O_NOFOLLOW
+        return os.open(file, flags, 0o600)
 
     @property
     def has_lost(self) -> bool:

@@ -240,7 +240,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
             raise UsageError(
                 f'{file} was not changed: its keys are not written as [[townhall.auth.keys]]; change it by hand'
             )
-        write_atomically(file, whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
+        write_atomically(file.resolve(), whole[: len(whole) - len(text)] + draft.text, 0o600, keep_mode=False)
     if draft.turns_on:
         when = 'now on, townhall' if reload_townhalls(file.parent) else 'its next start on, townhall'
         draft.advice = f' From {when} asks every caller for a key.'
@@ -249,7 +249,7 @@ def _changing(file: Path) -> Iterator[_Draft]:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Makes other commands wait, so that only one changes the configuration at a time."""
-    descriptor = os.open(TownDir(root).create().path, os.O_RDONLY)
+    descriptor = os.open(TownDir(root).create().path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import config as configuration
+from .. import trust
 from ..clis import registry
+from ..console import clean
 from ..core import agents
 from ..core.hosts import claim_host
 from ..core.town import Call, Town, join, open_town
 from ..errors import TownError, UsageError
-from ..files import write_atomically
+from ..files import open_own, write_atomically
 from ..host import managed_redis, report_spool
 from ..host.processes import (
     GRACE_SECS,
@@ -102,7 +105,7 @@ def _init(arguments: argparse.Namespace) -> int:
     file = root / configuration.FILE
     given = {path: getattr(arguments, flag) for path, flag in _INIT_FLAGS.items()}
     given = {path: value for path, value in given.items() if value is not None}
-    if file.exists():
+    if os.path.lexists(file):
         if arguments.join and not given and arguments.name is None:
             return _join(arguments, root)
         raise UsageError(f'{root} holds a town already; see  tt status --town {root}')
@@ -111,7 +114,7 @@ def _init(arguments: argparse.Namespace) -> int:
     for path, value in given.items():
         flag = f'--{_INIT_FLAGS[path].replace("_", "-")}'
         _check_url(path, configuration.find_setting(path, flag).check(value, flag))
-    root.mkdir(parents=True, exist_ok=True)
+    narrowed = _make_root(root)
     mode = 0o600 if 'redis.url' in given else 0o644  # redis.url may hold a password
     write_atomically(file, configuration.template(name, given), mode)
     write_atomically(TownDir(root).create().gitignore, '*\n')
@@ -121,8 +124,45 @@ def _init(arguments: argparse.Namespace) -> int:
         except BaseException:
             file.unlink()
             raise
+    for remark in (narrowed, _warn_above(root)):
+        if remark:
+            print(clean(f'tt: {remark}'), file=sys.stderr)
     start = f'tt start --town {given_root}' if given_root else 'tt start'
     return report(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
+
+
+def _make_root(root: Path) -> str:
+    """Makes the directory of a new town, or makes sure that an existing one may hold a town. Raises UsageError.
+
+    Only its owner may write to it, whatever the umask is. Returns a remark if an existing directory was narrowed to
+    that, else ''.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask | 0o022)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(mask)
+    uid, status = trust.owner_for_root(root), root.stat()
+    narrowed = trust.shared_mode(root)
+    if status.st_uid == uid and narrowed and not status.st_mode & stat.S_ISVTX:
+        root.chmod(
+            stat.S_IMODE(status.st_mode) & ~(0o022 if narrowed == 'go-w' else 0o020 if narrowed == 'g-w' else 0o002)
+        )
+    else:
+        narrowed = ''
+    trust.check_town(root, uid)
+    return f'others could change {root}; did  chmod {narrowed} {root}' if narrowed else ''
+
+
+def _warn_above(root: Path) -> str:
+    """A remark if every user may write to a directory above a new town; '' if none can."""
+    for above in root.parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH:
+            can = 'add files' if mode & stat.S_ISVTX else 'move this town away'
+            return f'note: every user of this machine may write to {above}, above this town, and {can} there'
+    return ''
 
 
 def _join(arguments: argparse.Namespace, root: Path) -> int:
@@ -165,7 +205,7 @@ def _await_townhall(root: Path, pid: int, log: Path, offset: int) -> str:
         if verdict(identify(pid)) != 'alive' or not identify(pid).start:
             break
         select.select([], [], [], 0.02)
-    with open(log, encoding='utf-8', errors='replace') as lines:
+    with os.fdopen(open_own(log, os.O_RDONLY), encoding='utf-8', errors='replace') as lines:
         lines.seek(offset)
         logged = lines.read().strip().splitlines()
     raise TownError(_message(logged[-1]) if logged else f'townhall did not start; see {log}')
@@ -327,7 +367,7 @@ def _change(file: Path, setting: configuration.Setting, key: str, given: str) ->
     if configuration.parse(changed.encode(), str(file)) | same != wanted | same:
         raise UsageError(f"{file} was not changed: {setting.path} can't be changed in it safely; change it by hand")
     is_public = _shown(setting.path, new) == new
-    write_atomically(file, changed, 0o600, keep_mode=is_public)
+    write_atomically(file.resolve(), changed, 0o600, keep_mode=is_public)  # it may be a link into somebody's dotfiles
     return new
 
 

@@ -51,36 +51,19 @@ def acts_here(arguments: argparse.Namespace) -> None:
 
 def town_root(arguments: argparse.Namespace) -> Path:
     """The town's directory, for a command that may write or start something there. Raises UsageError."""
-    root = meant_root(arguments)
-    _refuse_root(root)
-    return root
+    return _find(arguments, for_owner=False)
 
 
 def meant_root(arguments: argparse.Namespace) -> Path:
+    """The town's directory, for a command that only asks. Root may ask about another user's town. Raises UsageError."""
+    return _find(arguments, for_owner=True)
+
+
+def _find(arguments: argparse.Namespace, for_owner: bool) -> Path:
     """The town's directory: from --town, else from TINYTOWN_TOWN, else the nearest one upwards. Raises UsageError."""
     acts_here(arguments)
     given = getattr(arguments, 'town', None) or os.environ.get('TINYTOWN_TOWN') or None
-    return find(Path() if given else Path.cwd(), given)
-
-
-def _refuse_root(root: Path) -> None:
-    """Refuses to act as root in a town of another user, who could not use the files and processes of root.
-
-    It does not refuse if the owner's uid has no name, as in a container that mounts the directory from its host.
-    """
-    owner = root.stat().st_uid
-    if os.geteuid() or not owner:
-        return
-    import pwd
-
-    try:
-        name = pwd.getpwuid(owner).pw_name
-    except KeyError:
-        return
-    raise UsageError(
-        f'{root} belongs to {name}, who could not use what root starts or writes there; run this as that user:  '
-        f'sudo -u {name} …'
-    )
+    return find(Path() if given else Path.cwd(), given, for_owner)
 
 
 def open_meant(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Town:

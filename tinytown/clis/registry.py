@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from .. import trust
 from ..errors import Invalid
 from ..settings import Config
 
@@ -132,6 +133,7 @@ def _invalid(detail: str) -> Invalid:
 
 _PASSED: Final = frozenset(
     {'PATH', 'HOME', 'USER', 'LOGNAME', 'SHELL', 'LANG', 'TERM', 'TMPDIR', 'TZ', 'SSH_AUTH_SOCK'}
+    | {trust.VARIABLE}  # so that `tt` in a run may use the town that its worker may use
     | {'http_proxy', 'https_proxy', 'no_proxy', 'all_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'NO_PROXY', 'ALL_PROXY'}
     | {'SSL_CERT_FILE', 'SSL_CERT_DIR', 'REQUESTS_CA_BUNDLE', 'CURL_CA_BUNDLE', 'NODE_EXTRA_CA_CERTS', 'GIT_SSL_CAINFO'}
 )

@@ -21,6 +21,7 @@ from ..model import Agent, Cursor, Field, Limit, Principal, new_id
 from ..redaction import masked
 from ..settings import Config
 from ..state.store import Page, Step, Store, text
+from ..trust import owner_for_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def join(root: Path, check: Callable[[Town], None]) -> Town:
     `check` is called with the town before anything is written; if it raises, `root` does not join. Raises UsageError,
     TownError.
     """
-    config = configuration.load(root)
+    config = configuration.load(root, uid=owner_for_root(root))
     if not config.redis.url:
         raise UsageError(
             f'{root / configuration.FILE}: redis.url is not set; a host that joins needs it to find the town'

@@ -12,13 +12,14 @@ import importlib.util
 import os
 import re
 import socket
+import stat
 import subprocess
 import time
 from pathlib import Path
 from typing import Final, TextIO
 
 from ..errors import TownError, UsageError
-from ..files import write_atomically
+from ..files import open_own, write_atomically
 from ..settings import Config
 from ..state.client import ErrorReply, pack
 from ..state.endpoints import Endpoint, RedisServer, endpoint_of
@@ -61,7 +62,8 @@ def socket_path(root: Path) -> Path:
                 write_atomically(note, f'{directory}/redis.sock\n', 0o600)
     short = Path(note.read_text().strip())
     short.parent.mkdir(mode=0o700, exist_ok=True)
-    if short.parent.stat().st_uid != os.getuid():
+    status = short.parent.lstat()  # others may write to /tmp: a link of theirs is not followed
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UsageError(f'{short.parent} belongs to another user; remove {note} and start again')
     return short
 
@@ -118,11 +120,11 @@ class _StartLock:
         self._file = TownDir(root).redis_start_lock
 
     def __enter__(self) -> None:
-        self._open = open(self._file, 'w')
+        self._open = open_own(self._file, os.O_WRONLY | os.O_CREAT)
         fcntl.flock(self._open, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        os.close(self._open)
 
 
 def _answers(where: RedisServer) -> bool:
@@ -181,7 +183,8 @@ def _start(root: Path, config: Config, where: RedisServer) -> None:
         argv += [f'--{name}', value]
     log = directory.redis_log
     began = log.stat().st_size if log.exists() else 0
-    with open(directory.redis_server_lock, 'a+', encoding='utf-8') as lock:
+    opened = open_own(directory.redis_server_lock, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(opened, 'a+', encoding='utf-8') as lock:
         _claim(lock, sock)
         sock.unlink(missing_ok=True)
         env = {'PATH': os.environ.get('PATH', os.defpath), 'LANG': 'C'}
@@ -192,7 +195,7 @@ def _start(root: Path, config: Config, where: RedisServer) -> None:
     while not _listens(sock):
         if time.monotonic() > deadline or not start_time(pid):
             reap()
-            with open(log, 'rb') as text:
+            with os.fdopen(open_own(log, os.O_RDONLY), 'rb') as text:
                 text.seek(began)
                 lines = text.read().decode('utf-8', 'replace').strip().splitlines()
             raise UsageError(f'{server} did not start; {log} ends with: {lines[-1] if lines else "nothing"}')

@@ -31,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
+from ..files import open_own
 from ..model import is_uuid, new_id
 
 Verdict = Literal['alive', 'dead', 'unknown']
@@ -181,7 +182,7 @@ _locks: Final[list[int]] = []  # descriptors; the kernel closes them, and so unl
 
 def hold(file: Path) -> None:
     """Locks a file until this process ends. Every pid namespace can see the lock. Raises OSError."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_own(file, os.O_RDONLY)
     _locks.append(descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -189,7 +190,7 @@ def hold(file: Path) -> None:
 def is_held(file: Path) -> bool | None:
     """Whether a live process holds the lock on a file. None if the file or its lock can't be examined."""
     try:
-        with open(file, 'rb') as opened:
+        with os.fdopen(open_own(file, os.O_RDONLY), 'rb') as opened:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -226,7 +227,7 @@ def start_detached(
     new mark.
     """
     reap()
-    with open(log, 'ab') as out:
+    with os.fdopen(open_own(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 'ab') as out:
         child = subprocess.Popen(
             argv,
             cwd=cwd,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Conflict, NotFound
-from ..files import write_atomically
+from ..files import make_directory, write_atomically
 from ..state.store import Step, Store, text
 from .processes import (
     Identity,
@@ -39,7 +39,7 @@ from .town_dir import TownDir
 def keep(root: Path, agent_id: str, report: dict[str, Any]) -> Path:
     """Writes a report to the spool: task, attempt, outcome, result, error. Returns its file. Raises OSError."""
     spool = TownDir(root).spool(agent_id)
-    spool.mkdir(mode=0o700, exist_ok=True)
+    make_directory(spool)
     file = spool / f'{report["task"]}-{report["attempt"]}.json'
     write_atomically(file, json.dumps(report), 0o600)
     return file

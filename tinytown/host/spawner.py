@@ -30,8 +30,10 @@ from typing import Any, Final
 
 from .. import config as configuration
 from ..clis import registry
+from ..console import complain
 from ..errors import UsageError
 from ..settings import Config
+from ..trust import check_town
 from . import sd_notify
 from .processes import python, python_path, reap, start_detached
 from .town_dir import TownDir
@@ -107,8 +109,9 @@ def main(root: Path) -> int:
     manager = sd_notify.notifier(os.environ)
     try:
         configuration.take_credentials()
+        check_town(root)
     except UsageError as e:
-        raise SystemExit(f'spawner: {e}') from None
+        raise SystemExit(complain('spawner', e)) from None
     wake_read, wake_write = os.pipe()
     for end in (wake_read, wake_write):
         os.set_blocking(end, False)

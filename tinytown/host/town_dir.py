@@ -6,32 +6,42 @@ audit log, whose path is a setting (`townhall.audit.path`, by default `.tt/audit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from .. import trust
 from ..config import FILE
 from ..errors import UsageError
 from ..files import make_directory
 
-NAME: Final = '.tt'
+NAME: Final = trust.DIRECTORY
 
 
-def find(start: Path, given: str | None) -> Path:
+def find(start: Path, given: str | None, for_owner: bool = False) -> Path:
     """The root of the town in `given` or, if that is None, in the nearest directory from `start` upwards.
 
-    Raises UsageError if there is no town.
+    Raises UsageError if there is no town, or if the caller must not believe the nearest one (see `trust`). With
+    `for_owner`, root may find a town that its owner may believe: for commands that run and write nothing there.
     """
     if given is not None:
         root = Path(given).expanduser()
         if not (root / FILE).is_file():
             raise UsageError(f'{given} holds no town ({FILE} is missing); make one:  tt init --town {given}')
-        return root.resolve()
+        return _checked(root.resolve(), for_owner)
     start = start.resolve()
     for root in (start, *start.parents):
-        if (root / FILE).is_file():
-            return root
+        if os.path.lexists(root / FILE) and not (root / FILE).is_dir():
+            return _checked(root, for_owner)
     raise UsageError(f'not in a town: no {FILE} in {start} or above it; make one:  tt init')
+
+
+def _checked(root: Path, for_owner: bool) -> Path:
+    trust.check_town(root, trust.owner_for_root(root) if for_owner else None)
+    if not (root / FILE).is_file():
+        raise UsageError(f'{root / FILE} is not a file; remove it, or make it one')
+    return root
 
 
 class TownDir:

@@ -26,6 +26,7 @@ from ..host import managed_redis
 from ..host.processes import python_path
 from ..http.listener import UNIX
 from ..settings import Config
+from ..trust import owner_for_root
 from . import systemd_units
 from .systemd_units import Plan
 
@@ -95,7 +96,7 @@ def _install(arguments: argparse.Namespace) -> int:
         _run(arguments, 'stop', socket.name)  # this also stops townhall, which requires the socket
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_atomically(directory / name, text)
+        write_atomically((directory / name).resolve(), text)
         print(f'wrote {directory / name}')
     if drops_socket:
         socket.unlink()
@@ -172,7 +173,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Path, Config]:
     """
     root = meant_root(arguments)
     home = configuration.home() if arguments.user or os.geteuid() else Path(_owner(root).pw_dir)
-    return root, configuration.load(root, environ={'HOME': str(home)} if home else {})
+    return root, configuration.load(root, environ={'HOME': str(home)} if home else {}, uid=owner_for_root(root))
 
 
 def _owner(root: Path) -> pwd.struct_passwd:

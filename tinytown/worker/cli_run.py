@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from ..clis.registry import Cli
 from ..core import agent_logs
+from ..files import open_own
 from ..host.processes import GRACE_SECS, identify, stop_tree
 from ..redaction import Redactor, Secrets
 
@@ -35,7 +36,7 @@ class RunLog:
         self._file = file
         self._max_bytes = max_bytes
         self._echo = echo
-        self._open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        self._open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
 
     def _open(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -83,7 +84,7 @@ class CliRun:
     def __init__(
         self, cli: Cli, prompt: str, prompt_file: Path, cwd: Path, env: dict[str, str], log: RunLog, wake: int
     ) -> None:
-        descriptor = os.open(prompt_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = open_own(prompt_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         with os.fdopen(descriptor, 'w', encoding='utf-8') as out:
             out.write(prompt)
         with open(os.devnull if cli.takes_file else prompt_file, 'rb') as stdin:

@@ -29,10 +29,11 @@ from ..auth import agent_tokens
 from ..clis import registry
 from ..clis.registry import Cli
 from ..config import from_values
+from ..console import explain
 from ..core import holders
 from ..core.town import Town
 from ..errors import Conflict, NotFound, TownError, Unavailable, UsageError
-from ..files import write_atomically
+from ..files import make_directory, write_atomically
 from ..host import managed_redis, report_spool, town_secrets
 from ..host.processes import (
     INSTANCE_VARIABLE,
@@ -48,6 +49,7 @@ from ..host.processes import (
 from ..host.town_dir import TownDir
 from ..model import rfc3339
 from ..state.store import NO_RUN, Command, Store, text
+from ..trust import check_town
 from .cli_run import CliRun, RunLog
 from .prompt import InboxMessage, Work, compose
 
@@ -344,7 +346,7 @@ def _message(entry: list[bytes]) -> InboxMessage:
 def install_tt(root: Path) -> Path:
     """Writes a `tt` that runs this installation. Returns its directory, for a PATH."""
     directory = TownDir(root).programs
-    directory.mkdir(mode=0o700, exist_ok=True)
+    make_directory(directory)
     script = f'#!/bin/sh\nPYTHONPATH={shlex.quote(python_path())} exec {shlex.join(python("tinytown.cli"))} "$@"\n'
     file = directory / 'tt'
     if not file.exists() or file.read_text() != script:
@@ -377,12 +379,13 @@ def main(argv: list[str] | None = None) -> int:
         try:
             charter = json.loads(_read_all(starter))
             root = Path(charter['root'])
+            check_town(root)
             config = from_values(charter['settings'], root)
             name_host(config.host)
             store = Store(managed_redis.endpoint(root, config), config.name, config.retention.events)
             worker = open_here(Town(root, config, store), charter['agent_id'], arguments.name, charter['instance'])
-        except (TownError, UsageError) as e:
-            starter.sendall(str(e).encode())
+        except (TownError, UsageError, OSError) as e:
+            starter.sendall(explain(e)[0].encode())
             return 1
         with suppress(OSError):  # the process that started us may have died; the agent works all the same
             starter.sendall(b'ok')
