@@ -101,19 +101,19 @@ def _regular(file: Path) -> os.stat_result | None:
 def make_directory(directory: Path) -> None:
     """Makes a directory of mode 0700, unless it exists. If root makes it, it gets the owner of its parent directory.
 
-    Raises OSError if it exists, and it (or, of a symbolic link, the link or its target) belongs to a stranger.
+    Raises OSError if what exists is no directory, or if it belongs to a stranger. A symbolic link must be ours, or
+    belong to the owner of its target.
     """
     parent = directory.parent.stat()
     try:
         directory.mkdir(0o700)
     except FileExistsError:
-        for status in (directory.lstat(), directory.stat()):
-            if status.st_uid not in (os.geteuid(), 0, parent.st_uid):
-                raise PermissionError(errno.EPERM, 'it belongs to another user; remove it', str(directory)) from None
-        if directory.lstat().st_uid not in (os.geteuid(), directory.stat().st_uid):
-            raise PermissionError(
-                errno.EPERM, "it is another user's symbolic link; remove it", str(directory)
-            ) from None
+        link, status = directory.lstat(), directory.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise
+        us = os.geteuid(), 0
+        if status.st_uid not in (*us, parent.st_uid) or link.st_uid not in (*us, status.st_uid):
+            raise PermissionError(errno.EPERM, 'it belongs to another user; remove it', str(directory)) from None
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
