@@ -46,7 +46,8 @@ def main(words: list[str]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which process 1 ignores by default
     root = Path(os.environ.get('TINYTOWN_TOWN') or '/town')
     os.environ['TINYTOWN_TOWN'] = str(root)
-    os.environ.setdefault(VARIABLE, str(root.absolute()))  # the operator chose the volume, whoever owns it outside
+    trusted = [os.environ.get(VARIABLE, ''), str(root.absolute())]  # the operator chose the volume, whoever owns it
+    os.environ[VARIABLE] = os.pathsep.join(filter(None, trusted))
     command, *rest = words or ['townhall']
     try:
         if command == 'townhall':

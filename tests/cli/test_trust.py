@@ -104,9 +104,8 @@ def test_a_town_that_a_stranger_put_above_us_is_named_and_refused(shared: Path, 
 
 @pytest.mark.parametrize('us', US)
 def test_a_town_that_is_named_is_checked_like_one_that_is_found(shared: Path, us: str) -> None:
-    for more in ({'TINYTOWN_TOWN': str(shared)}, {}):
-        words = () if more else ('--town', str(shared))
-        done = run(shared / 'work', 'status', *words, us=us, **more)
+    by_variable = run(shared / 'work', 'status', us=us, TINYTOWN_TOWN=str(shared))
+    for done in (by_variable, run(shared / 'work', 'status', '--town', str(shared), us=us)):
         assert (done.returncode, done.stdout) == (2, '')
         assert 'tinytown.toml belongs to ' in done.stderr
 

@@ -125,10 +125,11 @@ def test_the_directories_of_a_spool_and_of_programs_are_not_links_of_strangers(d
     town_dir = TownDir(directory).create()
     elsewhere = directory / 'elsewhere'
     elsewhere.mkdir()
-    for path, use in (
-        (town_dir.spool('a'), lambda: report_spool.keep(directory, 'a', {'task': 't', 'attempt': 1})),
-        (town_dir.programs, lambda: install_tt(directory)),
-    ):
+    uses: dict[Path, Callable[[], object]] = {
+        town_dir.spool('a'): lambda: report_spool.keep(directory, 'a', {'task': 't', 'attempt': 1}),
+        town_dir.programs: lambda: install_tt(directory),
+    }
+    for path, use in uses.items():
         path.symlink_to(elsewhere)
         os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
         with pytest.raises(PermissionError, match='remove it'):
