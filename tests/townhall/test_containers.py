@@ -20,6 +20,7 @@ import yaml
 from tinytown import config
 from tinytown.host import managed_redis
 from tinytown.host.processes import python, python_path
+from tinytown.trust import VARIABLE
 
 from ..certificates import SERVER, Authority
 from ..proxy import accepts
@@ -114,7 +115,7 @@ def test_the_redis_of_the_compose_file_is_reported_as_durable(directory: Path) -
 
 
 def test_images_and_the_compose_file_set_only_known_settings() -> None:
-    known = {setting.env for setting in config.settings().values()} | {'TINYTOWN_TOWN', 'TINYTOWN_NAME'}
+    known = {setting.env for setting in config.settings().values()} | {'TINYTOWN_TOWN', 'TINYTOWN_NAME', VARIABLE}
     used = {name for service in COMPOSE['services'].values() for name in service.get('environment', {})}
     for name in CONTAINERFILES:
         used |= set(re.findall(r'(TINYTOWN_\w+)=', dict(instructions(name))['ENV']))
@@ -190,6 +191,18 @@ def test_an_empty_volume_on_a_network_gets_a_town_and_a_lasting_key_that_is_not_
         log += entered.log
     assert log.count('an API key was created') == 1
     assert key not in log + (volume / 'tinytown.toml').read_text()
+
+
+def test_a_volume_of_another_uid_that_all_may_write_is_trusted(volume: Path) -> None:
+    volume.chmod(0o777)
+    os.chown(volume, 54321, 54321)
+    with serving(volume) as entered:
+        assert entered.get('/v1/town').status == 200
+        assert Place(volume).tt('status', check=False).returncode == 2
+        assert Place(volume).tt('status', **{VARIABLE: str(volume)}).returncode == 0
+    assert stat.S_IMODE(volume.stat().st_mode) == 0o777
+    volume.chmod(0o700)
+    os.chown(volume, 0, 0)
 
 
 def test_an_entry_point_that_died_before_its_key_was_in_force_makes_a_new_one(volume: Path) -> None:

@@ -118,15 +118,15 @@ def _init(arguments: argparse.Namespace) -> int:
     mode = 0o600 if 'redis.url' in given else 0o644  # redis.url may hold a password
     write_atomically(file, configuration.template(name, given), mode)
     write_atomically(TownDir(root).create().gitignore, '*\n')
+    for remark in (narrowed, _warn_above(root)):
+        if remark:
+            print(clean(f'tt: {remark}'), file=sys.stderr)
     if arguments.join:
         try:
             return _join(arguments, root)
         except BaseException:
             file.unlink()
             raise
-    for remark in (narrowed, _warn_above(root)):
-        if remark:
-            print(clean(f'tt: {remark}'), file=sys.stderr)
     start = f'tt start --town {given_root}' if given_root else 'tt start'
     return report(arguments, {'name': name, 'root': str(root)}, f'Made the town {name} in {root}. Start it:  {start}')
 
@@ -134,8 +134,8 @@ def _init(arguments: argparse.Namespace) -> int:
 def _make_root(root: Path) -> str:
     """Makes the directory of a new town, or makes sure that an existing one may hold a town. Raises UsageError.
 
-    Only its owner may write to it, whatever the umask is. Returns a remark if an existing directory was narrowed to
-    that, else ''.
+    Only its owner may write to it, whatever the umask is, unless the user trusts it as it is. Returns a remark if an
+    existing directory was narrowed to that, else ''.
     """
     mask = os.umask(0o077)
     os.umask(mask | 0o022)
@@ -144,19 +144,19 @@ def _make_root(root: Path) -> str:
     finally:
         os.umask(mask)
     uid, status = trust.owner_for_root(root), root.stat()
-    narrowed = trust.shared_mode(root)
-    if status.st_uid == uid and narrowed and not status.st_mode & stat.S_ISVTX:
-        root.chmod(
-            stat.S_IMODE(status.st_mode) & ~(0o022 if narrowed == 'go-w' else 0o020 if narrowed == 'g-w' else 0o002)
-        )
-    else:
-        narrowed = ''
+    if trust.is_trusted(root, uid, os.environ):
+        return ''
+    is_narrowed = status.st_uid == uid and trust.shared_mode(root) and not status.st_mode & stat.S_ISVTX
+    if is_narrowed:
+        root.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
     trust.check_town(root, uid)
-    return f'others could change {root}; did  chmod {narrowed} {root}' if narrowed else ''
+    return f'others could change {root}; did  chmod go-w {root}' if is_narrowed else ''
 
 
 def _warn_above(root: Path) -> str:
-    """A remark if every user may write to a directory above a new town; '' if none can."""
+    """A remark if every user may write to a directory above a new town; '' if none can, or if the town is trusted."""
+    if trust.is_trusted(root, trust.owner_for_root(root), os.environ):
+        return ''
     for above in root.parents:
         mode = above.stat().st_mode
         if mode & stat.S_IWOTH:
