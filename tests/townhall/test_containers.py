@@ -199,10 +199,11 @@ def test_a_volume_of_another_uid_that_all_may_write_is_trusted(volume: Path) -> 
     with serving(volume) as entered:
         assert entered.get('/v1/town').status == 200
         assert Place(volume).tt('status', check=False).returncode == 2
-        assert Place(volume).tt('status', **{VARIABLE: str(volume)}).returncode == 0
+        assert Place(volume).tt('status', TINYTOWN_TRUSTED_TOWNS=str(volume)).returncode == 0
     assert stat.S_IMODE(volume.stat().st_mode) == 0o777
+    for file in (volume, *volume.rglob('*')):  # back, for the end of the test
+        os.chown(file, 0, 0, follow_symlinks=False)
     volume.chmod(0o700)
-    os.chown(volume, 0, 0)
 
 
 def test_an_entry_point_that_died_before_its_key_was_in_force_makes_a_new_one(volume: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import config as configuration
-from ..files import write_atomically
+from ..files import open_own, write_atomically
 from ..settings import Config
 from .processes import Identity, hold, identify, is_held, is_in_other_namespace, name_host, stop_one, this_host, verdict
 from .town_dir import TownDir
@@ -40,7 +40,8 @@ def running_townhalls(root: Path) -> list[tuple[Path, Identity, str]]:
     found = []
     for file in TownDir(root).townhall_notes():
         try:
-            record = json.loads(file.read_text())
+            with os.fdopen(open_own(file, os.O_RDONLY), encoding='utf-8') as opened:
+                record = json.loads(opened.read())
             url = record.pop('url')
             process = Identity(**record | {'host': this_host()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
