@@ -9,7 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tinytown.townhall.main import main
+try:
+    from tinytown.townhall.main import main
+except ModuleNotFoundError as e:
+    if (e.name or '').startswith('tinytown'):
+        raise
+    sys.exit(
+        f'townhall: this Python has no package {e.name}; run  make setup  in the checkout, and start this with the '
+        'python in .venv/bin'
+    )
 
 if __name__ == '__main__':
     sys.exit(main())

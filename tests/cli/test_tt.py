@@ -298,7 +298,7 @@ def test_a_deleted_working_directory_is_reported_in_one_line(here: Place, direct
         ('send a hi --query --info', 2, 'not allowed with'),
         ('wait a --timeout soon', 2, '--timeout soon: give a whole number of seconds'),
         ('wait a --timeout -1', 2, '--timeout'),
-        ('ack', 1, 'either ids or all'),
+        ('ack', 1, 'exactly one of the two'),
         ('reclaim --cancel', 2, '--cancel goes with --orphan-tasks'),
         ('reclaim --orphan-tasks --to a', 2, '--orphan-tasks goes with one of'),
         ('reclaim --orphan-tasks --to-backlog --delete', 2, '--orphan-tasks goes with one of'),

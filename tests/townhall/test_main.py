@@ -260,3 +260,10 @@ def test_read_only_refuses_changes(place: Place) -> None:
         assert done.returncode == 1
         assert 'town.write' in done.stderr
         assert place.tt('--url', url, 'backlog', 'list').stdout == 'The backlog is empty.\n'
+
+
+def test_the_script_names_a_package_that_its_python_lacks() -> None:
+    argv = [sys.executable, '-I', '-S', str(SCRIPT), '--version']  # -S: without site-packages
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r'townhall: this Python has no package \w+; .*make setup.*\n', done.stderr)

@@ -94,7 +94,7 @@ def acknowledge(
     """
     if all == bool(ids):
         raise Invalid(
-            'give either ids or all, not both', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}]
+            'give ids, or all: exactly one of the two', errors=[{'pointer': '/ids', 'detail': 'give ids, or all: true'}]
         )
     reply = yield call.store.ack(_own(call, agent, 'clear the mailbox of'), ids or ())
     return {'agent': text(reply[0]), 'removed': reply[1]}
