@@ -49,7 +49,7 @@ _READ_SIZE: Final = 1 << 16
 _ASK_SECS: Final = 0.5  # to connect to a sentinel, and for its reply; then the next sentinel is asked
 
 T = TypeVar('T')
-Place = tuple[str, int]  # host and port
+HostPort = tuple[str, int]  # host and port
 
 FORMS: Final = (
     'redis://[user:password@]host[:port][/db], unix://[user:password@]/path[?db=1], '
@@ -195,7 +195,7 @@ class RedisServer:
         """Our user and the server, for messages."""
         return f'{self.login.user}@{self.name}' if self.login.user else self.name
 
-    def at(self, place: Place) -> RedisServer:
+    def at(self, place: HostPort) -> RedisServer:
         """A server at another host and port, with the same login, database and TLS."""
         return replace(self, host=place[0], port=place[1])
 
@@ -291,11 +291,11 @@ class Sentinels:
     connections to any other server.
     """
 
-    places: list[Place]  # of the sentinels
+    places: list[HostPort]  # of the sentinels
     sentinel: RedisServer  # how to connect to a sentinel; its host and port come from `places`
     master: str  # the name by which the sentinels know it
     server: RedisServer  # how to connect to the master; the sentinels name its host and port
-    _opened: list[tuple[weakref.ref[RedisConnection], Place]] = field(default_factory=list)
+    _opened: list[tuple[weakref.ref[RedisConnection], HostPort]] = field(default_factory=list)
     _watched_by: int = 0  # the process id of the thread that watches: a forked process needs its own
 
     def open(self, timeout: float = TIMEOUT) -> RedisConnection:
@@ -319,7 +319,7 @@ class Sentinels:
             return result
         raise unavailable(f'has no master {self.master} that can be reached. {"; ".join(faults)}')
 
-    def _open_master(self, timeout: float, sentinel: RedisConnection) -> tuple[RedisConnection, Place]:
+    def _open_master(self, timeout: float, sentinel: RedisConnection) -> tuple[RedisConnection, HostPort]:
         place = self._master_of(sentinel)
         sentinel.close()
         server = self.server.at(place)
@@ -330,7 +330,7 @@ class Sentinels:
         connection.close()
         raise unavailable(f'at {server.name} is named as the master, but says that it is not one ({role.decode()})')
 
-    def _master_of(self, sentinel: RedisConnection) -> Place:
+    def _master_of(self, sentinel: RedisConnection) -> HostPort:
         reply = sentinel.answer('SENTINEL', 'get-master-addr-by-name', self.master, timeout=_ASK_SECS)
         if isinstance(reply, ErrorReply):
             sentinel.close()
@@ -378,7 +378,7 @@ class Sentinels:
                     self._opened.remove(entry)
         return bool(self._opened)
 
-    def _cut_all_but(self, master: Place) -> None:
+    def _cut_all_but(self, master: HostPort) -> None:
         for reference, place in list(self._opened):
             connection = reference()
             if connection and place != master:
@@ -390,10 +390,10 @@ class Sentinels:
 class Cluster:
     """The node of a Redis Cluster that holds the slot of a key. The node that held it last is asked first."""
 
-    places: list[Place]  # of the nodes that the URL names
+    places: list[HostPort]  # of the nodes that the URL names
     server: RedisServer  # how to connect to a node
     key: str
-    last: Place | None = None
+    last: HostPort | None = None
 
     @property
     def slot(self) -> int:
@@ -413,7 +413,7 @@ class Cluster:
                 return connection
         raise unavailable(f'has no node that can be reached and holds slot {self.slot}: {"; ".join(faults)}')
 
-    def _follow(self, place: Place, timeout: float) -> tuple[RedisConnection, Place]:
+    def _follow(self, place: HostPort, timeout: float) -> tuple[RedisConnection, HostPort]:
         """Connects to the node at `place`, and from there to the one that holds the slot: others answer MOVED."""
         for _ in range(_MOVES):
             connection = self.server.at(place).open(timeout)
@@ -456,7 +456,7 @@ class Url(NamedTuple):
     is_tls: bool
     user: str
     password: str
-    places: list[Place]
+    places: list[HostPort]
     path: str
     master: str
     db: int
@@ -581,7 +581,7 @@ def _number(text: str) -> int:
     return int(text or 0)
 
 
-def _places(text: str, port: int) -> Iterator[Place]:
+def _places(text: str, port: int) -> Iterator[HostPort]:
     """The hosts and ports in a comma-separated list; `port` is the default."""
     for number, host in enumerate(text.split(','), 1):
         match = _HOST.fullmatch(host)
