@@ -148,7 +148,7 @@ class Sentinels(Nodes):
         until(lambda: master.info('connected_slaves') == '2' and all(map(self._is_synced, self.data[1:])), LONG)
         lines = [
             f'sentinel monitor main {HOST} {master.port} 2',
-            'sentinel down-after-milliseconds main 1000',
+            'sentinel down-after-milliseconds main 2000',
             'sentinel failover-timeout main 5000',
             *self._watch,
         ]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from tinytown import config
 from tinytown.core.dispatch import call, encode_answer
 from tinytown.core.operations import BY_NAME
 from tinytown.core.town import Town, open_town
-from tinytown.errors import TownError
+from tinytown.errors import TownError, Unavailable
 from tinytown.host import managed_redis
 from tinytown.model import ALL_SCOPES, Principal
 from tinytown.state.store import Store, text
@@ -123,16 +124,18 @@ class Place:
             self.store.call(self.store.next_event(events[-1]['id'] if events else '0-0', max(int(left * 1000), 1)))
 
     def await_end(self, task_id: str) -> dict[str, Any]:
-        """Waits until a task has ended. Returns the task."""
+        """Waits until a task has ended, through failovers of Redis too. Returns the task."""
         deadline = time.monotonic() + PATIENCE
-        while True:
-            last = self.store.call(self.store.last_event())
-            task: dict[str, Any] = self.do('task.get', task_id=task_id)
-            if task['state'] in ('completed', 'failed', 'cancelled'):
-                return task
-            left = deadline - time.monotonic()
-            assert left > 0, f'task still {task["state"]} after {PATIENCE} s: {self.history()}'
-            self.store.call(self.store.next_event(text(last[0][0]) if last else '0-0', max(int(left * 1000), 1)))
+        state = 'unknown'
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(Unavailable):  # a failover has ended our connection; a read may be repeated
+                last = self.store.call(self.store.last_event())
+                task: dict[str, Any] = self.do('task.get', task_id=task_id)
+                state = task['state']
+                if state in ('completed', 'failed', 'cancelled'):
+                    return task
+                self.store.call(self.store.next_event(text(last[0][0]) if last else '0-0', max(int(left * 1000), 1)))
+        raise AssertionError(f'task still {state} after {PATIENCE} s: {self.history()}')
 
     def log(self, agent: str) -> str:
         return (self.root / '.tt' / 'logs' / f'{agent}.log').read_text()
