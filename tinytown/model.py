@@ -261,6 +261,8 @@ class Agent(TypedDict):
     pid: int | None
     last_heartbeat: str | None
     restarts: int
+    trouble: NotRequired[str]  # why it is in Error, or has paused itself
+    resumes_at: NotRequired[str]  # when a pause of its own ends
 
 
 class AgentPage(TypedDict):

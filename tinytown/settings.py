@@ -268,6 +268,7 @@ class AgentSettings(Section):
         {}, 'scopes by role that its agents have in addition to town.read and town.write'
     )
     pass_env: list[str] = _set([], 'additional environment variables to pass to coding CLIs')
+    secret_env: list[str] = _set([], 'further ones whose values are secret: logs and results hide them')
 
 
 class Config(Section):

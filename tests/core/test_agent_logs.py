@@ -97,7 +97,7 @@ def test_a_town_knows_the_secrets_of_its_workers_its_redis_and_its_agents(tmp_pa
     (tmp_path / '.tt' / 'token-key').write_text('0123456789abcdef')
     config = Config(
         name='t',
-        agent=AgentSettings(pass_env=['MY_TOKEN', 'JAVA_HOME']),
+        agent=AgentSettings(secret_env=['MY_TOKEN', 'JAVA_HOME']),
         redis=RedisSettings(url='redis://user:pass%2F[word@host/0?password=in-the-query'),
     )
     environ = {
@@ -142,7 +142,7 @@ def leaky(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     made = make_town(
         directory,
         default_cli='leaky',
-        agent={'pass_env': ['MY_TOKEN', 'TINY', 'FAIL']},
+        agent={'secret_env': ['MY_TOKEN', 'TINY', 'FAIL']},
         agent_clis={'leaky': shell_cli(HALVES)},
     )
     yield made

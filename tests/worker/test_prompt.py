@@ -145,4 +145,4 @@ def test_a_cli_gets_only_allowed_environment_variables() -> None:
     config = Config(name='t')
     given = {'HOME': '/h', 'LC_TIME': 'C', 'XDG_CACHE_HOME': '/c', 'ANTHROPIC_API_KEY': 'k', 'https_proxy': 'p'}
     secret = {'DATABASE_URL': 's', 'TINYTOWN_REDIS_URL': 's', 'PYTHONPATH': 's', 'LD_PRELOAD': 's', 'AWS_SECRET': 's'}
-    assert registry.environment(config, given | secret) == given
+    assert registry.worker_environment(config, given | secret) == given

@@ -147,12 +147,18 @@ def _agents(answer: JsonObject) -> str:
             str(agent['rounds_completed']),
             str(agent['tasks_completed']),
             str(agent['inbox_len']) + (f' +{agent["urgent_len"]} urgent' if agent['urgent_len'] else ''),
-            agent['current_scope'] or '-',
+            agent['current_scope'] or _hindrance(agent) or '-',
         ]
         for agent in answer['agents']
     ]
     head = ('AGENT', 'STATE', *(['HOST'] if hosts else []), 'CLI', 'ROLE', 'ROUNDS', 'DONE', 'INBOX', 'NOW')
     return table(head, rows, 'No agents. Start one:  tt spawn NAME')
+
+
+def _hindrance(agent: JsonObject) -> str:
+    """Why an agent is in Error, or why and until when it has paused itself; '' for neither."""
+    note, until = agent.get('trouble') or '', agent.get('resumes_at')
+    return f'until {until[11:16]} UTC: {note}' if until else note
 
 
 def _hosts(answer: JsonObject) -> str:

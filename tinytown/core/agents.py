@@ -466,7 +466,7 @@ def close(call: Call, *, agent: AgentRef) -> Step[Acted]:
 def start_worker(town: Town, agent_id: str, name: str, instance: str) -> None:
     """Starts an agent's worker and waits until it runs. Raises Unavailable with its error message if it does not."""
     log = TownDir(town.root).log(name)
-    env = registry.environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
+    env = registry.worker_environment(town.config, os.environ) | {'PYTHONPATH': python_path(), 'PYTHONUNBUFFERED': '1'}
     env |= {'TINYTOWN_TOWN': str(town.root), 'TINYTOWN_AGENT_ID': agent_id}  # `tt doctor` recognizes workers by these
     try:
         ours, theirs = socket.socketpair()

@@ -184,7 +184,7 @@ class _Spawner:
     def _start(self, order: dict[str, Any], fds: Sequence[int]) -> int:
         self._reload()
         if order['mark'] and self._config:  # only an agent's worker comes with a mark
-            order['env'] |= registry.environment(self._config, os.environ)
+            order['env'] |= registry.worker_environment(self._config, os.environ)
         return _start(order, fds)
 
     def shut_down(self) -> subprocess.Popen[bytes]:

@@ -23,8 +23,8 @@ _PATH: Final = re.compile(r'/[\w./:+-]*')
 def known_secrets(root: Path, config: Config, environ: Mapping[str, str]) -> Secrets:
     """Collects the secrets of a town.
 
-    These are: the coding CLIs' keys and the variables in `agent.pass_env` (unless a value is a path); the passwords of
-    Redis, from its URL and from files, and of proxies; the agents' tokens and the key that signs them.
+    These are: the coding CLIs' keys and the variables in `agent.secret_env` (unless a value is a path); the passwords
+    of Redis, from its URL and from files, and of proxies; the agents' tokens and the key that signs them.
     """
     values = [environ.get(name, '') for name in key_names(config)]
     values = [value for value in values if not _PATH.fullmatch(value)]

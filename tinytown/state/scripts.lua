@@ -120,13 +120,16 @@ end
 -- Renders the changeable part of an agent's JSON anew.
 local function render_agent(id)
   local key = P .. 'agent:' .. id
-  local v = redis.call('HMGET', key, 'state', 'rounds', 'done', 'task', 'host', 'pid', 'beat', 'restarts')
+  local v = redis.call('HMGET', key, 'state', 'rounds', 'done', 'task', 'host', 'pid', 'beat', 'restarts', 'trouble',
+    'until')
   local scope = v[4] ~= '' and redis.call('HGET', P .. 'task:' .. v[4], 'brief') or 'null'
   redis.call('HSET', key, 'm', table.concat({
     ',"state":"', v[1], '","rounds_completed":', v[2], ',"tasks_completed":', v[3],
     ',"current_scope":', scope, ',"current_task":', json_string(v[4]),
     ',"host":', json_string(v[5]), ',"pid":', (v[6] and v[6] ~= '') and v[6] or 'null',
-    ',"last_heartbeat":', json_time(v[7]), ',"restarts":', v[8]}))
+    ',"last_heartbeat":', json_time(v[7]), ',"restarts":', v[8],
+    (v[9] and v[9] ~= '') and ',"trouble":' .. json_string(v[9]) or '',
+    (v[10] and v[10] ~= '') and ',"resumes_at":' .. json_time(v[10]) or ''}))
 end
 
 -- Sets fields of an agent, and updates the set of live agents and the rendered JSON.
@@ -291,10 +294,12 @@ local function retry_task(id)
   event('task.retried', id, 'attempt', tonumber(v[1]))
 end
 
--- Queues the running tasks of an agent again, in their old places in its inbox.
-local function keep_running(agent, name, why)
+-- Queues the running tasks of an agent again, in their old places in its inbox. Unless `counts`, the attempt is not held
+-- against the task: it gets one more.
+local function keep_running(agent, name, why, counts)
   local tasks = redis.call('SMEMBERS', P .. 'agent:' .. agent .. ':running')
   for _, id in ipairs(tasks) do
+    if not counts then redis.call('HINCRBY', P .. 'task:' .. id, 'max', 1) end
     redis.call('SREM', P .. 'agent:' .. agent .. ':running', id)
     redis.call('ZREM', P .. 'leases', id)
     set_task(id, 'state', 'assigned', 'started', '', 'queued', NOW)
@@ -460,8 +465,9 @@ local key = P .. 'agent:' .. id
 if redis.call('EXISTS', key) == 0 then return refuse('agent-not-found', id) end
 local v = redis.call('HMGET', key, 'name', 'max_rounds', 'state', 'instance')
 if not LIVE[v[3]] or v[4] ~= instance then return refuse('stale-instance', v[1], instance) end
-keep_running(id, v[1], 'a new worker process took over')
+keep_running(id, v[1], 'a new worker process took over', true)
 local state = v[3] == 'Paused' and 'Paused' or v[3] == 'Draining' and 'Draining' or 'Idle'
+if state ~= 'Paused' then redis.call('HSET', key, 'trouble', '', 'until', '') end
 set_agent(id, 'host', host, 'boot', boot, 'pid', pid, 'start', start, 'beat', NOW, 'task', '',
   'idle', NOW, 'state', state)
 event('agent.started', nil, 'agent_id', id, 'agent_name', v[1])
@@ -480,9 +486,14 @@ return {1, v[2]}
 -- its 50 oldest tasks, in brief.
 local id, instance, most, tries, log = unpack(A)
 local key = P .. 'agent:' .. id
-local v = redis.call('HMGET', key, 'instance', 'state', 'name')
+local v = redis.call('HMGET', key, 'instance', 'state', 'name', 'until')
 if v[1] ~= instance or not LIVE[v[2]] then return refuse('stale-instance', v[3] or id, instance) end
 redis.call('DEL', P .. 'inbox:' .. id .. ':c')
+if v[2] == 'Paused' and v[4] and v[4] ~= '' and tonumber(v[4]) <= now then
+  v[2] = 'Idle'
+  set_agent(id, 'state', 'Idle', 'idle', NOW, 'trouble', '', 'until', '')
+  event('agent.idle', nil, 'agent_id', id, 'agent_name', v[3], 'why', 'its pause is over')
+end
 local running = redis.call('SMEMBERS', key .. ':running')[1]
 if not running and (v[2] == 'Paused' or v[2] == 'Draining') then return {1, 'rest', v[2], '0-0', '0-0'} end
 local task = false
@@ -612,7 +623,8 @@ return {1, state, rounds}
 
 -- @script depart oom
 -- An agent's process has ended for good. A: agent id, instance ('' for any), the agent's new state, why, and where its
--- unfinished task goes: 'backlog', or 'inbox' to queue it again for the same agent. The attempt stays counted.
+-- unfinished task goes: 'backlog' (the attempt stays counted), or 'inbox' to queue it again for the same agent (its CLI
+-- could not work, so the attempt is not held against the task). An agent in Error shows why.
 -- Returns {1, requeued task ids}.
 local id, instance, state, why, to = unpack(A)
 local key = P .. 'agent:' .. id
@@ -627,9 +639,30 @@ else
   for _, task in ipairs(tasks) do task_to_backlog(task, why) end
 end
 redis.call('DEL', P .. 'inbox:' .. id .. ':c')
-set_agent(id, 'instance', '', 'pid', '', 'task', '', 'state', state)
+set_agent(id, 'instance', '', 'pid', '', 'task', '', 'state', state, 'trouble', state == 'Error' and why or '', 'until', '')
 if v[3] ~= state then event('agent.' .. string.lower(state), nil, 'agent_id', id, 'agent_name', v[2], 'why', why) end
 return {1, tasks}
+
+-- @script pause_agent oom
+-- Pauses an agent for a time, because its CLI can't work now: a usage limit, an overloaded service, failures in a row.
+-- A: agent id, instance, why, seconds, 1 if the attempt counts, then lane, entry, … of the round's messages.
+-- A task that the agent runs waits in its old place in the inbox. If the attempt counts and was the last, the task
+-- becomes a dead letter; if it does not count, neither the task nor the messages lose one. If somebody has paused the
+-- agent or is stopping it, that holds. Returns {1, state}.
+local id, instance, why, seconds, counts = unpack(A)
+local key = P .. 'agent:' .. id
+local v = redis.call('HMGET', key, 'instance', 'name', 'state')
+if v[1] ~= instance or not LIVE[v[3]] then return refuse('stale-instance', v[2] or id, instance) end
+for _, task in ipairs(counts == '1' and redis.call('SMEMBERS', key .. ':running') or {}) do
+  local t = redis.call('HMGET', P .. 'task:' .. task, 'attempt', 'max')
+  if tonumber(t[1]) >= tonumber(t[2]) then fail_attempt(task, why, 'inbox', '0') end
+end
+keep_running(id, v[2], why, counts == '1')
+for i = 6, counts == '1' and 0 or #A, 2 do redis.call('HINCRBY', P .. 'inbox:' .. id .. ':tries', A[i] .. A[i + 1], -1) end
+if v[3] ~= 'Working' and v[3] ~= 'Idle' then return {1, v[3]} end
+set_agent(id, 'state', 'Paused', 'task', '', 'idle', NOW, 'trouble', why, 'until', string.format('%.0f', now + 1000 * seconds))
+event('agent.paused', nil, 'agent_id', id, 'agent_name', v[2], 'why', why, 'pause', tonumber(seconds))
+return {1, 'Paused'}
 
 -- @script steer
 -- Pauses, resumes or closes an agent, and wakes its worker. A: agent, verb, target state, then the states from which
@@ -642,7 +675,7 @@ for i = 4, #A do legal = legal or A[i] == state end
 if not legal then return refuse('bad-transition', name, state, A[2]) end
 if target == 'Idle' and redis.call('SCARD', key .. ':running') > 0 then target = 'Working' end
 if target == 'Stopped' then redis.call('SREM', P .. 'revive', id) end
-set_agent(id, 'state', target)
+set_agent(id, 'state', target, 'trouble', '', 'until', '')
 redis.call('XADD', P .. 'inbox:' .. id .. ':c', 'MAXLEN', 1, '*', 'v', A[2])
 event('agent.' .. string.lower(target), nil, 'agent_id', id, 'agent_name', name)
 return {1, name, target}

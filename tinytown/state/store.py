@@ -320,6 +320,11 @@ class Store:
     def depart(self, agent: str, instance: str, state: str, why: str, to: str) -> Command:
         return self._script('depart', agent, instance, state, why, to)
 
+    def pause_agent(
+        self, agent: str, instance: str, why: str, seconds: int, counts: bool, entries: Iterable[str]
+    ) -> Command:
+        return self._script('pause_agent', agent, instance, why, seconds, int(counts), *entries)
+
     def remove(self, agent: str, host: str = '') -> Command:
         return self._script('remove', agent, host)
 

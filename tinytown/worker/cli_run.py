@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
+from ..clis import readers
+from ..clis.outcome import Outcome
 from ..clis.registry import Cli
 from ..core import agent_logs
 from ..files import open_own
 from ..host.processes import GRACE_SECS, identify, stop_tree
 from ..redaction import Redactor, Secrets
 
-TAIL_BYTES: Final = 4096  # the end of the output, which becomes the task's result or error
 _PIPE_BYTES: Final = 65536  # the default capacity of a pipe on Linux
 _MAX_FINAL_READS: Final = 16  # reads after the CLI has ended: 1 MiB, the most that Linux lets a user enlarge a pipe to
 
@@ -50,6 +51,8 @@ class RunLog:
 
     def write(self, data: bytes) -> None:
         """Appends. A full disk, or a closed standard output, must not end the work."""
+        if not data:
+            return
         if self._size + len(data) > self._max_bytes:
             with suppress(OSError):
                 self._rotate()
@@ -98,8 +101,10 @@ class CliRun:
                 start_new_session=True,
             )
         self._log = log
-        self._tails: dict[int, bytes] = {}
+        self._reader = readers.reader(cli.output)
+        self._began = time.monotonic()
         self._redactors: dict[int, Redactor] = {}
+        self.seconds = 0.0  # how long it ran, once it has ended
         self._wake = wake
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake, selectors.EVENT_READ)
@@ -108,7 +113,6 @@ class CliRun:
         self._stdout, self._stderr = self._process.stdout.fileno(), self._process.stderr.fileno()
         for descriptor in (self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
-            self._tails[descriptor] = b''
             self._redactors[descriptor] = Redactor(log.secrets)
             self._selector.register(descriptor, selectors.EVENT_READ)
         self._pidfd = os.pidfd_open(self._process.pid) if hasattr(os, 'pidfd_open') else -1
@@ -159,8 +163,8 @@ class CliRun:
         return True
 
     def _keep(self, descriptor: int, data: bytes) -> None:
-        self._log.write(data)
-        self._tails[descriptor] = (self._tails[descriptor] + data)[-TAIL_BYTES:]
+        feed = self._reader.feed if descriptor == self._stdout else self._reader.feed_stderr
+        self._log.write(feed(data))
 
     def stop(self, instance: str) -> None:
         """Ends the CLI and all processes that it started."""
@@ -178,6 +182,8 @@ class CliRun:
                 if descriptor not in self._selector.get_map() or not self._read(descriptor):
                     break
             self._keep(descriptor, self._redactors[descriptor].finish())
+        self._log.write(self._reader.finish())
+        self.seconds = time.monotonic() - self._began
         self._selector.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -185,17 +191,11 @@ class CliRun:
             assert stream
             stream.close()
 
-    def outcome(self) -> tuple[Literal['completed', 'failed'], str | None, str | None]:
-        """(outcome, result, error), from the exit status and the end of the output."""
-        status = self._process.returncode
-        stdout, stderr = self._tail(self._stdout), self._tail(self._stderr)
-        if status == 0:
-            return 'completed', stdout, None
-        how = f'ended by signal {-status}' if status < 0 else f'exit status {status}'
-        return 'failed', None, f'{how}: {stderr or stdout}'.rstrip(': ')
+    def outcome(self) -> Outcome:
+        """How the run ended, from its exit status and what it printed. Secrets in the texts are hidden."""
+        outcome = self._reader.outcome(self._process.returncode, time.time())
+        return outcome._replace(result=self._hidden(outcome.result), error=self._hidden(outcome.error))
 
-    def _tail(self, descriptor: int) -> str:
-        tail = self._tails[descriptor]
-        if len(tail) == TAIL_BYTES:
-            tail = tail.lstrip(bytes(range(0x80, 0xC0)))  # UTF-8 continuation bytes of a character that was cut
-        return tail.decode('utf-8', 'replace').replace('\0', '\ufffd').strip()
+    def _hidden(self, text: str | None) -> str | None:
+        """A text without secrets: one that was escaped in JSON has passed the redactor."""
+        return text and self._log.secrets.hide(text.encode('utf-8', 'replace')).decode('utf-8', 'replace')

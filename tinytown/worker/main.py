@@ -27,6 +27,7 @@ from typing import Any, Final, NoReturn
 
 from ..auth import agent_tokens
 from ..clis import registry
+from ..clis.outcome import Outcome
 from ..clis.registry import Cli
 from ..config import from_values
 from ..console import explain
@@ -51,6 +52,7 @@ from ..model import rfc3339
 from ..state.store import NO_RUN, Command, Store, text
 from ..trust import check_town
 from .cli_run import CliRun, RunLog
+from .pauses import Pauses
 from .prompt import InboxMessage, Work, compose
 
 MAX_BEAT_SECS: Final = 5.0  # between two heartbeats; less if three of them would not fit into a lease
@@ -75,6 +77,7 @@ class Worker:
         self.cli: Cli
         self._max_rounds = 0
         self._rounds = 0
+        self._pauses = Pauses()
         self._terminated = False
         self._may_raise = False
         self._wake_read, self._wake_write = os.pipe()
@@ -237,7 +240,8 @@ class Worker:
             + (f'task {work.id} attempt {work.attempt}' if work else f'{len(messages)} messages')
         )
         self.log.secrets = town_secrets.known_secrets(self.town.root, self.town.config, os.environ)  # files may change
-        prompt = compose(self.town.name, self.name, self.role, work, [_message(entry) for entry in messages], backlog)
+        received = [_message(entry) for entry in messages]
+        prompt = compose(self.town.name, self.name, self.role, work, received, backlog, self.cli.calls_tt)
         try:
             env, file = self._environment(work), TownDir(self.town.root).prompt(self.id)
             run = CliRun(self.cli, prompt, file, self.town.root, env, self.log, self._wake_read)
@@ -252,15 +256,33 @@ class Worker:
             raise Terminated
         if not ended:
             self.note('the round was ended: its task is no longer ours')
-        elif work:
-            self._report(work, run)
+        outcome = run.outcome() if ended else None
+        if outcome and work and outcome.verdict in ('done', 'failed'):
+            self._report(work, outcome)
         self._clean_up()
-        succeeded = ended and run.status == 0
+        entries = [text(part) for lane, entry, *_ in messages for part in (lane, entry)]
+        if outcome:
+            self._judge(outcome, run.seconds, entries)
+        succeeded = outcome is not None and outcome.verdict == 'done'
         if not succeeded and messages:
             self.note(f'exit status {run.status}: {len(messages)} messages stay for another round')
-        acknowledged = [text(part) for lane, entry, *_ in messages for part in (lane, entry)] if succeeded else []
         attempt = (work.id, work.attempt, self.log.offset) if work else NO_RUN
-        self._ask(self.town.store.round_done(self.id, self.instance, acknowledged, attempt))
+        self._ask(self.town.store.round_done(self.id, self.instance, entries if succeeded else (), attempt))
+
+    def _judge(self, outcome: Outcome, seconds: float, entries: list[str]) -> None:
+        """Draws the consequences of a verdict for the agent. Raises Conflict if its CLI can't be used.
+
+        `seconds` is how long the run took, `entries` are the messages of the round.
+        """
+        why = outcome.error or outcome.verdict
+        if outcome.verdict in ('unauthorised', 'broken'):
+            self._give_up(f'{self.cli.name}: {why}')
+        pause = self._pauses.after(outcome, seconds, time.time())
+        if pause:
+            self.note(f'{outcome.verdict}: {why}; pausing for {pause} s')
+            counts = outcome.verdict in ('killed', 'timeout')
+            why = f'{outcome.verdict}: {why}'
+            self._ask(self.town.store.pause_agent(self.id, self.instance, why, pause, counts, entries))
 
     def _must_stop(self, run: CliRun, held: tuple[str, ...]) -> bool:
         """Sends a heartbeat during a run. Returns whether the run must be stopped."""
@@ -279,7 +301,10 @@ class Worker:
 
     def _cannot_run(self, error: OSError) -> NoReturn:
         """Puts the agent in Error and its task back in its inbox. Raises Conflict, which ends the worker."""
-        why = f"{self.cli.argv[0]} can't be run: {error}"
+        self._give_up(f"{self.cli.argv[0]} can't be run: {error}")
+
+    def _give_up(self, why: str) -> NoReturn:
+        """Puts the agent in Error and its task back in its inbox. Raises Conflict, which ends the worker."""
         self.note(why)
         self._ask(self.town.store.depart(self.id, self.instance, 'Error', why, 'inbox'))
         raise Conflict(why)
@@ -296,7 +321,7 @@ class Worker:
 
     def _environment(self, work: Work | None) -> dict[str, str]:
         """The CLI's environment: the allow-list, the agent and task, and a PATH that starts with our `tt`."""
-        env = registry.environment(self.town.config, os.environ)
+        env = registry.run_environment(self.town.config, self.cli, os.environ)
         env['PATH'] = f'{install_tt(self.town.root)}:{env.get("PATH", os.defpath)}'
         env |= {
             INSTANCE_VARIABLE: self.instance,
@@ -312,10 +337,11 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------- reports
 
-    def _report(self, work: Work, run: CliRun) -> None:
+    def _report(self, work: Work, outcome: Outcome) -> None:
         """Reports the outcome of a task. The report is on disk until Redis has received it."""
-        outcome, result, error = run.outcome()
-        report = {'task': work.id, 'attempt': str(work.attempt), 'outcome': outcome, 'result': result, 'error': error}
+        state = 'completed' if outcome.verdict == 'done' else 'failed'
+        report: dict[str, Any] = {'task': work.id, 'attempt': str(work.attempt), 'outcome': state}
+        report |= {'result': outcome.result, 'error': outcome.error}
         file = None
         try:
             file = report_spool.keep(self.town.root, self.id, report)

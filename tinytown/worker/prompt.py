@@ -47,10 +47,12 @@ def compose(
     work: Work | None,
     messages: Sequence[InboxMessage],
     backlog: Sequence[dict[str, Any]],
+    calls_tt: bool = True,
 ) -> str:
     """Returns the prompt of one round: the task, the messages, fitting tasks of the backlog, and how to report.
 
-    `town` and `name` are the names of the town and the agent; `role` is the agent's `role_id`.
+    `town` and `name` are the names of the town and the agent; `role` is the agent's `role_id`. A CLI that runs no
+    commands (`calls_tt` is False) is not asked to run any.
     """
     parts = [f'You are {name}, an agent of the town {town}.' + (f' {_ROLES[role]}' if role in _ROLES else '')]
     if work:
@@ -58,8 +60,9 @@ def compose(
         parts.append(f'## Task\n\n{work.description}')
         parts.append(f'## About the task\n\nTask {work.id}, attempt {work.attempt}. {tags}'.rstrip())
     parts += _messages(messages)
-    parts += _backlog(role, backlog)
-    parts.append(_reporting(work))
+    if calls_tt:
+        parts += _backlog(role, backlog)
+        parts.append(_reporting(work))
     return '\n\n'.join(parts) + '\n'
 
 
