@@ -10,7 +10,7 @@ import datetime
 import re
 from typing import Final, Literal, NamedTuple
 
-Verdict = Literal['done', 'failed', 'limited', 'overloaded', 'unauthorised', 'broken', 'timeout', 'killed']
+Verdict = Literal['done', 'failed', 'limited', 'overloaded', 'unauthorised', 'broken', 'killed']
 
 
 class Usage(NamedTuple):
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     usage: Usage = Usage()
 
 
-# The texts of providers and CLIs, in the order in which they decide. An HTTP status in the text counts as a word of it.
+# The texts of providers and CLIs. `judge` gives their order.
 _UNAUTHORISED: Final = re.compile(
     r'\b40[123]\b|invalid (x-)?api[ -]key|incorrect api key|authenticat|unauthori[sz]ed|not logged in|'
     r'log ?in again|please run /login|token (has )?expired|permission.denied|credit balance|payment required|billing',
@@ -52,7 +52,7 @@ _LIMITED: Final = re.compile(
 )
 _OVERLOADED: Final = re.compile(
     r'\b(408|409|429|5[0-9][0-9])\b|overloaded|rate.?limit|too many requests|RESOURCE_EXHAUSTED|unavailable|'
-    r'internal ?server ?error|high demand|(unable|could not|failed) to connect|could not connect|APIConnectionError|'
+    r'internal ?server ?error|high demand|(unable|failed) to connect|could not connect|APIConnectionError|'
     r'connection ?(error|refused|reset|closed|timed out)|'
     r'ECONN|ENOTFOUND|EAI_AGAIN|ETIMEDOUT|EHOSTUNREACH|ENETUNREACH|socket hang up|network|fetch failed|timed? ?out|'
     r'stream disconnected|error sending request',

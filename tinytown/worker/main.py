@@ -280,8 +280,7 @@ class Worker:
         pause = self._pauses.after(outcome, seconds, time.time())
         if pause:
             self.note(f'{outcome.verdict}: {why}; pausing for {pause} s')
-            counts = outcome.verdict in ('killed', 'timeout')
-            why = f'{outcome.verdict}: {why}'
+            counts, why = outcome.verdict == 'killed', f'{outcome.verdict}: {why}'
             self._ask(self.town.store.pause_agent(self.id, self.instance, why, pause, counts, entries))
 
     def _must_stop(self, run: CliRun, held: tuple[str, ...]) -> bool:

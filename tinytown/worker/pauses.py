@@ -9,7 +9,7 @@ from ..clis.outcome import Outcome
 
 QUICK_SECS: Final = 10.0  # a run that fails sooner has done nothing
 MAX_QUICK: Final = 3  # quick failures in a row that stop the agent for a while
-_FIRST: Final = {'limited': 60, 'overloaded': 15, 'killed': 5, 'timeout': 0, 'failed': 30}  # seconds
+_FIRST: Final = {'limited': 60, 'overloaded': 15, 'killed': 5, 'failed': 30}  # seconds
 _LONGEST: Final = 1800  # seconds, of a pause whose end the provider did not tell
 _JITTER: Final = 30  # seconds, so that the agents of one account do not all begin at once
 
